@@ -1,0 +1,256 @@
+"""How well dictionaries reconstruct a model's activations, and what that does to the model."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from itda_lens.dictionary import RunningFVU
+from itda_lens.sae import ITDA
+from itda_lens.sources import (
+    ContextBatch,
+    LanguageModel,
+    Loader,
+    Tokenization,
+    iterate_texts,
+    language_model,
+)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Figures of one dictionary on given texts, over the tokens that count.
+
+    Attributes:
+        hook_name: where the dictionary was attached.
+        d_sae: atoms.
+        k: most nonzeros per code.
+        n_tokens: tokens that counted (not position 0, special tokens or padding).
+        l0: mean nonzeros per code.
+        fvu: sum |x - xhat|^2 / sum |x - mean x|^2.
+        alive_fraction: share of atoms with a nonzero coefficient somewhere.
+        ce_loss: next-token loss of the model, nats per token.
+        ce_loss_spliced: the same with reconstructions spliced in at the tokens that count.
+        ce_loss_zero: the same with the whole activation set to zero.
+        ce_loss_score: (ce_loss_zero - ce_loss_spliced) / (ce_loss_zero - ce_loss), as SAEBench
+            defines it; 1 is perfect, 0 no better than zeros.
+        kl: KL(model || spliced model), nats per token.
+    """
+
+    hook_name: str
+    d_sae: int
+    k: int
+    n_tokens: int
+    l0: float
+    fvu: float
+    alive_fraction: float
+    ce_loss: float
+    ce_loss_spliced: float
+    ce_loss_zero: float
+    ce_loss_score: float
+    kl: float
+
+
+def evaluate(
+    model: Any,
+    dictionaries: ITDA | Sequence[ITDA],
+    texts: str | Path | Iterable[str],
+    *,
+    batch_size: int = 8,
+    max_tokens: int | None = None,
+    text_field: str = "text",
+    split: str = "train",
+    tokenizer: Any = None,
+    loader: Loader = "bridge",
+    device: str | None = None,
+    progress: bool = True,
+) -> list[Evaluation]:
+    """Evaluate dictionaries, each at its own hook point, on the same texts.
+
+    Contexts are cut as when the dictionaries were built. As in SAELens, positions that do not count
+    keep their activation when a reconstruction is spliced in, and every position is zeroed for the zero
+    ablation; losses are means over the predictions made at the tokens that count.
+
+    Args:
+        model: as in `build`; one that `dictionaries` belong to.
+        dictionaries: ITDAs with hook_name, context_size and prepend_bos in their metadata, the latter
+            two the same for all.
+        texts, batch_size, max_tokens, text_field, split, tokenizer, loader, device, progress: as in
+            `build`.
+
+    Raises:
+        ValueError: no dictionaries or no tokens, dictionaries that need different contexts, a hook that
+            does not exist or never fires, or one whose width is not the dictionary's.
+    """
+    itdas = [dictionaries] if isinstance(dictionaries, ITDA) else list(dictionaries)
+    if not itdas:
+        raise ValueError("dictionaries must be one or more, got none")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    stream = iterate_texts(texts, text_field=text_field, split=split)
+    lm = language_model(model, tokenizer=tokenizer, loader=loader, device=device)
+    tokenization = tokenization_of(itdas, lm)
+    lm.check_hooks([hook_name_of(itda) for itda in itdas])
+
+    meters = [_Meter(itda) for itda in itdas]
+    n_tokens = 0
+    with (
+        torch.no_grad(),
+        tqdm(
+            total=max_tokens, unit="tok", unit_scale=True, desc="evaluating", disable=not progress
+        ) as bar,
+    ):
+        for batch in tokenization.batches(stream, batch_size):
+            n = int(batch.keep.sum())
+            if n == 0:
+                continue
+            baseline = _Predictions(lm.logits(batch.tokens, batch.attention_mask), batch)
+            for meter in meters:
+                meter.update(lm, batch, baseline)
+            n_tokens += n
+            bar.update(n)
+            if max_tokens is not None and n_tokens >= max_tokens:
+                break
+    if n_tokens == 0:
+        raise ValueError("texts gave no token that counts: all were masked, or the texts are empty")
+    return [meter.result() for meter in meters]
+
+
+def hook_name_of(itda: ITDA) -> str:
+    """The hook point that a dictionary belongs to.
+
+    Raises:
+        ValueError: its metadata names none.
+    """
+    name = itda.cfg.metadata.hook_name
+    if not name:
+        raise ValueError("the dictionary's metadata names no hook_name; it was fit on bare activations")
+    return name
+
+
+def tokenization_of(itdas: Sequence[ITDA], lm: LanguageModel) -> Tokenization:
+    """How the contexts that `itdas` were built from were cut.
+
+    Raises:
+        ValueError: they were cut in different ways.
+    """
+    default_bos = lm.tokenizer.bos_token_id is not None
+    ways = {
+        (
+            itda.cfg.metadata.get("context_size", 128),
+            bool(itda.cfg.metadata.get("prepend_bos", default_bos)),
+            bool((itda.cfg.metadata.itda_build or {}).get("keep_special_tokens", False)),
+        )
+        for itda in itdas
+    }
+    if len(ways) > 1:
+        raise ValueError(
+            "dictionaries with different (context_size, prepend_bos, keep_special_tokens) cannot be "
+            f"taken together: {sorted(ways)}"
+        )
+    return Tokenization(lm.tokenizer, *ways.pop())
+
+
+class _Predictions:
+    """Losses and log-probabilities of one forward pass, where its predictions count."""
+
+    def __init__(self, logits: Float[Tensor, "batch seq vocab"], batch: ContextBatch) -> None:
+        keep = batch.keep.to(logits.device)
+        self.log_probs = logits[keep].float().log_softmax(dim=-1)
+        # A prediction needs a next token; the last of a context has none.
+        followed = batch.attention_mask.roll(-1, dims=1).clone()
+        followed[:, -1] = False
+        self._followed: Bool[Tensor, " n"] = followed.to(logits.device)[keep]
+        self._next: Int[Tensor, " n"] = batch.tokens.roll(-1, dims=1).to(logits.device)[keep]
+
+    def loss(self) -> tuple[float, int]:
+        """Sum of the next-token losses, and how many there are."""
+        chosen = self.log_probs[self._followed].gather(-1, self._next[self._followed, None])
+        return -chosen.double().sum().item(), len(chosen)
+
+    def kl_to(self, other: "_Predictions") -> float:
+        """Sum of KL(self || other)."""
+        divergence = self.log_probs.exp() * (self.log_probs - other.log_probs)
+        return divergence.sum(dim=-1).double().sum().item()
+
+
+class _Meter:
+    """Running figures of one dictionary."""
+
+    def __init__(self, itda: ITDA) -> None:
+        self._itda = itda
+        self._hook = hook_name_of(itda)
+        self._fvu = RunningFVU()
+        self._alive = torch.zeros(itda.cfg.d_sae, dtype=torch.bool)
+        self._nonzeros = 0
+        self._kl = 0.0
+        self._losses = {"base": 0.0, "spliced": 0.0, "zero": 0.0}
+        self._n_losses = 0
+
+    def update(self, lm: LanguageModel, batch: ContextBatch, baseline: _Predictions) -> None:
+        spliced = _Predictions(
+            lm.logits(batch.tokens, batch.attention_mask, {self._hook: self._splice(batch)}), batch
+        )
+        zeroed = _Predictions(
+            lm.logits(batch.tokens, batch.attention_mask, {self._hook: torch.zeros_like}), batch
+        )
+        for name, predictions in (("base", baseline), ("spliced", spliced), ("zero", zeroed)):
+            loss, n = predictions.loss()
+            self._losses[name] += loss
+        self._n_losses += n
+        self._kl += baseline.kl_to(spliced)
+
+    def _splice(self, batch: ContextBatch):
+        def splice(activation: Tensor) -> Tensor:
+            keep = batch.keep.to(activation.device)
+            flat = activation.flatten(2)
+            if flat.shape[-1] != self._itda.cfg.d_in:
+                raise ValueError(
+                    f"the model gives activations of width {flat.shape[-1]} at {self._hook!r}, but the "
+                    f"dictionary has d_in={self._itda.cfg.d_in}: it belongs to another model or hook"
+                )
+            x = flat[keep]
+            reconstruction = self._reconstruct(x)
+            out = flat.clone()
+            out[keep] = reconstruction.to(out.dtype)
+            return out.reshape(activation.shape)
+
+        return splice
+
+    def _reconstruct(self, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_in"]:
+        itda = self._itda
+        rows = x.to(itda.device)
+        if itda.hook_z_reshaping_mode:
+            rows = rows[:, None]  # one head of full width: the same flattening
+        codes = itda.encode_sparse(rows)
+        reconstruction = itda.decode_sparse(codes).reshape(x.shape).to(x.device)
+        self._fvu.update(x, reconstruction)
+        used = codes.values != 0
+        self._nonzeros += int(used.sum())
+        self._alive[codes.indices[used].cpu()] = True
+        return reconstruction
+
+    def result(self) -> Evaluation:
+        n_losses = max(1, self._n_losses)
+        base, spliced, zero = (self._losses[name] / n_losses for name in ("base", "spliced", "zero"))
+        gap = zero - base
+        n = self._fvu.n
+        return Evaluation(
+            hook_name=self._hook,
+            d_sae=self._itda.cfg.d_sae,
+            k=self._itda.cfg.k,
+            n_tokens=n,
+            l0=self._nonzeros / n,
+            fvu=self._fvu.value(),
+            alive_fraction=self._alive.float().mean().item(),
+            ce_loss=base,
+            ce_loss_spliced=spliced,
+            ce_loss_zero=zero,
+            ce_loss_score=(zero - spliced) / gap if gap != 0 else float("nan"),
+            kl=self._kl / n,
+        )

@@ -1,0 +1,196 @@
+"""The commands of `itda` for the user's own model."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from itda_lens.analysis import decompose, evaluate
+from itda_lens.reports import decomposition_table, evaluation_table, info_table, labels_table
+from itda_lens.sae import ITDA, dictionaries_in, load
+from itda_lens.sources import Loader
+from itda_lens.training import BUILD_KEY, Preset, build, output_folder, save_all
+
+console = Console()
+
+Folders = Annotated[
+    list[Path],
+    typer.Argument(help="Folders of dictionaries, or folders that hold several.", show_default=False),
+]
+Texts = Annotated[
+    str,
+    typer.Option(
+        help="A text file, a .jsonl file, or the name of a Hugging Face data set.", show_default=False
+    ),
+]
+ModelOption = Annotated[
+    str | None,
+    typer.Option(help="The model, if not the one that the dictionary names.", show_default=False),
+]
+LoaderOption = Annotated[
+    str, typer.Option(help="How to load the model: bridge, hooked_transformer or huggingface.")
+]
+DeviceOption = Annotated[
+    str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default: a GPU if there is one.")
+]
+TextField = Annotated[str, typer.Option(help="Field of a jsonl line or data set row with the text.")]
+Split = Annotated[str, typer.Option(help="Split of the data set.")]
+
+
+def build_command(
+    model: Annotated[
+        str, typer.Argument(help="A Hugging Face name or a local folder.", show_default=False)
+    ],
+    texts: Texts,
+    hook: Annotated[
+        list[str],
+        typer.Option(help="A hook point, such as blocks.10.hook_resid_post; may be repeated."),
+    ],
+    out: Annotated[
+        Path, typer.Option(help="Folder for the dictionaries, a subfolder per hook; must not exist.")
+    ],
+    d_sae: Annotated[int, typer.Option(help="Atoms per dictionary.")] = 4096,
+    k: Annotated[int, typer.Option(help="Most nonzeros per code.")] = 20,
+    preset: Annotated[str, typer.Option(help="best, or paper (Leask et al. 2025).")] = "best",
+    method: Annotated[
+        str | None, typer.Option(help="Encoder: mp or omp; default: omp for best, mp for paper.")
+    ] = None,
+    loss_threshold: Annotated[
+        float | None, typer.Option(help="For paper: relative error that admits an activation.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the samples.")] = 0,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="Stop after so many tokens; default: all of the texts.")
+    ] = None,
+    context_size: Annotated[int, typer.Option(help="Tokens per context, BOS included.")] = 128,
+    batch_size: Annotated[int, typer.Option(help="Contexts per forward pass.")] = 16,
+    keep_special_tokens: Annotated[
+        bool, typer.Option("--keep-special-tokens", help="Let BOS and special tokens be atoms.")
+    ] = False,
+    text_field: TextField = "text",
+    split: Split = "train",
+    loader: LoaderOption = "bridge",
+    device: DeviceOption = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the dictionaries in the output folder.")
+    ] = False,
+) -> None:
+    """Build labelled dictionaries of a model's activations.
+
+    All hook points are fed by the same forward passes, which stop at the deepest of them.
+
+    Example: itda build gpt2 --texts book.txt --hook blocks.6.hook_resid_post --out gpt2-dictionaries
+    """
+    with output_folder(out, overwrite) as folder:
+        dictionaries = build(
+            model,
+            texts,
+            hook,
+            d_sae=d_sae,
+            k=k,
+            preset=_preset(preset),
+            method=method,  # pyright: ignore[reportArgumentType] (checked by build)
+            loss_threshold=loss_threshold,
+            seed=seed,
+            max_tokens=max_tokens,
+            context_size=context_size,
+            batch_size=batch_size,
+            keep_special_tokens=keep_special_tokens,
+            text_field=text_field,
+            split=split,
+            loader=_loader(loader),
+            device=device,
+        )
+        save_all(dictionaries, folder)
+    for name, itda in dictionaries.items():
+        console.print(f"{out / name}: {itda.cfg.d_sae:,} atoms, k = {itda.cfg.k}")
+    console.print(f"Next: [bold]itda eval {out} --texts HELD_OUT_FILE[/]")
+
+
+def info_command(
+    folders: Folders,
+    labels: Annotated[int, typer.Option(min=0, help="How many atoms' labels to show.")] = 10,
+) -> None:
+    """Show what a dictionary is, how it was built, and where its first atoms came from."""
+    for folder, itda in _load_all(folders):
+        console.print(info_table(itda, str(folder)))
+        if labels:
+            console.print(labels_table(itda, labels))
+
+
+def decompose_command(
+    folder: Annotated[Path, typer.Argument(help="Folder of a dictionary.", show_default=False)],
+    text: Annotated[str, typer.Argument(help="The text to take apart.", show_default=False)],
+    model: ModelOption = None,
+    top: Annotated[int, typer.Option(min=1, help="Atoms to show per token.")] = 4,
+    loader: LoaderOption | None = None,
+    device: DeviceOption = None,
+) -> None:
+    """Show which activations each token of a text is made of.
+
+    Example: itda decompose gpt2-dictionaries/blocks.6.hook_resid_post "The cat sat on the mat."
+    """
+    itda = load(folder)
+    name, loaded_by = _model_of([itda], model, loader)
+    found = decompose(name, itda, text, loader=loaded_by, device=device)
+    console.print(decomposition_table(found, top, itda.cfg.metadata.hook_name or ""))
+
+
+def eval_command(
+    folders: Folders,
+    texts: Texts,
+    model: ModelOption = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Stop after so many tokens.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Contexts per forward pass.")] = 8,
+    text_field: TextField = "text",
+    split: Split = "train",
+    loader: LoaderOption | None = None,
+    device: DeviceOption = None,
+) -> None:
+    """Measure dictionaries on a text: FVU, L0, CE-loss score, KL and alive fraction.
+
+    Give a text that the dictionaries were not built from.
+
+    Example: itda eval gpt2-dictionaries --texts other-book.txt --max-tokens 20000
+    """
+    itdas = [itda for _, itda in _load_all(folders)]
+    name, loaded_by = _model_of(itdas, model, loader)
+    evaluations = evaluate(
+        name,
+        itdas,
+        texts,
+        max_tokens=max_tokens,
+        batch_size=batch_size,
+        text_field=text_field,
+        split=split,
+        loader=loaded_by,
+        device=device,
+    )
+    console.print(evaluation_table(evaluations, title=f"Evaluation on {texts}"))
+
+
+def _load_all(folders: list[Path]) -> list[tuple[Path, ITDA]]:
+    found = [inside for folder in folders for inside in (dictionaries_in(folder) or [folder])]
+    return [(folder, load(folder)) for folder in found]
+
+
+def _model_of(itdas: list[ITDA], model: str | None, loader: str | None) -> tuple[Any, Loader]:
+    """The model to load: the one named by the user, else the one that the dictionaries name."""
+    records: list[dict[str, Any]] = [dict(itda.cfg.metadata[BUILD_KEY] or {}) for itda in itdas]
+    loaders = {record["loader"] for record in records if "loader" in record}
+    chosen = loader or (loaders.pop() if len(loaders) == 1 else "bridge")
+    if model is not None:
+        return model, _loader(chosen)
+    models = {record["model"] for record in records if "model" in record}
+    if len(models) != 1:
+        raise ValueError(f"pass --model: the dictionaries name {len(models)} models, not one")
+    return models.pop(), _loader(chosen)
+
+
+def _loader(name: str) -> Loader:
+    return name  # pyright: ignore[reportReturnType] (checked by language_model)
+
+
+def _preset(name: str) -> Preset:
+    return name  # pyright: ignore[reportReturnType] (checked by build)

@@ -1,0 +1,116 @@
+"""The "best" rule: of a uniform sample of activations, keep those that carry the most energy."""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from itda_lens.dictionary.labels import Label
+from itda_lens.dictionary.sampling import StreamSample
+from itda_lens.dictionary.selection import (
+    SAME_DIRECTION,
+    Dictionary,
+    first_of_direction,
+    normalize_rows,
+    prune_by_energy,
+)
+from itda_lens.dictionary.variance import RunningFVU
+from itda_lens.pursuit import encode, gram_matrix
+
+CANDIDATES_PER_ATOM = 4
+"""Size of the pool that atoms are chosen from, in multiples of the atoms wanted."""
+
+MIN_SCORED = 16_384
+"""Activations, at least, on which candidates are scored; see docs/quality.md for its effect."""
+
+DROP_PER_ROUND = 0.3
+"""Fraction of the candidates that one round of pruning drops."""
+
+NEAR_DUPLICATE = 0.99
+"""Cosine (after centring) from which a candidate repeats an earlier one."""
+
+GUIDE_ROWS = 64
+"""Activations per update on which the progress bar's FVU is measured."""
+
+
+class EnergySelector:
+    """Centre, sample, drop near-duplicates, prune by energy.
+
+    One pass over the stream keeps its exact mean and two uniform samples of it: candidates, distinct
+    ones, and activations to score them on. Memory is bounded by the samples; neither the samples nor
+    the result depend on how the stream is cut into batches.
+    """
+
+    def __init__(
+        self, d_in: int, d_sae: int, k: int, *, signed: bool, seed: int, dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:  # fmt: skip
+        self._d_sae, self._k, self._signed = d_sae, k, signed
+        n_candidates = CANDIDATES_PER_ATOM * d_sae
+        n_scored = max(MIN_SCORED, n_candidates)
+        self._candidates = StreamSample(d_in, n_candidates, seed, dtype, device, distinct=True)
+        self._scored = StreamSample(d_in, n_scored, seed + 1, dtype, device, distinct=False)
+        self._sum = torch.zeros(d_in, dtype=torch.float64, device=device)
+
+    @property
+    def n_atoms(self) -> int:
+        return min(self._d_sae, len(self._candidates))
+
+    def update(self, x: Float[Tensor, "m d"], labels: Sequence[Label]) -> None:
+        # Row by row: a sum by batches would depend, in its last bits, on the batches.
+        self._sum = torch.cat([self._sum[None], x.double()]).cumsum(dim=0)[-1]
+        self._candidates.update(x, labels)
+        self._scored.update(x, labels)
+
+    def running_fvu(self) -> float:
+        """FVU of a random dictionary from the candidates so far: what selection starts from.
+
+        NaN until there are more activations than atoms, since each would be its own atom.
+        """
+        if self._candidates.n_seen <= self._d_sae:
+            return float("nan")
+        mean = self._mean()
+        atoms, usable = normalize_rows(self._candidates.held[: self._d_sae] - mean)
+        atoms = atoms[usable]
+        # The last rows: while the samples still hold everything, they are not among those atoms.
+        x = self._scored.held[-GUIDE_ROWS:] - mean
+        codes = encode(x, atoms, min(self._k, len(atoms)), signed=self._signed)
+        guide = RunningFVU()
+        guide.update(x, codes.decode(atoms))
+        return guide.value()
+
+    def finish(self, progress: bool) -> Dictionary:
+        mean = self._mean()
+        unit, usable = normalize_rows(self._candidates.rows() - mean)
+        keep = self._distinct(unit, usable)
+        labels = self._candidates.labels()
+        candidates = unit[keep]
+        x = self._scored.rows() - mean
+        chosen = prune_by_energy(
+            x, candidates, self._d_sae, self._k,
+            signed=self._signed, drop=DROP_PER_ROUND, progress=progress,
+        )  # fmt: skip
+        atoms = candidates[chosen].clone()
+        origin = keep.nonzero().flatten()[chosen].tolist()
+        fvu = RunningFVU()
+        codes = encode(x, atoms, self._k, signed=self._signed, gram=gram_matrix(atoms))
+        fvu.update(x, codes.decode(atoms))
+        n_seen = self._candidates.n_seen
+        return Dictionary(atoms, mean, [labels[i] for i in origin], n_seen, fvu.value())
+
+    def _mean(self) -> Float[Tensor, " d"]:
+        return (self._sum / max(1, self._candidates.n_seen)).to(self._candidates.held.dtype)
+
+    def _distinct(self, unit: Tensor, usable: Tensor) -> Tensor:
+        """Candidates that repeat no earlier one; of few, all that are not the very same direction."""
+        for cosine in (NEAR_DUPLICATE, SAME_DIRECTION):
+            keep = usable.clone()
+            keep[usable] = first_of_direction(unit[usable], cosine, self._signed)
+            if keep.sum() >= self._d_sae:
+                return keep
+        raise ValueError(
+            f"d_sae must be at most the number of distinct activations: got d_sae={self._d_sae}, but "
+            f"{self._candidates.n_seen} activations point in only {int(keep.sum())} directions "
+            "from their mean"
+        )

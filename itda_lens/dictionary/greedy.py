@@ -1,0 +1,128 @@
+"""The "paper" rule: admit what the dictionary so far reconstructs badly (Leask et al. 2025)."""
+
+import warnings
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from itda_lens.dictionary.labels import Label
+from itda_lens.dictionary.rows import RowStore
+from itda_lens.dictionary.selection import (
+    SAME_DIRECTION,
+    Dictionary,
+    first_of_direction,
+    normalize_rows,
+)
+from itda_lens.dictionary.variance import RunningFVU
+from itda_lens.pursuit import encode, gram_fits
+
+DEFAULT_LOSS_THRESHOLD = 0.2
+"""tau: admit an activation x if matching pursuit leaves |x - xhat|^2 > tau |x|^2.
+
+The authors' script thresholds the mean over d of the squared difference of x/|x| and xhat/|xhat|; since
+the residual is nearly orthogonal to xhat, their threshold t is tau = 1 - (1 - t d / 2)^2."""
+
+
+class GreedySelector:
+    """The paper's greedy rule, batch by batch, without centring.
+
+    The first `d_in` atoms (or `max_atoms`, if fewer) are the most frequent activations of the first
+    batches. After that, each batch is reconstructed with the dictionary so far and the activations
+    whose relative loss exceeds `loss_threshold` are admitted in their order, a direction once, until
+    there are `max_atoms`; what follows is not looked at. The result depends on the batches.
+    """
+
+    def __init__(
+        self, d_in: int, max_atoms: int | None, k: int, *, signed: bool, loss_threshold: float,
+        dtype: torch.dtype, device: torch.device,
+    ) -> None:  # fmt: skip
+        if not 0 < loss_threshold < 1:
+            raise ValueError(f"loss_threshold must be between 0 and 1, got {loss_threshold}")
+        self._max_atoms, self._k, self._signed = max_atoms, k, signed
+        self._threshold = loss_threshold
+        self._n_initial = d_in if max_atoms is None else min(d_in, max_atoms)
+        self._store = RowStore(d_in, dtype, device, limit=max_atoms or 2**31)
+        self._gram = torch.empty(0, 0, dtype=dtype, device=device)
+        self._n_in_gram = 0
+        self._guide = RunningFVU()
+        self._n_tokens = 0
+
+    @property
+    def n_atoms(self) -> int:
+        return len(self._store)
+
+    def update(self, x: Float[Tensor, "m d"], labels: Sequence[Label]) -> None:
+        self._n_tokens += len(x)
+        if self._store.room == 0:
+            return
+        unit, usable = normalize_rows(x)
+        missing = self._n_initial - len(self._store)
+        if missing > 0:
+            self._admit(_most_frequent(unit, usable), unit, labels, at_most=missing)
+        if len(self._store) == 0:
+            return
+        atoms = self._store.rows
+        k = min(self._k, len(atoms))
+        codes = encode(x, atoms, k, signed=self._signed, gram=self._current_gram())
+        reconstruction = codes.decode(atoms)
+        self._guide.update(x, reconstruction)
+        loss = (x - reconstruction).square().sum(dim=-1)
+        bad = usable & (loss > self._threshold * x.square().sum(dim=-1))
+        self._admit(bad.nonzero().flatten(), unit, labels)
+
+    def running_fvu(self) -> float:
+        """FVU of the batches when they were first seen."""
+        return self._guide.value()
+
+    def finish(self, progress: bool) -> Dictionary:
+        n = len(self._store)
+        if n == 0:
+            raise ValueError("no activation with a norm above 0 was seen")
+        if self._max_atoms is not None and n < self._max_atoms:
+            warnings.warn(
+                f"the dictionary has {n} atoms, not {self._max_atoms}: after them every activation was "
+                f"reconstructed to loss_threshold={self._threshold}; lower it or give more text",
+                stacklevel=2,
+            )
+        atoms = self._store.rows.clone()
+        mean = torch.zeros_like(atoms[0])
+        return Dictionary(atoms, mean, list(self._store.labels), self._n_tokens, self.running_fvu())
+
+    def _admit(
+        self, rows: Int[Tensor, " c"], unit: Tensor, labels: Sequence[Label], at_most: int | None = None
+    ) -> None:
+        """Append the directions among `rows` of `unit` that are new, in order, as far as they fit."""
+        new = first_of_direction(unit[rows], SAME_DIRECTION, self._signed, known=self._store.rows)
+        room = self._store.room if at_most is None else min(at_most, self._store.room)
+        chosen = rows[new][:room]
+        self._store.append(unit[chosen], [labels[i] for i in chosen.tolist()])
+
+    def _current_gram(self) -> Tensor | None:
+        """The Gram matrix of the atoms so far; only the rows of new atoms are computed."""
+        atoms = self._store.rows
+        n, known = len(atoms), self._n_in_gram
+        if not gram_fits(n, atoms.dtype):
+            self._gram, self._n_in_gram = self._gram[:0, :0], 0
+            return None
+        if n > len(self._gram):
+            size = 2 * n if gram_fits(2 * n, atoms.dtype) else n
+            grown = atoms.new_empty(size, size)
+            grown[:known, :known] = self._gram[:known, :known]
+            self._gram = grown
+        self._gram[known:n, :n] = atoms[known:] @ atoms.T
+        self._gram[:known, known:n] = self._gram[known:n, :known].T
+        self._n_in_gram = n
+        return self._gram[:n, :n]
+
+
+def _most_frequent(unit: Tensor, usable: Tensor) -> Int[Tensor, " c"]:
+    """First occurrences of the distinct rows, the most repeated first; ties in order."""
+    rows = usable.nonzero().flatten()
+    _, inverse, counts = torch.unique(unit[rows], dim=0, return_inverse=True, return_counts=True)
+    first = torch.full_like(counts, len(rows))
+    first.scatter_reduce_(0, inverse, torch.arange(len(rows), device=rows.device), "amin")
+    by_place = first.argsort()
+    by_count = counts[by_place].argsort(descending=True, stable=True)
+    return rows[first[by_place][by_count]]

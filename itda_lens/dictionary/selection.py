@@ -1,0 +1,142 @@
+"""What every rule for choosing atoms has in common, and the pieces that rules are made of."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from itda_lens.dictionary.labels import Label
+from itda_lens.pursuit import SparseCodes, encode, gram_matrix
+
+SAME_DIRECTION = 1 - 1e-6
+"""Cosine from which two float32 directions count as the same one: their rounding allows no better."""
+
+
+@dataclass(frozen=True)
+class Dictionary:
+    """Chosen atoms, not yet tied to any host library.
+
+    Attributes:
+        atoms: unit rows.
+        mean: what is subtracted from an activation before it is decomposed (`b_dec`).
+        labels: where each atom came from.
+        n_tokens: activations that the choice was made from.
+        fvu: of the activations that the rule reconstructed on its way; an optimistic guide, not an
+            evaluation.
+    """
+
+    atoms: Float[Tensor, "d_sae d_in"]
+    mean: Float[Tensor, " d_in"]
+    labels: list[Label]
+    n_tokens: int
+    fvu: float
+
+
+class Selector(Protocol):
+    """A rule that sees a stream of activations once and then names its atoms."""
+
+    @property
+    def n_atoms(self) -> int:
+        """Atoms that would be chosen if the stream ended now (before duplicates are dropped)."""
+        ...
+
+    def update(self, x: Float[Tensor, "m d"], labels: Sequence[Label]) -> None:
+        """See the next activations (finite, at least float32) and their labels."""
+        ...
+
+    def running_fvu(self) -> float:
+        """A guide to quality so far, for progress bars; NaN if unknown."""
+        ...
+
+    def finish(self, progress: bool) -> Dictionary:
+        """Choose.
+
+        Raises:
+            ValueError: too few distinct activations were seen.
+        """
+        ...
+
+
+def normalize_rows(
+    x: Float[Tensor, "n d"],
+) -> tuple[Float[Tensor, "n d"], Bool[Tensor, " n"]]:
+    """Rows scaled to unit norm, and which rows had a norm to scale (the others are zero)."""
+    norm = x.norm(dim=-1)
+    # A row a million times smaller than the largest one is what rounding left of a mean.
+    usable = norm > 1e-6 * norm.max() if len(x) else norm > 0
+    return x / norm.masked_fill(~usable, 1)[:, None] * usable[:, None], usable
+
+
+def first_of_direction(
+    unit: Float[Tensor, "n d"],
+    cosine: float,
+    signed: bool,
+    known: Float[Tensor, "m d"] | None = None,
+    block: int = 512,
+) -> Bool[Tensor, " n"]:
+    """Mark rows whose cosine to every earlier marked row, and to `known` ones, is below `cosine`.
+
+    Args:
+        unit: rows of unit norm.
+        cosine: rows at least this similar count as duplicates.
+        signed: whether d and -d are duplicates too, as they are for signed codes.
+        known: unit rows that count as marked before the first.
+        block: rows compared at once; does not change the result.
+    """
+    kept_rows = unit[:0] if known is None else known
+    marks = []
+    for rows in unit.split(block):
+        similarity = rows @ kept_rows.T
+        inner = rows @ rows.T
+        if signed:
+            similarity, inner = similarity.abs(), inner.abs()
+        keep = ~(similarity >= cosine).any(dim=-1)
+        clashes = (inner >= cosine).tril(diagonal=-1)
+        for i in clashes.any(dim=-1).nonzero().flatten().tolist():
+            keep[i] &= not (clashes[i] & keep).any()
+        marks.append(keep)
+        kept_rows = torch.cat([kept_rows, rows[keep]])
+    return torch.cat(marks) if marks else torch.zeros(0, dtype=torch.bool, device=unit.device)
+
+
+def energy_by_atom(codes: SparseCodes, n_atoms: int) -> Float[Tensor, " n"]:
+    """Sum of squared coefficients of each atom over all rows of `codes`, in float64."""
+    energy = torch.zeros(n_atoms, dtype=torch.float64, device=codes.values.device)
+    squares = codes.values.double().square().flatten()
+    return energy.index_add_(0, codes.indices.flatten(), squares)
+
+
+def prune_by_energy(
+    x: Float[Tensor, "n d"],
+    candidates: Float[Tensor, "m d"],
+    n_keep: int,
+    k: int,
+    *,
+    signed: bool,
+    drop: float,
+    progress: bool,
+) -> Int[Tensor, " n_keep"]:
+    """Indices, ascending, of the candidates that carry the most energy in the codes of `x`.
+
+    Rounds: code `x` by matching pursuit, drop the fraction `drop` of the candidates that carry the
+    least (never below `n_keep`), again. What a dropped atom carried falls to its neighbours, so
+    several small rounds choose better than one large one.
+    """
+    kept = torch.arange(len(candidates), device=candidates.device)
+    gram = gram_matrix(candidates)
+    with tqdm(
+        total=len(candidates) - n_keep, desc="selecting", unit="atom", disable=not progress, leave=False
+    ) as bar:
+        while len(kept) > n_keep:
+            codes = encode(x, candidates, min(k, len(kept)), signed=signed, gram=gram)
+            energy = energy_by_atom(codes, len(kept))
+            size = max(n_keep, int(len(kept) * (1 - drop)))
+            best = energy.argsort(descending=True, stable=True)[:size].sort().values
+            bar.update(len(kept) - size)
+            kept, candidates = kept[best], candidates[best]
+            gram = None if gram is None else gram[best][:, best]
+    return kept

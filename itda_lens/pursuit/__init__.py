@@ -1,0 +1,15 @@
+"""Pure tensor functions: activations and atoms in, sparse codes out."""
+
+from itda_lens.pursuit.codes import SparseCodes
+from itda_lens.pursuit.encode import DEFAULT_RTOL, Method, encode
+from itda_lens.pursuit.gram import GRAM_BUDGET_BYTES, gram_fits, gram_matrix
+
+__all__ = [
+    "DEFAULT_RTOL",
+    "GRAM_BUDGET_BYTES",
+    "Method",
+    "SparseCodes",
+    "encode",
+    "gram_fits",
+    "gram_matrix",
+]

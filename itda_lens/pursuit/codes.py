@@ -1,0 +1,53 @@
+"""The sparse code of a batch of activations: which atoms, and how much of each."""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+class SparseCodes(NamedTuple):
+    """Coefficients of a batch of activations over the atoms of a dictionary.
+
+    A row's used slots come first, in the order in which the pursuit picked the atoms, and name
+    distinct atoms. An unused slot has value 0 (and index 0), so that sums over slots need no mask.
+
+    Attributes:
+        indices: atom of each slot, int64.
+        values: coefficient of each slot, signed unless the pursuit was non-negative.
+    """
+
+    indices: Int[Tensor, "*batch k"]
+    values: Float[Tensor, "*batch k"]
+
+    def l0(self) -> Int[Tensor, "*batch"]:
+        """Nonzero coefficients of each row."""
+        return (self.values != 0).sum(dim=-1)
+
+    def to_dense(self, d_sae: int) -> Float[Tensor, "*batch d_sae"]:
+        """The same codes as one row of `d_sae` coefficients each; differentiable in `values`."""
+        dense = self.values.new_zeros(*self.values.shape[:-1], d_sae)
+        return dense.scatter_add(-1, self.indices, self.values)
+
+    def decode(self, atoms: Float[Tensor, "d_sae d_in"]) -> Float[Tensor, "*batch d_in"]:
+        """Sum of each row's atoms times their coefficients, read by gather, in `values`' dtype."""
+        return gather_sum(self.indices, self.values, atoms)
+
+
+def gather_sum(
+    indices: Int[Tensor, "*batch k"],
+    weights: Float[Tensor, "*batch k"],
+    rows: Float[Tensor, "n d"],
+) -> Float[Tensor, "*batch d"]:
+    """`sum_s weights[..., s] * rows[indices[..., s]]` without building the gathered rows."""
+    if indices.numel() == 0:  # embedding_bag refuses an empty bag
+        return weights.new_zeros(*indices.shape[:-1], rows.shape[1])
+    k = indices.shape[-1]
+    flat = torch.nn.functional.embedding_bag(
+        indices.reshape(-1, k),
+        rows.to(weights.dtype),
+        per_sample_weights=weights.reshape(-1, k),
+        mode="sum",
+    )
+    return flat.reshape(*indices.shape[:-1], rows.shape[1])

@@ -1,0 +1,133 @@
+"""The pursuits as functions of whole tensors: checks, chunks, dtypes and gradients."""
+
+from typing import Literal, get_args
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from itda_lens.pursuit import matching, orthogonal
+from itda_lens.pursuit.codes import SparseCodes
+
+Method = Literal["mp", "omp"]
+
+DEFAULT_RTOL = 1e-3
+"""A row stops once |residual| <= rtol * |x|. An activation that is itself an atom leaves a residual of
+rounding errors, some 1e-4 |x| in float32 by the way it is tracked, which must not become
+coefficients; giving up the last 1e-6 of the energy costs nothing measurable."""
+
+ROWS_PER_CHUNK = {"gram": 64, "gemm": 1024}
+"""Rows worked on at once on a CPU: with a Gram matrix, so few that their correlations stay in cache;
+without, enough for the matrix product to run at full speed."""
+
+CUDA_ROWS_PER_CHUNK = 4096
+"""On a GPU: enough to fill it; bounds the memory for correlations."""
+
+
+def encode(
+    x: Float[Tensor, "*batch d"],
+    atoms: Float[Tensor, "n d"],
+    k: int,
+    *,
+    method: Method = "mp",
+    signed: bool = True,
+    rtol: float = DEFAULT_RTOL,
+    gram: Float[Tensor, "n n"] | None = None,
+) -> SparseCodes:
+    """Sparse codes of `x` over unit-norm `atoms`, at most `k` nonzeros a row.
+
+    Each row depends on itself alone. Ties go to the atom of lowest index. Two equal atoms never share
+    a code under "omp" and need not under "mp", and the lower index wins where their correlations are
+    equal bit for bit. bf16 and fp16 are computed, and returned, in float32. Differentiable in `x` and
+    `atoms` given the support.
+
+    Args:
+        x: activations, centred by the caller if at all; 1-D to n-D, any floating dtype.
+        atoms: dictionary, rows of unit norm.
+        k: most nonzeros per row, 1 <= k <= n.
+        method: "mp", matching pursuit (Mallat & Zhang 1993), `k` steps that may pick an atom again;
+            "omp", orthogonal matching pursuit (Pati et al. 1993), which re-solves for all
+            coefficients at each step: better codes, slower.
+        signed: False restricts coefficients to >= 0.
+        rtol: stop a row at |residual| <= rtol |x|; 0 never stops early.
+        gram: `gram_matrix(atoms)`, to run the Gram form; None runs the GEMM form.
+
+    Raises:
+        ValueError: shapes do not fit, k or rtol out of range, unknown method, NaN or infinity in x.
+        TypeError: x or atoms are not floating point.
+    """
+    _check(x, atoms, k, method, rtol, gram)
+    dtype = torch.promote_types(torch.promote_types(x.dtype, atoms.dtype), torch.float32)
+    rows = x.reshape(-1, x.shape[-1]).to(dtype)
+    atoms = atoms.to(dtype)
+    gram = None if gram is None else gram.detach().to(dtype)
+    if not len(rows):
+        empty = torch.zeros(*x.shape[:-1], k, device=x.device)
+        return SparseCodes(empty.long(), empty.to(dtype))
+    chunks = [
+        _encode_chunk(chunk, atoms, gram, k, method, signed, rtol)
+        for chunk in rows.split(_chunk_rows(rows, gram))
+    ]
+    shape = (*x.shape[:-1], k)
+    return SparseCodes(
+        torch.cat([chunk.indices for chunk in chunks]).reshape(shape),
+        torch.cat([chunk.values for chunk in chunks]).reshape(shape),
+    )
+
+
+def _encode_chunk(
+    x: Float[Tensor, "b d"],
+    atoms: Float[Tensor, "n d"],
+    gram: Float[Tensor, "n n"] | None,
+    k: int,
+    method: Method,
+    signed: bool,
+    rtol: float,
+) -> SparseCodes:
+    """Search without gradients; then, where gradients are wanted, the coefficients once more."""
+    module = matching if method == "mp" else orthogonal
+    with torch.no_grad():
+        picks, coefficients = module.search(x, atoms, gram, k, signed, rtol)
+    if torch.is_grad_enabled() and (x.requires_grad or atoms.requires_grad):
+        coefficients = module.replay(x, atoms, picks)
+    return _merge(picks, coefficients)
+
+
+def _merge(picks: Int[Tensor, "b k"], coefficients: Float[Tensor, "b k"]) -> SparseCodes:
+    """Add up the coefficients of repeated picks and move the used slots to the front."""
+    same = picks[:, :, None] == picks[:, None, :]
+    first = same.byte().argmax(dim=-1)  # for each slot, the first slot that picked its atom
+    values = torch.zeros_like(coefficients).scatter_add(-1, first, coefficients)
+    values = values.masked_fill(picks < 0, 0)
+    order = (values == 0).byte().argsort(dim=-1, stable=True)
+    values = values.gather(-1, order)
+    indices = picks.gather(-1, order).masked_fill(values == 0, 0)
+    return SparseCodes(indices, values)
+
+
+def _chunk_rows(rows: Tensor, gram: Tensor | None) -> int:
+    if rows.device.type != "cpu":
+        return CUDA_ROWS_PER_CHUNK
+    return ROWS_PER_CHUNK["gemm" if gram is None else "gram"]
+
+
+def _check(x: Tensor, atoms: Tensor, k: int, method: str, rtol: float, gram: Tensor | None) -> None:
+    for name, tensor in (("x", x), ("atoms", atoms)):
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name} must be floating point, got dtype {tensor.dtype}")
+    if atoms.ndim != 2:
+        raise ValueError(f"atoms must have shape [n, d], got {tuple(atoms.shape)}")
+    n, d = atoms.shape
+    if x.ndim < 1 or x.shape[-1] != d:
+        raise ValueError(f"x must have {d} numbers per row like the atoms, got {tuple(x.shape)}")
+    if not 1 <= k <= n:
+        raise ValueError(f"k must be between 1 and the number of atoms ({n}), got {k}")
+    if method not in get_args(Method):
+        raise ValueError(f"method must be one of {get_args(Method)}, got {method!r}")
+    if not 0 <= rtol < 1:
+        raise ValueError(f"rtol must be at least 0 and below 1, got {rtol}")
+    if gram is not None and gram.shape != (n, n):
+        raise ValueError(f"gram must have shape {(n, n)}, got {tuple(gram.shape)}")
+    if not torch.isfinite(x).all():
+        bad = (~torch.isfinite(x.reshape(-1, d))).any(dim=-1).nonzero()[0].item()
+        raise ValueError(f"x has NaN or infinite values, first in row {bad}")

@@ -1,0 +1,10 @@
+"""What users look at: tables in the terminal."""
+
+from itda_lens.reports.tables import (
+    decomposition_table,
+    evaluation_table,
+    info_table,
+    labels_table,
+)
+
+__all__ = ["decomposition_table", "evaluation_table", "info_table", "labels_table"]

@@ -1,0 +1,120 @@
+"""Results as rich tables."""
+
+from collections.abc import Mapping, Sequence
+
+from rich.markup import escape
+from rich.table import Table
+
+from itda_lens.analysis import Evaluation, TokenDecomposition
+from itda_lens.dictionary import Label
+from itda_lens.sae import ITDA
+from itda_lens.training import BUILD_KEY
+
+
+def evaluation_table(
+    evaluations: Sequence[Evaluation],
+    build_tokens: Mapping[str, int] | None = None,
+    build_seconds: Mapping[str, float] | None = None,
+    title: str = "Evaluation",
+) -> Table:
+    """One row a dictionary; tokens and seconds of their builds, by hook name, where given."""
+    table = Table(title=title, caption=_evaluation_caption(evaluations))
+    table.add_column("hook", no_wrap=True)
+    for name in ("atoms", "L0", "FVU", "CE-loss score", "KL", "alive"):
+        table.add_column(name, justify="right")
+    if build_tokens is not None:
+        table.add_column("tokens", justify="right")
+    if build_seconds is not None:
+        table.add_column("seconds", justify="right")
+    for e in evaluations:
+        cells = [
+            escape(e.hook_name),
+            f"{e.d_sae:,}",
+            f"{e.l0:.1f}",
+            f"{e.fvu:.3f}",
+            f"{e.ce_loss_score:.4f}",
+            f"{e.kl:.3f}",
+            f"{e.alive_fraction:.1%}",
+        ]
+        if build_tokens is not None:
+            cells.append(f"{build_tokens[e.hook_name]:,}")
+        if build_seconds is not None:
+            cells.append(f"{build_seconds[e.hook_name]:.0f}")
+        table.add_row(*cells)
+    return table
+
+
+def decomposition_table(decomposition: Sequence[TokenDecomposition], top: int, hook_name: str) -> Table:
+    """Tokens with their `top` atoms: signed coefficient, where the atom came from, in context."""
+    table = Table(title=f"Decomposition at {hook_name}", show_lines=False)
+    table.add_column("token", no_wrap=True)
+    table.add_column("explained", justify="right")
+    table.add_column("coefficient", justify="right")
+    table.add_column("atom", justify="right")
+    table.add_column("came from", overflow="ellipsis", no_wrap=True)
+    for token in decomposition:
+        for i, component in enumerate(token.components[:top]):
+            first = i == 0
+            table.add_row(
+                escape(repr(token.token)) if first else "",
+                f"{token.explained:.0%}" if first else "",
+                f"[{'green' if component.coefficient > 0 else 'red'}]{component.coefficient:+.2f}[/]",
+                str(component.atom),
+                _quote(component.label),
+                end_section=i == len(token.components[:top]) - 1,
+            )
+    return table
+
+
+def info_table(itda: ITDA, name: str) -> Table:
+    """Configuration and build record of a dictionary."""
+    table = Table(title=escape(name), show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column()
+    metadata = itda.cfg.metadata
+    rows = {
+        "model": metadata.model_name,
+        "hook": metadata.hook_name,
+        "atoms (d_sae)": f"{itda.cfg.d_sae:,}",
+        "width (d_in)": itda.cfg.d_in,
+        "k": itda.cfg.k,
+        "encoder": f"{itda.cfg.method}, {'signed' if itda.cfg.signed else 'non-negative'}",
+        "context size": metadata.context_size,
+        "BOS prepended": metadata.prepend_bos,
+        "dtype": itda.cfg.dtype,
+    }
+    record = dict(metadata[BUILD_KEY] or {})
+    packages = record.pop("versions", {})
+    rows |= {f"build: {key}": value for key, value in record.items() if key not in ("d_sae", "k")}
+    rows |= {f"version: {key}": value for key, value in packages.items()}
+    for key, value in rows.items():
+        table.add_row(key, escape(str(value)))
+    return table
+
+
+def labels_table(itda: ITDA, n: int) -> Table:
+    """The first `n` atoms and where they came from."""
+    table = Table(title=f"First {min(n, itda.cfg.d_sae)} atoms")
+    for name in ("atom", "text", "chunk", "position"):
+        table.add_column(name, justify="right")
+    table.add_column("came from", overflow="ellipsis", no_wrap=True)
+    for i, label in enumerate(itda.labels[:n]):
+        table.add_row(str(i), str(label.row), str(label.chunk), str(label.position), _quote(label))
+    return table
+
+
+def _quote(label: Label) -> str:
+    if label.context is None:
+        return escape(str(label))
+    flat = label.context.replace("\n", "⏎").replace("\t", " ")
+    before, _, rest = flat.partition("[[")
+    token, _, after = rest.partition("]]")
+    # A narrow column: the end of what is before the token, the start of what follows it.
+    return f"[dim]{escape(before[-24:])}[/][bold]{escape(token)}[/][dim]{escape(after[:32])}[/]"
+
+
+def _evaluation_caption(evaluations: Sequence[Evaluation]) -> str:
+    if not evaluations:
+        return ""
+    e = evaluations[0]
+    return f"on {e.n_tokens:,} tokens that the dictionaries never saw; CE loss {e.ce_loss:.3f} nats"

@@ -1,0 +1,267 @@
+"""ITDA as a SAELens SAE: configuration, hooks, dtypes and files; the mathematics is in `pursuit`."""
+
+import json
+import os
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, get_args
+
+import torch
+from jaxtyping import Float
+from sae_lens import SAE, SAEConfig
+from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from typing_extensions import override
+
+from itda_lens.dictionary import Labels
+from itda_lens.pursuit import DEFAULT_RTOL, Method, SparseCodes, encode, gram_matrix
+
+LABELS_KEY = "itda_labels"
+"""Where the labels live in `cfg.metadata`: SAELens saves, loads and uploads that, and casts no integer
+in it, which it would do to a tensor of the weights file."""
+
+
+@dataclass
+class ITDAConfig(SAEConfig):
+    """Configuration of an `ITDA`.
+
+    Attributes:
+        k: most nonzeros per code, 1 <= k <= d_sae.
+        signed: whether coefficients may be negative.
+        method: "mp" (matching pursuit) or "omp" (orthogonal matching pursuit).
+        rtol: a row stops once |residual| <= rtol * |x|. Where the atoms are stored in half
+            precision, their rounding error (`torch.finfo(dtype).eps`) is used if it is larger.
+
+    The other fields, `d_in`, `d_sae`, `dtype`, `device`, `apply_b_dec_to_input`,
+    `normalize_activations`, `reshape_activations` and `metadata`, are SAELens's.
+
+    Raises:
+        ValueError: a field is out of range; the message says which and what is allowed.
+    """
+
+    k: int = 32
+    signed: bool = True
+    method: Method = "mp"
+    rtol: float = DEFAULT_RTOL
+
+    @override
+    @classmethod
+    def architecture(cls) -> str:
+        return "itda"
+
+    @override
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("d_in", "d_sae"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 1 <= self.k <= self.d_sae:
+            raise ValueError(f"k must be between 1 and d_sae={self.d_sae}, got {self.k}")
+        if self.method not in get_args(Method):
+            raise ValueError(f"method must be one of {get_args(Method)}, got {self.method!r}")
+        if not 0 <= self.rtol < 1:
+            raise ValueError(f"rtol must be at least 0 and below 1, got {self.rtol}")
+
+
+class _Prepared(NamedTuple):
+    """What `encode` derives from `W_dec`.
+
+    Attributes:
+        key: the state of `W_dec` that the rest was derived from.
+        norms: of the rows, at least float32; None where all are 1 up to rounding, as they are unless
+            the dictionary is stored in half precision or was rescaled.
+        gram: of the unit rows; None over the memory budget.
+    """
+
+    key: tuple[object, ...]
+    norms: Tensor | None
+    gram: Tensor | None
+
+
+class ITDA(SAE[ITDAConfig]):
+    """A dictionary of real activations that decomposes others by matching pursuit.
+
+    Codes are `pursuit.encode(x - b_dec, W_dec)`, reconstructions `codes @ W_dec + b_dec`. There is no
+    encoder to train: `W_enc` is a view of `W_dec.T`. `encode` passes the code through
+    `hook_sae_acts_pre` and `hook_sae_acts_post` and is differentiable given its support.
+    """
+
+    def __init__(self, cfg: ITDAConfig, use_error_term: bool = False) -> None:
+        super().__init__(cfg, use_error_term)
+        # Neither buffers nor parameters: SAELens builds models on device "meta" and assigns weights.
+        self._prepared: _Prepared | None = None
+        self._labels: tuple[str, Labels] | None = None
+
+    @override
+    def initialize_weights(self) -> None:
+        self.b_dec = nn.Parameter(torch.zeros(self.cfg.d_in, dtype=self.dtype, device=self.device))
+        atoms = torch.randn(self.cfg.d_sae, self.cfg.d_in, device=self.device)
+        atoms = torch.nn.functional.normalize(atoms, dim=-1).to(self.dtype)
+        self.W_dec = nn.Parameter(atoms)
+
+    @property
+    def W_enc(self) -> Float[Tensor, "d_in d_sae"]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """View of `W_dec.T`, for tools that read encoder directions (SAEBench takes their norms)."""
+        return self.W_dec.T
+
+    # encoding and decoding
+
+    @override
+    def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
+        """Dense codes of `x`, at most `cfg.k` nonzeros each, in the dictionary's dtype.
+
+        Raises:
+            ValueError: `x` has the wrong width, NaN or infinite values.
+        """
+        codes = self.encode_sparse(x).to_dense(self.cfg.d_sae).to(self.dtype)
+        return self.hook_sae_acts_post(self.hook_sae_acts_pre(codes))
+
+    def encode_sparse(self, x: Float[Tensor, "*batch d_in"]) -> SparseCodes:
+        """Codes of `x` as (indices, values), `cfg.k` slots each, unused ones of value 0.
+
+        With hook_z reshaping `x` is [*batch, n_heads, d_head]. Values are float32 (float64 for a
+        float64 dictionary).
+
+        Raises:
+            ValueError: `x` has the wrong width, NaN or infinite values.
+        """
+        sae_in = self.process_sae_in(self._check_width(x))
+        prepared = self._prepare()
+        norms = prepared.norms
+        atoms = self.W_dec if norms is None else self.W_dec.to(norms.dtype) / norms[:, None]
+        codes = encode(
+            sae_in,
+            atoms,
+            self.cfg.k,
+            method=self.cfg.method,
+            signed=self.cfg.signed,
+            rtol=max(self.cfg.rtol, torch.finfo(self.W_dec.dtype).eps),
+            gram=prepared.gram,
+        )
+        if norms is None:
+            return codes
+        return codes._replace(values=codes.values / norms[codes.indices])
+
+    @override
+    def decode(self, feature_acts: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_in"]:
+        """Reconstruction from dense codes."""
+        return self._finish_decoding(feature_acts @ self.W_dec)
+
+    def decode_sparse(self, codes: SparseCodes) -> Float[Tensor, "*batch d_in"]:
+        """Reconstruction from sparse codes, read by gather; the same as `decode` up to rounding."""
+        return self._finish_decoding(codes.decode(self.W_dec).to(self.dtype))
+
+    def _finish_decoding(self, atoms_sum: Tensor) -> Tensor:
+        sae_out = atoms_sum
+        if self.cfg.apply_b_dec_to_input:
+            sae_out = sae_out + self.b_dec
+        sae_out = self.hook_sae_recons(sae_out)
+        sae_out = self.run_time_activation_norm_fn_out(sae_out)
+        return self.reshape_fn_out(sae_out, self.d_head)
+
+    def _check_width(self, x: Tensor) -> Tensor:
+        width = x.shape[-1] if x.ndim else 0
+        if self.hook_z_reshaping_mode:
+            width = x.shape[-1] * x.shape[-2] if x.ndim >= 2 else width
+        if width != self.cfg.d_in:
+            raise ValueError(f"x must have d_in={self.cfg.d_in} numbers per row, got {tuple(x.shape)}")
+        return x
+
+    @torch.no_grad()
+    def _prepare(self) -> _Prepared:
+        """Norms and Gram matrix of `W_dec`, computed anew when it has changed."""
+        weights = self.W_dec.detach()
+        version = 0 if weights.is_inference() else self.W_dec._version
+        # Writing through `.data` leaves the version alone; a few entries of the matrix give it away.
+        probe = weights.flatten()[:: max(1, weights.numel() // 512)].double().sum().item()
+        key = (weights.data_ptr(), version, weights.dtype, weights.device, weights.shape, probe)
+        if self._prepared is None or self._prepared.key != key:
+            unit = weights.to(torch.promote_types(weights.dtype, torch.float32))
+            norms = unit.norm(dim=-1)
+            if (norms - 1).abs().max() <= 16 * torch.finfo(norms.dtype).eps:
+                norms = None
+            else:
+                norms = norms.clamp(min=torch.finfo(norms.dtype).tiny)
+                unit = unit / norms[:, None]
+            self._prepared = _Prepared(key, norms, gram_matrix(unit))
+        return self._prepared
+
+    # labels
+
+    @property
+    def labels(self) -> Labels:
+        """Where each atom came from, in the order of the atoms.
+
+        Raises:
+            ValueError: the dictionary carries no labels, or damaged ones.
+        """
+        compact = self.cfg.metadata[LABELS_KEY]
+        if compact is None:
+            raise ValueError("this dictionary carries no labels")
+        if self._labels is None or self._labels[0] != compact:
+            labels = Labels.from_compact(compact)
+            if len(labels) != self.cfg.d_sae:
+                raise ValueError(f"damaged labels: {len(labels)} of them for {self.cfg.d_sae} atoms")
+            self._labels = (compact, labels)
+        return self._labels[1]
+
+    # what SAELens does to weights and files
+
+    @override
+    @torch.no_grad()
+    def fold_activation_norm_scaling_factor(self, scaling_factor: float) -> None:
+        self.W_dec.div_(scaling_factor)
+        self.b_dec.div_(scaling_factor)
+        self.cfg.normalize_activations = "none"
+
+    @override
+    def fold_activation_whitening(
+        self, mean: Tensor, whitening_matrix: Tensor, unwhitening_matrix: Tensor
+    ) -> None:
+        raise NotImplementedError(
+            "an ITDA has no encoder weights to fold a whitening into; fit it on raw activations"
+        )
+
+    @override
+    def fold_W_dec_norm(self) -> None:
+        raise NotImplementedError("the atoms of an ITDA have unit norm already")
+
+    @override
+    def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
+        expected = {"W_dec": (self.cfg.d_sae, self.cfg.d_in), "b_dec": (self.cfg.d_in,)}
+        found = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
+        if found != expected:
+            raise ValueError(f"weights do not fit the config: expected {expected}, found {found}")
+
+    @override
+    def save_model(self, path: str | Path) -> tuple[Path, Path]:
+        """Write `sae_weights.safetensors` and `cfg.json` into the folder `path`, made if need be.
+
+        Files of these names are replaced, as by every SAELens SAE, but only once both new ones are
+        complete: an interrupt or a full disk leaves the folder as it was.
+
+        Returns:
+            Paths of the weights and of the config.
+
+        Raises:
+            OSError: the folder cannot be made or written.
+        """
+        folder = Path(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        state_dict = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
+        self.process_state_dict_for_saving(state_dict)
+        config = json.dumps(self.cfg.to_dict())
+        weights, cfg = folder / SAE_WEIGHTS_FILENAME, folder / SAE_CFG_FILENAME
+        temporary = [file.with_name(f"{file.name}.{os.getpid()}.tmp") for file in (weights, cfg)]
+        try:
+            save_file(state_dict, temporary[0])
+            temporary[1].write_text(config)
+            temporary[0].replace(weights)
+            temporary[1].replace(cfg)
+        finally:
+            for file in temporary:
+                with suppress(FileNotFoundError):
+                    file.unlink()
+        return weights, cfg

@@ -1,0 +1,73 @@
+"""Loading a dictionary from a folder or a Hugging Face repository; errors say what is wrong."""
+
+import json
+from pathlib import Path
+
+from sae_lens import SAE
+from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
+from safetensors import SafetensorError
+
+from itda_lens.sae.itda import ITDA
+
+
+def load(path_or_repo: str | Path, device: str = "cpu", dtype: str | None = None) -> ITDA:
+    """Load an ITDA.
+
+    Args:
+        path_or_repo: a folder with `cfg.json` and `sae_weights.safetensors`; or, where no such folder
+            exists, `org/name/folder/of/the/dictionary` on the Hugging Face hub (the only case in
+            which the network is used).
+        device: where to put it.
+        dtype: as which SAELens dtype name ("float32", "bfloat16", ...); default: as it was saved.
+
+    Raises:
+        FileNotFoundError: no such folder, or files are missing from it.
+        ValueError: the config or the weights are damaged, do not fit each other, or are not an ITDA's.
+    """
+    folder = Path(path_or_repo)
+    if not folder.exists():
+        parts = str(path_or_repo).split("/")
+        if isinstance(path_or_repo, str) and len(parts) >= 3 and all(parts):
+            release, sae_id = "/".join(parts[:2]), "/".join(parts[2:])
+            return _checked(
+                SAE.from_pretrained(release, sae_id, device=device, dtype=dtype or "float32"),
+                path_or_repo,
+            )
+        raise FileNotFoundError(
+            f"no folder {str(path_or_repo)!r} (a dictionary on the hub is named org/name/folder)"
+        )
+    _check_files(folder)
+    try:
+        return _checked(SAE.load_from_disk(folder, device=device, dtype=dtype), folder)
+    except SafetensorError as error:
+        raise ValueError(f"{folder / SAE_WEIGHTS_FILENAME} is truncated or damaged: {error}") from error
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{folder / SAE_CFG_FILENAME} is not a complete config: {error!r}") from error
+
+
+def dictionaries_in(folder: Path) -> list[Path]:
+    """The folder itself if it holds a dictionary, else those of its subfolders that do, sorted."""
+    if (folder / SAE_CFG_FILENAME).exists():
+        return [folder]
+    return sorted(config.parent for config in folder.glob(f"*/{SAE_CFG_FILENAME}"))
+
+
+def _check_files(folder: Path) -> None:
+    for name in (SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME):
+        if not (folder / name).is_file():
+            inside = dictionaries_in(folder) if folder.is_dir() else []
+            hint = f"; it holds dictionaries: {', '.join(str(f) for f in inside)}" if inside else ""
+            raise FileNotFoundError(f"no {name} in {folder}{hint}")
+    try:
+        config = json.loads((folder / SAE_CFG_FILENAME).read_text())
+        architecture = config["architecture"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder / SAE_CFG_FILENAME} is truncated or damaged: {error!r}") from error
+    if architecture != "itda":
+        raise ValueError(f"{folder} holds a {architecture!r} SAE, not an ITDA; load it with SAELens")
+
+
+def _checked(sae: object, source: object) -> ITDA:
+    if not isinstance(sae, ITDA):
+        raise ValueError(f"{source} holds a {type(sae).__name__}, not an ITDA")
+    return sae

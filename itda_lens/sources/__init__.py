@@ -1,0 +1,17 @@
+"""Where activations come from: models, texts, and the tokens between them."""
+
+from itda_lens.sources.contexts import Context, ContextBatch, Tokenization
+from itda_lens.sources.models import LanguageModel, Loader, hook_is_per_head, language_model
+from itda_lens.sources.texts import describe_texts, iterate_texts
+
+__all__ = [
+    "Context",
+    "ContextBatch",
+    "LanguageModel",
+    "Loader",
+    "Tokenization",
+    "describe_texts",
+    "hook_is_per_head",
+    "iterate_texts",
+    "language_model",
+]

@@ -1,0 +1,234 @@
+"""From a model and texts to dictionaries, one for each hook point, in a single pass."""
+
+import dataclasses
+import hashlib
+import itertools
+import logging
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from itda_lens.dictionary import Dictionary, Selector
+from itda_lens.pursuit import Method
+from itda_lens.sae import ITDA
+from itda_lens.sources import (
+    ContextBatch,
+    LanguageModel,
+    Loader,
+    Tokenization,
+    describe_texts,
+    hook_is_per_head,
+    iterate_texts,
+    language_model,
+)
+from itda_lens.training.presets import Preset, Recipe
+from itda_lens.training.record import BUILD_KEY, versions
+
+logger = logging.getLogger(__name__)
+
+SECONDS_BETWEEN_FVU = 5.0
+"""The progress bar measures its FVU no more often: each costs some tens of milliseconds a hook."""
+
+
+def build(
+    model: Any,
+    texts: str | Path | Iterable[str],
+    hook_names: str | Sequence[str],
+    *,
+    d_sae: int | None,
+    k: int,
+    preset: Preset = "best",
+    seed: int = 0,
+    method: Method | None = None,
+    signed: bool = True,
+    loss_threshold: float | None = None,
+    context_size: int = 128,
+    prepend_bos: bool | None = None,
+    keep_special_tokens: bool = False,
+    batch_size: int = 16,
+    max_tokens: int | None = None,
+    text_field: str = "text",
+    split: str = "train",
+    tokenizer: Any = None,
+    model_name: str | None = None,
+    loader: Loader = "bridge",
+    device: str | None = None,
+    progress: bool = True,
+) -> dict[str, ITDA]:
+    """Build one labelled dictionary per hook point, all from the same forward passes.
+
+    The passes stop at the deepest hook. Memory does not grow with the number of texts. The same
+    arguments give the same dictionaries, bit for bit, on a CPU with the same number of threads.
+
+    Args:
+        model: a Hugging Face name or local folder, a HookedTransformer, a TransformerBridge or a
+            Hugging Face model; see `itda_lens.sources.language_model`.
+        texts: strings, a text or jsonl file, or the name of a `datasets` data set; see
+            `itda_lens.sources.iterate_texts`.
+        hook_names: one hook point or several, by TransformerLens's names.
+        d_sae, k, preset, seed, method, signed, loss_threshold: as in `fit`.
+        context_size: tokens per context, the BOS token included; longer texts are cut.
+        prepend_bos: begin each context with the BOS token; default: if the tokenizer has one.
+        keep_special_tokens: let position 0 and special tokens count; padding never does.
+        batch_size: contexts per forward pass.
+        max_tokens: stop once so many tokens have counted; default: all of the texts.
+        text_field, split: for jsonl files and data sets.
+        tokenizer, model_name, loader, device: as in `language_model`.
+        progress: show a progress bar with tokens/s, atoms and running FVU.
+
+    Returns:
+        The dictionaries by hook name, in the order of `hook_names`.
+
+    Raises:
+        ValueError: bad settings, no texts, all tokens masked, an unknown model or hook, a hook that
+            never fires, NaN or infinite activations, or fewer distinct activations than d_sae.
+        TypeError: a model or text of the wrong kind.
+    """
+    recipe = Recipe(d_sae, k, preset, seed, method, signed, loss_threshold)
+    names = [hook_names] if isinstance(hook_names, str) else list(hook_names)
+    if not names or len(set(names)) != len(names):
+        raise ValueError(f"hook_names must be one or more different names, got {names}")
+    for name, value in (("batch_size", batch_size), ("max_tokens", max_tokens)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if d_sae is not None and max_tokens is not None and d_sae > max_tokens:
+        raise ValueError(f"d_sae={d_sae} atoms cannot be chosen among max_tokens={max_tokens}")
+    # Looked at before the model is loaded, so that missing texts are told at once.
+    stream = iterate_texts(texts, text_field=text_field, split=split)
+    first = next(stream, None)
+    if first is None:
+        raise ValueError("texts must hold at least one text, got none")
+    stream = itertools.chain([first], stream)
+
+    lm = language_model(model, tokenizer=tokenizer, name=model_name, loader=loader, device=device)
+    lm.check_hooks(names)
+    if prepend_bos is None:
+        prepend_bos = lm.tokenizer.bos_token_id is not None
+    tokenization = Tokenization(lm.tokenizer, context_size, prepend_bos, keep_special_tokens)
+
+    fingerprint = hashlib.sha256()
+    run = _Run(lm, names, recipe, max_tokens, progress)
+    dictionaries = run.over(tokenization.batches(_hashed(stream, fingerprint), batch_size))
+
+    source = {
+        **describe_texts(texts, text_field, split),
+        "texts_sha256": fingerprint.hexdigest(),
+        "context_size": context_size,
+        "prepend_bos": prepend_bos,
+        "keep_special_tokens": keep_special_tokens,
+        "batch_size": batch_size,
+        "max_tokens": max_tokens,
+        "n_tokens": run.n_tokens,
+        "model": str(model) if isinstance(model, str | Path) else type(model).__name__,
+        "loader": lm.loader,
+        "seconds": round(run.seconds, 2),
+    }
+    metadata = {
+        "model_name": lm.name,
+        "model_class_name": (
+            "AutoModelForCausalLM" if lm.loader == "huggingface" else "HookedTransformer"
+        ),
+        "context_size": context_size,
+        "prepend_bos": prepend_bos,
+        "dataset_path": str(texts) if isinstance(texts, str | Path) else None,
+        BUILD_KEY: dataclasses.asdict(recipe) | source | versions(),
+    }
+    return {
+        name: recipe.assemble(
+            dictionary,
+            dtype="float32",
+            reshape_activations="hook_z" if hook_is_per_head(name) else "none",
+            metadata=metadata | {"hook_name": name},
+        )
+        for name, dictionary in dictionaries.items()
+    }
+
+
+class _Run:
+    """One pass over the batches, feeding a selector per hook point."""
+
+    def __init__(
+        self, lm: LanguageModel, names: list[str], recipe: Recipe, max_tokens: int | None, progress: bool
+    ) -> None:
+        self._lm, self._names, self._recipe = lm, names, recipe
+        self._max_tokens, self._progress = max_tokens, progress
+        self._selectors: dict[str, Selector] = {}
+        self.n_tokens = 0
+        self.seconds = 0.0
+
+    @torch.no_grad()
+    def over(self, batches: Iterator[ContextBatch]) -> dict[str, Dictionary]:
+        start = fvu_at = time.perf_counter()
+        with tqdm(
+            total=self._max_tokens,
+            unit="tok",
+            unit_scale=True,
+            desc="building",
+            disable=not self._progress,
+        ) as bar:
+            for batch in batches:
+                n = self._update(batch)
+                bar.update(n)
+                now = time.perf_counter()
+                if self._progress and now - fvu_at > SECONDS_BETWEEN_FVU:
+                    fvu_at = now
+                    bar.set_postfix(self._status())
+                if self._max_tokens is not None and self.n_tokens >= self._max_tokens:
+                    break
+        if self.n_tokens == 0:
+            raise ValueError(
+                "texts gave no token that counts: all were masked (BOS, padding, special "
+                "tokens), or the texts are empty"
+            )
+        dictionaries = {}
+        for name, selector in self._selectors.items():
+            dictionaries[name] = selector.finish(self._progress)
+            logger.info("%s: %d atoms chosen", name, len(dictionaries[name].atoms))
+        self.seconds = time.perf_counter() - start
+        return dictionaries
+
+    def _update(self, batch: ContextBatch) -> int:
+        """Feed one batch to the selectors; how many of its tokens counted."""
+        keep = batch.keep
+        if self._max_tokens is not None:
+            # The last batch is cut, so that the tokens are as many as asked for.
+            ahead = keep.flatten().cumsum(dim=0).reshape(keep.shape)
+            keep = keep & (ahead <= self._max_tokens - self.n_tokens)
+            batch = dataclasses.replace(batch, keep=keep)
+        n = int(keep.sum())
+        if n == 0:
+            return 0
+        labels = batch.labels()
+        activations = self._lm.capture(batch.tokens, batch.attention_mask, self._names)
+        for name, activation in activations.items():
+            x = activation[keep.to(activation.device)]
+            x = x.to(torch.promote_types(x.dtype, torch.float32))
+            finite = torch.isfinite(x).all(dim=-1)
+            if not finite.all():
+                where = labels[int((~finite).nonzero()[0])]
+                raise ValueError(f"NaN or infinite activation at {name!r}, {where}")
+            if name not in self._selectors:
+                self._selectors[name] = self._recipe.selector(x.shape[1], x.dtype, x.device)
+            self._selectors[name].update(x, labels)
+        self.n_tokens += n
+        return n
+
+    def _status(self) -> dict[str, str]:
+        selectors = self._selectors.values()
+        return {
+            "atoms": "/".join(str(selector.n_atoms) for selector in selectors),
+            "FVU": "/".join(f"{selector.running_fvu():.3f}" for selector in selectors),
+        }
+
+
+def _hashed(texts: Iterable[str], fingerprint: "hashlib._Hash") -> Iterator[str]:
+    """Pass texts on, adding each to the fingerprint; lengths keep ["ab"] from being ["a", "b"]."""
+    for text in texts:
+        data = text.encode("utf-8", errors="surrogatepass")
+        fingerprint.update(f"{len(data)}:".encode())
+        fingerprint.update(data)
+        yield text

@@ -1,0 +1,102 @@
+"""From a tensor of activations to a dictionary."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from itda_lens.dictionary import Label, RowLabels, as_label
+from itda_lens.pursuit import Method
+from itda_lens.sae import ITDA
+from itda_lens.training.presets import Preset, Recipe
+from itda_lens.training.record import BUILD_KEY, versions
+
+
+def fit(
+    activations: Float[Tensor, "n_tokens d_in"],
+    *,
+    d_sae: int | None,
+    k: int,
+    preset: Preset = "best",
+    labels: Sequence[Label | tuple[int, int, int]] | None = None,
+    seed: int = 0,
+    method: Method | None = None,
+    signed: bool = True,
+    loss_threshold: float | None = None,
+    batch_size: int = 4096,
+    metadata: dict[str, Any] | None = None,
+    progress: bool = False,
+) -> ITDA:
+    """Choose atoms among `activations` and return the dictionary.
+
+    The same arguments give the same dictionary, bit for bit, on a CPU.
+
+    Args:
+        activations: one activation a row, any floating dtype. Rows that should not count (padding,
+            BOS) must be left out by the caller; `build` does that by itself.
+        d_sae: atoms. For preset "paper": the most atoms, or None to let `loss_threshold` decide.
+        k: most nonzeros per code.
+        preset: "best" centres by the mean, drops near-duplicates and keeps those of a uniform sample
+            of the rows that carry the most energy; "paper" is the greedy rule of Leask et al. (2025).
+        labels: where each row came from, `Label`s or (row, chunk, position) triples; default: row i is
+            labelled row=i, chunk=0, position=0.
+        seed: of the samples that "best" draws.
+        method: "mp" or "omp"; default: "omp" for "best", "mp" for "paper".
+        signed: whether coefficients may be negative.
+        loss_threshold: relative squared error over which "paper" admits an activation; default 0.2.
+        batch_size: rows looked at together. Changes nothing for "best"; the paper's rule depends on it.
+        metadata: entries for `cfg.metadata`, such as model_name and hook_name.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: a setting is out of range; no activations, NaN or infinite ones, or fewer distinct
+            ones than d_sae; labels of the wrong number.
+        TypeError: `activations` is no floating-point tensor, or a label is none.
+    """
+    recipe = Recipe(d_sae, k, preset, seed, method, signed, loss_threshold)
+    _check(activations, d_sae, batch_size)
+    n, d_in = activations.shape
+    if labels is not None and len(labels) != n:
+        raise ValueError(f"labels must be one per row: {len(labels)} labels for {n} rows")
+    known: Sequence[Label] = RowLabels(0, n) if labels is None else [as_label(label) for label in labels]
+    dtype = torch.promote_types(activations.dtype, torch.float32)
+    selector = recipe.selector(d_in, dtype, activations.device)
+    with torch.no_grad(), tqdm(total=n, unit="row", disable=not progress) as bar:
+        for start in range(0, n, batch_size):
+            rows = activations[start : start + batch_size].to(dtype)
+            selector.update(rows, known[start : start + batch_size])
+            bar.update(len(rows))
+        dictionary = selector.finish(progress)
+    settings = dataclasses.asdict(recipe) | {"batch_size": batch_size, "n_tokens": n}
+    return recipe.assemble(
+        dictionary,
+        dtype=str(dtype).removeprefix("torch."),
+        reshape_activations="none",
+        metadata={**(metadata or {}), BUILD_KEY: settings | versions()},
+    )
+
+
+def _check(activations: Tensor, d_sae: int | None, batch_size: int) -> None:
+    if not isinstance(activations, Tensor) or not activations.is_floating_point():
+        kind = getattr(activations, "dtype", type(activations).__name__)
+        raise TypeError(f"activations must be a floating-point tensor, got {kind}")
+    if activations.ndim != 2 or activations.shape[1] < 1:
+        raise ValueError(f"activations must have shape [n_tokens, d_in], got {tuple(activations.shape)}")
+    if len(activations) == 0:
+        raise ValueError("activations must have at least one row, got none")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    if d_sae is not None and d_sae > len(activations):
+        raise ValueError(
+            f"d_sae must be at most the number of activations: got d_sae={d_sae} for "
+            f"{len(activations)} rows"
+        )
+    for start in range(0, len(activations), 65_536):
+        finite = torch.isfinite(activations[start : start + 65_536]).all(dim=-1)
+        if not finite.all():
+            row = start + int((~finite).nonzero()[0])
+            raise ValueError(f"activations must be finite, but row {row} has NaN or infinite values")

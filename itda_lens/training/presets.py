@@ -1,0 +1,102 @@
+"""The presets: a rule for choosing atoms and the encoder that goes with it."""
+
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+
+from itda_lens.dictionary import (
+    DEFAULT_LOSS_THRESHOLD,
+    Dictionary,
+    EnergySelector,
+    GreedySelector,
+    Labels,
+    Selector,
+)
+from itda_lens.pursuit import Method
+from itda_lens.sae import ITDA, LABELS_KEY, ITDAConfig
+
+Preset = Literal["best", "paper"]
+
+ENCODER: dict[Preset, Method] = {"best": "omp", "paper": "mp"}
+"""The encoder that a preset uses unless told otherwise."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides which atoms are chosen and how they encode, checked on construction.
+
+    Attributes:
+        d_sae: atoms; for preset "paper" the most atoms, or None to let `loss_threshold` decide alone.
+        k: most nonzeros per code.
+        preset: "best" or "paper".
+        seed: of the samples that "best" draws; "paper" is deterministic without one.
+        method: encoder, "mp" or "omp"; None takes the preset's.
+        signed: whether coefficients may be negative.
+        loss_threshold: tau of preset "paper"; None takes its default.
+    """
+
+    d_sae: int | None
+    k: int
+    preset: Preset = "best"
+    seed: int = 0
+    method: Method | None = None
+    signed: bool = True
+    loss_threshold: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.preset not in get_args(Preset):
+            raise ValueError(f"preset must be one of {get_args(Preset)}, got {self.preset!r}")
+        if self.d_sae is None and self.preset != "paper":
+            raise ValueError(f"d_sae must be given for preset={self.preset!r}")
+        if self.d_sae is not None and self.d_sae < 1:
+            raise ValueError(f"d_sae must be at least 1, got {self.d_sae}")
+        if self.k < 1 or (self.d_sae is not None and self.k > self.d_sae):
+            raise ValueError(f"k must be between 1 and d_sae={self.d_sae}, got {self.k}")
+        if self.method not in (None, *get_args(Method)):
+            raise ValueError(f"method must be one of {get_args(Method)}, got {self.method!r}")
+        if self.loss_threshold is not None and self.preset != "paper":
+            raise ValueError("loss_threshold is a setting of preset='paper' only")
+        if self.loss_threshold is not None and not 0 < self.loss_threshold < 1:
+            raise ValueError(
+                f"loss_threshold must be between 0 and 1 (both excluded), got {self.loss_threshold}"
+            )
+        if self.seed < 0:
+            raise ValueError(f"seed must be at least 0, got {self.seed}")
+
+    def selector(self, d_in: int, dtype: torch.dtype, device: torch.device) -> Selector:
+        """A fresh run of the preset's rule."""
+        if self.preset == "paper":
+            threshold = DEFAULT_LOSS_THRESHOLD if self.loss_threshold is None else self.loss_threshold
+            return GreedySelector(
+                d_in, self.d_sae, self.k, signed=self.signed, loss_threshold=threshold,
+                dtype=dtype, device=device,
+            )  # fmt: skip
+        assert self.d_sae is not None  # checked on construction
+        return EnergySelector(
+            d_in, self.d_sae, self.k, signed=self.signed, seed=self.seed, dtype=dtype, device=device
+        )
+
+    def assemble(
+        self, dictionary: Dictionary, dtype: str, reshape_activations: str, metadata: dict[str, Any]
+    ) -> ITDA:
+        """The chosen atoms as an ITDA."""
+        d_sae, d_in = dictionary.atoms.shape
+        cfg = ITDAConfig(
+            d_in=d_in,
+            d_sae=d_sae,
+            k=min(self.k, d_sae),
+            signed=self.signed,
+            method=self.method or ENCODER[self.preset],
+            dtype=dtype,
+            device=str(dictionary.atoms.device),
+            reshape_activations=reshape_activations,  # pyright: ignore[reportArgumentType]
+        )
+        for key, value in metadata.items():
+            cfg.metadata[key] = value
+        cfg.metadata[LABELS_KEY] = Labels(dictionary.labels).to_compact()
+        itda = ITDA(cfg)
+        with torch.no_grad():
+            itda.W_dec.copy_(dictionary.atoms)
+            itda.b_dec.copy_(dictionary.mean)
+        return itda

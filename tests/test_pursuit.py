@@ -1,0 +1,267 @@
+"""The pursuits against slow float64 loops, scikit-learn and scipy, and their invariants."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.optimize import nnls
+from sklearn.linear_model import orthogonal_mp_gram
+
+from itda_lens.pursuit import encode, gram_matrix
+
+METHODS = ("mp", "omp")
+FORMS = ("gram", "gemm")
+
+# float32 pursuits against float64 references: 20 steps over rows of norm about 5 leave some 1e-6 each.
+FLOAT32_ATOL = 1e-4
+FLOAT64_ATOL = 1e-9
+
+
+def problem(n=60, d=16, rows=40, dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    atoms = torch.randn(n, d, generator=generator, dtype=torch.float64)
+    x = torch.randn(rows, d, generator=generator, dtype=torch.float64)
+    return x.to(dtype), torch.nn.functional.normalize(atoms, dim=1).to(dtype)
+
+
+def run(x, atoms, k, form="gram", **options):
+    return encode(x, atoms, k, gram=gram_matrix(atoms) if form == "gram" else None, **options)
+
+
+def slow_mp(x, atoms, k, signed):
+    """Textbook loop over rows and steps in float64; dense codes."""
+    codes = np.zeros((len(x), len(atoms)))
+    for i, row in enumerate(x.double().numpy()):
+        residual = row.copy()
+        for _ in range(k):
+            correlations = atoms.double().numpy() @ residual
+            j = int(np.argmax(np.abs(correlations) if signed else correlations))
+            c = correlations[j]
+            if not signed and c <= 0:
+                break
+            codes[i, j] += c
+            residual -= c * atoms[j].double().numpy()
+    return torch.from_numpy(codes)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_mp_equals_the_slow_loop(form, signed, dtype):
+    x, atoms = problem(dtype=dtype)
+    codes = run(x, atoms, 8, form, signed=signed, rtol=0)
+    atol = FLOAT64_ATOL if dtype == torch.float64 else FLOAT32_ATOL
+    expected = slow_mp(x, atoms, 8, signed).to(dtype)
+    torch.testing.assert_close(codes.to_dense(len(atoms)), expected, atol=atol, rtol=0)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_omp_equals_scikit_learn(form):
+    x, atoms = problem()
+    codes = run(x, atoms, 7, form, method="omp", rtol=0).to_dense(len(atoms))
+    expected = orthogonal_mp_gram((atoms @ atoms.T).numpy(), (atoms @ x.T).numpy(), n_nonzero_coefs=7)
+    torch.testing.assert_close(codes, torch.from_numpy(expected.T), atol=FLOAT64_ATOL, rtol=0)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_non_negative_omp_converges_to_non_negative_least_squares(form):
+    x, atoms = problem()
+    codes = run(x, atoms, 50, form, method="omp", signed=False, rtol=0).to_dense(len(atoms))
+    for row, code in zip(x, codes, strict=True):
+        expected, _ = nnls(atoms.T.numpy(), row.numpy())
+        np.testing.assert_allclose(code.numpy(), expected, atol=1e-7)
+
+
+@pytest.mark.parametrize("k", [1, 3, 8])
+def test_non_negative_omp_is_the_least_squares_fit_on_its_support(k):
+    x, atoms = problem()
+    codes = run(x, atoms, k, method="omp", signed=False, rtol=0)
+    assert (codes.values >= 0).all()
+    assert codes.values.any()
+    for i, row in enumerate(x):
+        support = codes.indices[i][codes.values[i] > 0]
+        fit = torch.linalg.lstsq(atoms[support].T, row).solution
+        torch.testing.assert_close(codes.values[i][codes.values[i] > 0], fit)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("method", METHODS)
+def test_recovers_codes_in_an_orthonormal_dictionary(method, form):
+    values, atoms = problem(n=24, d=24, rows=10)
+    atoms = torch.linalg.qr(atoms).Q
+    code = values * (values.abs() >= values.abs().topk(5).values[:, -1:])
+    found = run(code @ atoms, atoms, 5, form, method=method, rtol=0).to_dense(24)
+    torch.testing.assert_close(found, code, atol=FLOAT64_ATOL, rtol=0)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    n=st.integers(1, 40),
+    d=st.integers(1, 12),
+    rows=st.integers(1, 9),
+    k=st.integers(1, 40),
+    method=st.sampled_from(METHODS),
+    form=st.sampled_from(FORMS),
+    signed=st.booleans(),
+)
+def test_invariants(seed, n, d, rows, k, method, form, signed):
+    x, atoms = problem(n, d, rows, seed=seed)
+    k = min(k, n)
+    options = dict(form=form, method=method, signed=signed)
+    codes = run(x, atoms, k, **options)
+    residual = x - codes.decode(atoms)
+    norm = x.norm(dim=-1)
+
+    assert codes.indices.shape == codes.values.shape == (rows, k)
+    assert (codes.l0() <= k).all()
+    assert (residual.norm(dim=-1) <= norm * (1 + 1e-9)).all()
+    for row, value in zip(codes.indices, codes.values, strict=True):
+        used = row[value != 0].tolist()
+        assert len(set(used)) == len(used)
+    if not signed:
+        assert (codes.values >= 0).all()
+    if method == "omp":
+        inner = (atoms[codes.indices] @ residual[..., None]).squeeze(-1) * (codes.values != 0)
+        # Near-dependent supports amplify rounding; 1e-6 is far below any coefficient that matters.
+        assert (inner.abs() <= 1e-6 * norm[:, None]).all()
+    if k > 1:
+        fewer = run(x, atoms, k - 1, **options)
+        if method == "mp" or signed:
+            before = (x - fewer.decode(atoms)).norm(dim=-1)
+            assert (residual.norm(dim=-1) <= before + 1e-9 * norm).all()
+
+    order = torch.randperm(rows)
+    shuffled = run(x[order], atoms, k, **options)
+    torch.testing.assert_close(shuffled.to_dense(n), codes.to_dense(n)[order], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("method", METHODS)
+def test_ties_and_duplicates_go_to_the_lowest_index(method, form):
+    # Small integers and unit vectors: every product is exact, so ties are ties in every form.
+    atoms = torch.eye(4)[[0, 0, 1, 2, 1, 3]]
+    x = torch.tensor([[2.0, 2.0, 0.0, 0.0], [0.0, -3.0, 3.0, 1.0]])
+    codes = run(x, atoms, 6, form, method=method, rtol=0)
+    assert codes.indices[0][codes.values[0] != 0].tolist() == [0, 2]
+    assert codes.indices[1][codes.values[1] != 0].tolist() == [2, 3, 5]
+    torch.testing.assert_close(codes.decode(atoms), x)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("signed", [True, False])
+def test_zero_gives_zero_and_an_atom_gives_itself(method, form, signed):
+    x, atoms = problem(n=300, d=64, dtype=torch.float32)
+    x = torch.cat([torch.zeros(1, 64), 100 * atoms[7:8], 1e-6 * atoms[5:6]])
+    codes = run(x, atoms, 20, form, method=method, signed=signed)
+    assert codes.l0().tolist() == [0, 1, 1]
+    assert codes.indices[1:, 0].tolist() == [7, 5]
+    torch.testing.assert_close(codes.values[1:, 0], torch.tensor([100.0, 1e-6]))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_relative_residual_stops_early_and_independently_of_scale(method):
+    x, atoms = problem()
+    codes = run(x, atoms, 16, method=method, rtol=0.5)
+    assert (codes.l0() < 16).all()
+    residual = (x - codes.decode(atoms)).norm(dim=-1)
+    assert (residual <= 0.5 * x.norm(dim=-1)).all()
+    scaled = run(x * 2.0**20, atoms, 16, method=method, rtol=0.5)
+    assert torch.equal(scaled.indices, codes.indices)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("signed", [True, False])
+def test_k_equal_to_the_number_of_atoms_and_more_atoms_than_dimensions(method, signed):
+    x, atoms = problem(n=30, d=6, rows=5)
+    codes = run(x, atoms, 30, method=method, signed=signed, rtol=0)
+    assert torch.isfinite(codes.values).all()
+    if method == "omp" and signed:
+        torch.testing.assert_close(codes.decode(atoms), x, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("shape", [(16,), (3, 16), (2, 3, 16), (2, 1, 3, 16), (0, 16), (2, 0, 16)])
+def test_any_batch_shape(method, shape):
+    _, atoms = problem()
+    x = torch.randn(shape, dtype=torch.float64)
+    codes = run(x, atoms, 4, method=method)
+    assert codes.indices.shape == codes.values.shape == (*shape[:-1], 4)
+    assert codes.decode(atoms).shape == shape
+    flat = run(x.reshape(-1, 16), atoms, 4, method=method)
+    assert torch.equal(codes.values.reshape(-1, 4), flat.values)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_computed_in_float32(method, dtype):
+    x, atoms = problem(dtype=dtype)
+    codes = run(x, atoms, 5, "gemm", method=method)
+    assert codes.values.dtype == torch.float32
+    expected = run(x.float(), atoms.float(), 5, "gemm", method=method)
+    assert torch.equal(codes.values, expected.values)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_non_contiguous_rows_and_many_chunks(method):
+    x, atoms = problem(rows=300)
+    wide = torch.stack([x, x], dim=-1)[..., 0]
+    assert not wide.is_contiguous()
+    torch.testing.assert_close(
+        run(wide, atoms, 4, method=method).to_dense(60),
+        torch.cat([run(row[None], atoms, 4, method=method).to_dense(60) for row in x]),
+    )
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("signed", [True, False])
+def test_gradients_given_the_support(method, signed):
+    x, atoms = problem(n=20, d=8, rows=3)
+    x.requires_grad_()
+    atoms.requires_grad_()
+
+    def dense(x, atoms):
+        return encode(x, atoms, 3, method=method, signed=signed).to_dense(20)
+
+    with torch.no_grad():
+        plain = dense(x, atoms)
+    torch.testing.assert_close(dense(x, atoms), plain)
+    assert torch.autograd.gradcheck(dense, (x, atoms))
+
+
+def test_decode_is_differentiable():
+    x, atoms = problem(n=20, d=8, rows=3)
+    codes = encode(x, atoms, 3)
+    values = codes.values.clone().requires_grad_()
+    atoms = atoms.clone().requires_grad_()
+    assert torch.autograd.gradcheck(lambda v, a: codes._replace(values=v).decode(a), (values, atoms))
+
+
+def test_gram_respects_its_budget():
+    _, atoms = problem()
+    assert gram_matrix(atoms, budget_bytes=60 * 60 * 8) is not None
+    assert gram_matrix(atoms, budget_bytes=60 * 60 * 8 - 1) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (dict(k=0), ValueError, "k must be between 1 and the number of atoms"),
+        (dict(k=61), ValueError, r"\(60\), got 61"),
+        (dict(method="lasso"), ValueError, "method must be one of .* got 'lasso'"),
+        (dict(rtol=-0.1), ValueError, "rtol must be at least 0"),
+        (dict(x=torch.zeros(3, 17)), ValueError, "16 numbers per row .* got \\(3, 17\\)"),
+        (dict(x=torch.zeros(3, 16, dtype=torch.long)), TypeError, "x must be floating point"),
+        (dict(x=torch.full((3, 16), torch.nan)), ValueError, "NaN or infinite values, first in row 0"),
+        (dict(x=torch.eye(16) / torch.eye(16)[3]), ValueError, "NaN or infinite"),
+        (dict(gram=torch.zeros(3, 3)), ValueError, "gram must have shape"),
+        (dict(atoms=torch.zeros(3)), ValueError, "atoms must have shape"),
+    ],
+)
+def test_bad_input(change, error, message):
+    x, atoms = problem(dtype=torch.float32)
+    arguments = dict(x=x, atoms=atoms, k=3) | change
+    with pytest.raises(error, match=message):
+        encode(arguments.pop("x"), arguments.pop("atoms"), arguments.pop("k"), **arguments)
