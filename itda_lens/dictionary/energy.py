@@ -22,12 +22,12 @@ CANDIDATES_PER_ATOM = 4
 """Size of the pool that atoms are chosen from, in multiples of the atoms wanted."""
 
 MIN_SCORED = 16_384
-"""Activations, at least, on which candidates are scored; see docs/quality.md for its effect."""
+"""Activations, at least, on which candidates are scored; see docs/selection.md for its effect."""
 
-DROP_PER_ROUND = 0.3
+DROP_PER_ROUND = 0.5
 """Fraction of the candidates that one round of pruning drops."""
 
-NEAR_DUPLICATE = 0.99
+NEAR_DUPLICATE = 0.85
 """Cosine (after centring) from which a candidate repeats an earlier one."""
 
 GUIDE_ROWS = 64

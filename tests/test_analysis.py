@@ -1,0 +1,141 @@
+"""Evaluation and decomposition on the tiny model, against SAELens's own figures and closed forms."""
+
+import pytest
+import torch
+from sae_lens import HookedSAETransformer
+from sae_lens.evals import get_recons_loss
+from sae_lens.training.activation_scaler import ActivationScaler
+
+from itda_lens import build, fit
+from itda_lens.analysis import decompose, evaluate
+from itda_lens.sources import Tokenization, language_model
+
+HOOK = "blocks.1.hook_resid_post"
+
+
+@pytest.fixture(scope="module")
+def itda(tiny, texts):
+    options = dict(d_sae=40, k=3, context_size=12, progress=False)
+    return build(tiny, texts, HOOK, **options)[HOOK]
+
+
+@pytest.fixture(scope="module")
+def hooked(tiny_folder, tokenizer):
+    from transformer_lens import supported_models
+
+    supported_models.OFFICIAL_MODEL_NAMES.append(str(tiny_folder))
+    supported_models.MODEL_ALIASES[str(tiny_folder)] = ["tiny-eval"]
+    return HookedSAETransformer.from_pretrained_no_processing("tiny-eval", device="cpu")
+
+
+def test_figures_equal_saelens(itda, hooked, tokenizer, texts):
+    # Contexts of one length: SAELens knows no padding.
+    long = [text for text in texts if len(text.split()) >= 11]
+    long = [" ".join(text.split()[:11]) for text in long]
+    (ours,) = evaluate(hooked, itda, long, batch_size=len(long), tokenizer=tokenizer, progress=False)
+
+    tokens = next(Tokenization(tokenizer, 12).batches(long, len(long))).tokens
+    special = tokenizer.all_special_ids
+    with torch.no_grad():
+        theirs = get_recons_loss(
+            itda,
+            hooked,
+            ActivationScaler(),
+            tokens,
+            compute_kl=True,
+            compute_ce_loss=True,
+            ignore_tokens=special,
+        )
+    counted = ~torch.isin(tokens, torch.tensor(special))
+    mean = {name: values[counted[:, : values.shape[1]]].mean().item() for name, values in theirs.items()}
+    assert ours.ce_loss == pytest.approx(mean["ce_loss_without_sae"], rel=1e-5)
+    assert ours.ce_loss_spliced == pytest.approx(mean["ce_loss_with_sae"], rel=1e-5)
+    assert ours.ce_loss_zero == pytest.approx(mean["ce_loss_with_ablation"], rel=1e-5)
+    assert ours.kl == pytest.approx(mean["kl_div_with_sae"], rel=1e-3, abs=1e-6)
+    expected = (mean["ce_loss_with_ablation"] - mean["ce_loss_with_sae"]) / (
+        mean["ce_loss_with_ablation"] - mean["ce_loss_without_sae"]
+    )
+    assert ours.ce_loss_score == pytest.approx(expected, rel=1e-3)
+    assert ours.n_tokens == int(counted.sum())
+
+
+def test_fvu_l0_and_alive_by_hand(itda, tiny, texts):
+    (found,) = evaluate(tiny, itda, texts, progress=False)
+    x = torch.cat(
+        [
+            tiny.capture(batch.tokens, batch.attention_mask, [HOOK])[HOOK][batch.keep]
+            for batch in Tokenization(tiny.tokenizer, 12).batches(texts, 8)
+        ]
+    )
+    with torch.no_grad():
+        codes = itda.encode(x)
+        error = (x - itda(x)).square().sum()
+    assert found.fvu == pytest.approx((error / (x - x.mean(dim=0)).square().sum()).item(), rel=1e-4)
+    assert found.l0 == pytest.approx((codes != 0).sum(dim=1).float().mean().item())
+    assert found.alive_fraction == pytest.approx((codes != 0).any(dim=0).float().mean().item())
+    assert found.n_tokens == len(x)
+
+
+def test_a_perfect_dictionary_scores_perfectly(itda, tiny, texts):
+    whole = type(itda)(itda.cfg.__class__(d_in=32, d_sae=32, k=32, method="omp", rtol=0))
+    with torch.no_grad():
+        whole.W_dec.copy_(torch.eye(32))
+    whole.cfg.metadata = itda.cfg.metadata
+    (found,) = evaluate(tiny, whole, texts, progress=False)
+    assert found.fvu < 1e-9
+    assert found.kl < 1e-6
+    assert found.ce_loss_spliced == pytest.approx(found.ce_loss, rel=1e-6)
+
+
+def test_per_head_hook(tiny, texts):
+    hook = "blocks.1.attn.hook_z"
+    itda = build(tiny, texts, hook, d_sae=40, k=16, context_size=12, progress=False)[hook]
+    (found,) = evaluate(tiny, itda, texts, progress=False)
+    assert 0 < found.fvu < 0.5
+    assert len(decompose(tiny, itda, "the cat sat")) == 3
+
+
+def test_decompose(itda, tiny):
+    found = decompose(tiny, itda, "the cat sat on the mat")
+    assert [token.token for token in found] == ["the", "cat", "sat", "on", "the", "mat"]
+    assert [token.position for token in found] == [1, 2, 3, 4, 5, 6]
+    for token in found:
+        sizes = [abs(component.coefficient) for component in token.components]
+        assert sizes == sorted(sizes, reverse=True)
+        assert 1 <= len(sizes) <= 3
+        assert all(c.label == itda.labels[c.atom] for c in token.components)
+        assert 0 < token.explained <= 1
+    # The tiny model's activations are mostly their own token.
+    assert sum(token.components[0].label.token == token.token for token in found) >= 4
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m, i, t: evaluate(m, [], t), "one or more, got none"),
+        (lambda m, i, t: evaluate(m, i, [""]), "no token that counts"),
+        (lambda m, i, t: evaluate(m, i, t, batch_size=0), "batch_size must be"),
+        (lambda m, i, t: decompose(m, i, ""), "at least one token that counts"),
+        (lambda m, i, t: decompose(m, i, "<eos>"), "at least one token that counts"),
+        (lambda m, i, t: evaluate(m, fit(torch.randn(99, 32), d_sae=9, k=2), t), "names no hook_name"),
+        (
+            lambda m, i, t: evaluate(
+                m, fit(torch.randn(99, 16), d_sae=9, k=2, metadata={"hook_name": HOOK}), t
+            ),
+            "width 32 .* but the dictionary has d_in=16",
+        ),
+        (
+            lambda m, i, t: evaluate(
+                m, [i, fit(torch.randn(99, 32), d_sae=9, k=2, metadata={"hook_name": HOOK})], t
+            ),
+            "different \\(context_size",
+        ),
+    ],
+)
+def test_bad_input(itda, tiny, texts, call, message):
+    with pytest.raises(ValueError, match=message):
+        call(tiny, itda, texts)
+
+
+def test_language_model_is_passed_through(tiny):
+    assert language_model(tiny) is tiny

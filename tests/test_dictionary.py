@@ -1,0 +1,277 @@
+"""Labels, samples and the rules that choose atoms."""
+
+import copy
+import json
+import warnings
+
+import pytest
+import torch
+
+from itda_lens.dictionary import EnergySelector, GreedySelector, Label, Labels, RowLabels, RunningFVU
+from itda_lens.dictionary.rows import RowStore
+from itda_lens.dictionary.sampling import StreamSample
+from itda_lens.dictionary.selection import first_of_direction, normalize_rows, prune_by_energy
+from itda_lens.pursuit import encode
+
+CPU = torch.device("cpu")
+
+
+def rows(n=500, d=16, seed=0):
+    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed))
+
+
+def energy(d_sae=40, k=4, seed=0, d=16):
+    return EnergySelector(d, d_sae, k, signed=True, seed=seed, dtype=torch.float32, device=CPU)
+
+
+def greedy(max_atoms, k=4, tau=0.2, d=16):
+    return GreedySelector(
+        d, max_atoms, k, signed=True, loss_threshold=tau, dtype=torch.float32, device=CPU
+    )
+
+
+def feed(selector, x, batch=64):
+    labels = RowLabels(0, len(x))
+    for start in range(0, len(x), batch):
+        selector.update(x[start : start + batch], labels[start : start + batch])
+    return selector.finish(progress=False)
+
+
+class TestLabels:
+    LABELS = Labels(
+        [
+            Label(3, 1, 17, (5, 9), "cat", "the [[cat]] sat", 0.5),
+            Label(2**40),
+            Label(0, token='ünï"\n', context="😀 \ud83d"),
+        ]
+    )
+
+    def test_round_trip_through_json_and_copies(self):
+        text = json.loads(json.dumps(copy.deepcopy(self.LABELS.to_compact())))
+        assert Labels.from_compact(text) == self.LABELS
+
+    def test_sequence(self):
+        assert len(self.LABELS) == 3
+        assert self.LABELS[0].key == (3, 1, 17)
+        assert self.LABELS[1:] == Labels(list(self.LABELS)[1:])
+        assert self.LABELS[-1].token == 'ünï"\n'
+
+    @pytest.mark.parametrize("damage", [lambda t: t[:-9], lambda t: "x" + t, lambda t: None])
+    def test_damage_is_told(self, damage):
+        with pytest.raises(ValueError, match="damaged labels"):
+            Labels.from_compact(damage(self.LABELS.to_compact()))
+
+
+class TestRowStore:
+    def test_copies_grow_linearly(self, monkeypatch):
+        copied = 0
+        store = RowStore(4, torch.float32, CPU, limit=10**6)
+        expected = rows(20_000, 4)
+        for i in range(0, len(expected), 10):
+            size_before = len(store._buffer)
+            store.append(expected[i : i + 10], [Label(j) for j in range(i, i + 10)])
+            if len(store._buffer) != size_before:
+                copied += i
+        assert torch.equal(store.rows, expected)
+        assert copied <= 2 * len(expected)
+
+    def test_limit(self):
+        store = RowStore(4, torch.float32, CPU, limit=5)
+        store.append(rows(5, 4), [Label(i) for i in range(5)])
+        assert len(store._buffer) == 5
+        assert store.room == 0
+        with pytest.raises(ValueError, match="exceed the limit of 5"):
+            store.append(rows(1, 4), [Label(5)])
+
+
+class TestStreamSample:
+    @staticmethod
+    def sample(x, batch, distinct, capacity=50, seed=0):
+        sample = StreamSample(x.shape[1], capacity, seed, x.dtype, CPU, distinct)
+        labels = RowLabels(0, len(x))
+        for start in range(0, len(x), batch):
+            sample.update(x[start : start + batch], labels[start : start + batch])
+        return sample
+
+    @pytest.mark.parametrize("distinct", [True, False])
+    def test_does_not_depend_on_batches(self, distinct):
+        x = rows(400)
+        whole = self.sample(x, 400, distinct)
+        parts = self.sample(x, 7, distinct)
+        assert torch.equal(whole.rows(), parts.rows())
+        assert whole.labels() == parts.labels()
+        assert len(whole) == 50
+        assert torch.equal(x[[label.row for label in whole.labels()]], whole.rows())
+
+    @pytest.mark.parametrize("distinct", [True, False])
+    def test_is_uniform(self, distinct):
+        x = rows(100)
+        counts = torch.zeros(100)
+        for seed in range(400):
+            labels = self.sample(x, 30, distinct, capacity=25, seed=seed).labels()
+            counts[[label.row for label in labels]] += 1
+        # 400 draws of probability 1/4: standard deviation 8.7; five of them for a hundred rows.
+        assert (counts - 100).abs().max() < 5 * 8.7
+        assert counts.std() > 4
+
+    def test_distinct_takes_each_row_once(self):
+        x = rows(30).repeat(20, 1)
+        for batch in (17, 600):
+            sample = self.sample(x, batch, distinct=True)
+            assert sorted(label.row % 30 for label in sample.labels()) == list(range(30))
+            assert torch.equal(x[[label.row for label in sample.labels()]], sample.rows())
+        assert len(self.sample(x, 17, distinct=False)) == 50
+
+    def test_distinct_prefers_the_frequent(self):
+        x = torch.cat([rows(1, seed=9).repeat(300, 1), rows(300)])
+        held = [
+            any(label.row < 300 for label in self.sample(x, 50, True, capacity=20, seed=s).labels())
+            for s in range(20)
+        ]
+        assert all(held)
+
+    def test_short_stream_is_kept_whole(self):
+        x = rows(20)
+        assert torch.equal(self.sample(x, 6, distinct=True).rows(), x)
+
+
+class TestPieces:
+    def test_first_of_direction(self):
+        x = torch.tensor([[1.0, 0], [0, 1], [1, 1e-4], [-1, 0], [0.9, 0.1]])
+        unit, _ = normalize_rows(x)
+        assert first_of_direction(unit, 0.999, signed=True).tolist() == [1, 1, 0, 0, 1]
+        assert first_of_direction(unit, 0.999, signed=False).tolist() == [1, 1, 0, 1, 1]
+        assert first_of_direction(unit[1:], 0.999, True, known=unit[:1]).tolist() == [1, 0, 0, 1]
+
+    @pytest.mark.parametrize("block", [1, 3, 512])
+    def test_first_of_direction_does_not_depend_on_blocks(self, block):
+        unit, _ = normalize_rows(rows(60, 3))
+        expected = []
+        for i, row in enumerate(unit):
+            expected.append(all((row @ unit[j]).abs() < 0.97 for j in range(i) if expected[j]))
+        assert 10 < sum(expected) < 60
+        assert first_of_direction(unit, 0.97, signed=True, block=block).tolist() == expected
+
+    def test_normalize_rows_tells_zero_rows(self):
+        unit, usable = normalize_rows(torch.tensor([[3.0, 4.0], [0.0, 0.0], [1e-7, 0.0]]))
+        assert usable.tolist() == [True, False, False]
+        torch.testing.assert_close(unit, torch.tensor([[0.6, 0.8], [0, 0], [0, 0]]))
+
+    def test_pruning_finds_the_atoms_that_made_the_data(self):
+        true = torch.linalg.qr(rows(16, 16)).Q[:10]
+        code = torch.randn(400, 10) * (torch.rand(400, 10) < 0.3)
+        noise, _ = normalize_rows(rows(50, 16, seed=2))
+        candidates = torch.cat([noise[:25], true, noise[25:]])
+        kept = prune_by_energy(code @ true, candidates, 10, 4, signed=True, drop=0.2, progress=False)
+        assert kept.tolist() == list(range(25, 35))
+
+    def test_running_fvu(self):
+        x, y = rows(100) + 5, rows(100, seed=1) + 5
+        running = RunningFVU()
+        assert running.value() != running.value()
+        for a, b in zip(x.split(30), y.split(30), strict=True):
+            running.update(a, b)
+        expected = (x - y).square().sum() / (x - x.mean(dim=0)).square().sum()
+        assert running.value() == pytest.approx(expected.item(), rel=1e-5)
+
+
+class TestEnergySelector:
+    def test_atoms_are_centred_activations_with_their_labels(self):
+        x = rows() + 3
+        found = feed(energy(), x)
+        assert found.atoms.shape == (40, 16)
+        assert found.n_tokens == 500
+        torch.testing.assert_close(found.mean, x.mean(dim=0))
+        origin = x[[label.row for label in found.labels]] - found.mean
+        cosine = torch.nn.functional.cosine_similarity(found.atoms, origin)
+        assert (cosine > 1 - 1e-6).all()
+        torch.testing.assert_close(found.atoms.norm(dim=1), torch.ones(40))
+
+    def test_bit_equal_whatever_the_batches(self):
+        x = rows(2000)
+        first, second = feed(energy(), x, batch=2000), feed(energy(), x, batch=37)
+        assert torch.equal(first.atoms, second.atoms)
+        assert torch.equal(first.mean, second.mean)
+        assert first.labels == second.labels
+
+    def test_seed_matters(self):
+        x = rows(2000)
+        assert feed(energy(seed=0), x).labels != feed(energy(seed=1), x).labels
+
+    def test_better_than_random_atoms_on_clustered_data(self):
+        centres = rows(60, 16, seed=3)
+        x = centres[torch.randint(60, (3000,))] + 0.1 * rows(3000, seed=4)
+        found = feed(energy(d_sae=60, k=1), x)
+        chosen, _ = normalize_rows(x[:60] - found.mean)
+
+        def error(atoms):
+            return (x - found.mean - encode(x - found.mean, atoms, 1).decode(atoms)).square().sum()
+
+        assert error(found.atoms) < 0.6 * error(chosen)
+
+    def test_near_duplicates_are_dropped_while_there_are_others(self):
+        base = rows(60)
+        x = torch.cat([base, base + 1e-4 * rows(60, seed=1), base * 1.001])
+        found = feed(energy(d_sae=50), x)
+        cosines = (found.atoms @ found.atoms.T).fill_diagonal_(0).abs()
+        assert cosines.max() < 0.99
+
+    def test_too_few_directions(self):
+        x = rows(30).repeat(10, 1)
+        with pytest.raises(ValueError, match="got d_sae=40, but 300 activations point in only 30"):
+            feed(energy(), x)
+
+    def test_guide_for_progress_bars(self):
+        selector = energy(d_sae=100)
+        selector.update(rows(90), RowLabels(0, 90))
+        assert selector.n_atoms == 90
+        assert selector.running_fvu() != selector.running_fvu()
+        selector.update(rows(300, seed=1), RowLabels(90, 390))
+        assert selector.n_atoms == 100
+        assert 0 < selector.running_fvu() < 1
+
+
+class TestGreedySelector:
+    def test_equals_a_slow_loop(self):
+        x = rows(300) + 1
+        found = feed(greedy(None, tau=0.3), x, batch=50)
+
+        # The paper's rule, literally: no row repeats, so the first d_in rows are the most frequent.
+        unit = torch.nn.functional.normalize(x, dim=1)
+        chosen = list(range(16))
+        for start in range(0, 300, 50):
+            atoms = unit[chosen]
+            for i in range(start, start + 50):
+                reconstruction = encode(x[i], atoms, 4).decode(atoms)
+                if (x[i] - reconstruction).square().sum() > 0.3 * x[i].square().sum():
+                    chosen.append(i)
+        assert [label.row for label in found.labels] == chosen
+        torch.testing.assert_close(found.atoms, unit[chosen])
+        assert (found.mean == 0).all()
+
+    def test_starts_from_the_most_frequent(self):
+        x = rows(20)
+        stream = torch.cat([x, x[7:8], x[7:8], x[11:12]])
+        found = feed(greedy(16), stream, batch=100)
+        first = [label.row for label in found.labels]
+        assert first == [7, 11, *[i for i in range(20) if i not in (7, 11)][:14]]
+
+    def test_crop_and_duplicates(self):
+        x = rows(100)
+        stream = torch.cat([x, x, -x])
+        found = feed(greedy(60, tau=0.01), stream)
+        assert len(found.labels) == 60
+        keys = [label.row % 100 for label in found.labels]
+        assert len(set(keys)) == 60
+
+    def test_lower_threshold_gives_more_atoms(self):
+        sizes = [len(feed(greedy(None, tau=tau), rows(1000)).labels) for tau in (0.6, 0.4, 0.2)]
+        assert sizes == sorted(set(sizes))
+
+    def test_fewer_than_asked_for_is_told(self):
+        with pytest.warns(UserWarning, match="has 16 atoms, not 400.* loss_threshold=0.99"):
+            feed(greedy(400, tau=0.99), rows(500))
+
+    def test_zero_rows_are_no_atoms(self):
+        with pytest.raises(ValueError, match="norm above 0"), warnings.catch_warnings():
+            feed(greedy(10), torch.zeros(20, 16))

@@ -1,0 +1,333 @@
+"""ITDA as a SAELens SAE: the requirements of the host, held against the real library."""
+
+import json
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from sae_lens import SAE
+from sae_lens.registry import SAE_CLASS_REGISTRY
+from sae_lens.saes.sae import SAEMetadata
+from sae_lens.training.upload_saes_to_huggingface import _validate_sae_path
+from safetensors.torch import load_file
+
+import itda_lens
+from itda_lens import ITDA, ITDAConfig, fit
+from itda_lens.pursuit import encode
+from itda_lens.sae.registration import register
+
+D_IN, D_SAE, K = 16, 40, 5
+
+
+def make(method="mp", dtype=torch.float32, **options) -> ITDA:
+    x = torch.randn(300, D_IN, generator=torch.Generator().manual_seed(0)) + 2
+    metadata = dict(model_name="m", hook_name="h", context_size=8, prepend_bos=True)
+    return fit(x.to(dtype), d_sae=D_SAE, k=K, method=method, metadata=metadata, **options)
+
+
+@pytest.fixture
+def itda() -> ITDA:
+    return make()
+
+
+def test_is_registered_once():
+    assert SAE_CLASS_REGISTRY["itda"] == (ITDA, ITDAConfig)
+    register()
+    assert SAE_CLASS_REGISTRY["itda"] == (ITDA, ITDAConfig)
+
+
+def test_refuses_a_different_class_of_the_same_name(monkeypatch):
+    monkeypatch.setitem(SAE_CLASS_REGISTRY, "itda", (SAE, ITDAConfig))
+    with pytest.raises(ValueError, match="another architecture 'itda'"):
+        register()
+
+
+@pytest.mark.parametrize(
+    "shape", [(D_IN,), (3, D_IN), (2, 3, D_IN), (2, 1, 3, D_IN), (1, 2, 1, 3, D_IN)]
+)
+@pytest.mark.parametrize("method", ["mp", "omp"])
+def test_shapes_and_agreement_with_the_pursuit(method, shape):
+    itda = make(method)
+    x = torch.randn(shape) + 2
+    dense = itda.encode(x)
+    assert dense.shape == (*shape[:-1], D_SAE)
+    codes = itda.encode_sparse(x)
+    assert codes.indices.shape == (*shape[:-1], K)
+    torch.testing.assert_close(codes.to_dense(D_SAE), dense)
+    expected = encode(x - itda.b_dec, itda.W_dec.detach(), K, method=method).to_dense(D_SAE)
+    torch.testing.assert_close(dense, expected, atol=1e-5, rtol=1e-4)
+    assert (dense != 0).sum(dim=-1).max() <= K
+    torch.testing.assert_close(itda.decode(dense), dense @ itda.W_dec + itda.b_dec)
+    torch.testing.assert_close(itda.decode_sparse(codes), itda.decode(dense))
+    torch.testing.assert_close(itda(x), itda.decode(dense))
+
+
+def test_masked_tokens_and_atoms(itda):
+    assert (itda.encode(itda.b_dec.detach()[None]) == 0).all()
+    itda.b_dec.data.zero_()
+    assert (itda.encode(torch.zeros(2, D_IN)) == 0).all()
+    codes = itda.encode_sparse(50 * itda.W_dec.detach())
+    assert (codes.l0() == 1).all()
+    assert codes.indices[:, 0].tolist() == list(range(D_SAE))
+
+
+def test_hooks_fire_and_edits_flow(itda):
+    x = torch.randn(4, D_IN)
+    _, cache = itda.run_with_cache(x)
+    assert {
+        f"hook_sae_{point}" for point in ("input", "acts_pre", "acts_post", "recons", "output")
+    } <= set(cache)
+    torch.testing.assert_close(cache["hook_sae_acts_post"], itda.encode(x))
+    for name in ("hook_sae_acts_pre", "hook_sae_acts_post"):
+        ablated = itda.run_with_hooks(x, fwd_hooks=[(name, lambda acts, hook: acts * 0)])
+        torch.testing.assert_close(ablated, itda.b_dec.expand(4, D_IN))
+
+
+def test_error_term_restores_the_input(itda):
+    x = torch.randn(4, D_IN)
+    with pytest.warns(DeprecationWarning, match="use_error_term"):
+        itda.use_error_term = True
+    torch.testing.assert_close(itda(x), x)
+
+
+def test_encoder_is_a_view_with_unit_norms(itda):
+    assert itda.W_enc.shape == (D_IN, D_SAE)
+    assert itda.W_enc.data_ptr() == itda.W_dec.data_ptr()
+    torch.testing.assert_close(itda.W_enc.norm(dim=0), torch.ones(D_SAE))
+    assert set(itda.state_dict()) == {"W_dec", "b_dec"}
+    with pytest.raises(NotImplementedError):
+        itda.fold_W_dec_norm()
+    with pytest.raises(NotImplementedError):
+        itda.fold_activation_whitening(torch.zeros(D_IN), torch.eye(D_IN), torch.eye(D_IN))
+
+
+def test_folding_a_scaling_factor_keeps_the_function(itda):
+    x = torch.randn(6, D_IN)
+    codes, output = itda.encode(4 * x), itda(4 * x)
+    itda.fold_activation_norm_scaling_factor(4.0)
+    torch.testing.assert_close(itda.encode(x), codes, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(4 * itda(x), output, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["mp", "omp"])
+def test_gradients_given_the_support(method):
+    itda = make(method, torch.float64)
+    x = torch.randn(3, D_IN, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(itda.encode, x)
+    assert torch.autograd.gradcheck(itda, x)
+    itda.encode(x).sum().backward()
+    assert itda.W_dec.grad is not None
+    assert itda.b_dec.grad is not None
+
+
+def test_follows_changes_of_the_weights(itda):
+    x = torch.randn(5, D_IN)
+    before = itda.encode(x)
+    with torch.no_grad():
+        itda.W_dec.copy_(itda.W_dec.flip(0))
+    torch.testing.assert_close(itda.encode(x), before.flip(-1))
+    itda.W_dec.data = itda.W_dec.data.flip(0).contiguous()
+    torch.testing.assert_close(itda.encode(x), before)
+    itda.W_dec.data.mul_(-1)
+    torch.testing.assert_close(itda.encode(x), -before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_save_and_load_in_every_dtype(tmp_path, dtype, itda):
+    labels = itda.labels
+    itda = itda.to(dtype=dtype)
+    itda.save_model(tmp_path)
+    for loaded in (
+        SAE.load_from_disk(tmp_path),
+        itda_lens.load(tmp_path),
+        ITDA.load_from_disk(tmp_path),
+    ):
+        assert type(loaded) is ITDA
+        assert loaded.W_dec.dtype == loaded.dtype == dtype
+        assert torch.equal(loaded.W_dec, itda.W_dec)
+        assert loaded.labels == labels
+        assert loaded.cfg.to_dict() == itda.cfg.to_dict()
+        x = torch.randn(4, D_IN).to(dtype)
+        assert torch.equal(loaded.encode(x), itda.encode(x))
+        assert loaded(x).dtype == dtype
+    half = itda_lens.load(tmp_path, dtype="bfloat16")
+    assert half.labels == labels
+    assert half.labels[0].row == labels[0].row
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_atoms_still_code_themselves(itda, dtype):
+    activations = 50 * itda.W_dec.detach() + itda.b_dec.detach()
+    half = itda.to(dtype=dtype)
+    codes = half.encode_sparse(activations)
+    assert codes.indices[:, 0].tolist() == list(range(D_SAE))
+    # b_dec and the activations are rounded too, so that some are more than an atom's rounding away.
+    assert codes.l0().float().mean() < K
+    assert (codes.values[:, 1:].abs() < 1).all()
+
+
+def test_moves_between_dtypes_and_devices(itda):
+    assert itda.to("cpu", torch.float64).encode(torch.randn(2, D_IN)).dtype == torch.float64
+    meta = itda.to("meta")
+    assert meta.W_dec.is_meta
+
+
+def test_built_on_the_meta_device_has_no_buffers():
+    meta = ITDA(ITDAConfig(d_in=8, d_sae=20, k=2, device="meta"))
+    assert {name for name, _ in meta.named_parameters()} == {"W_dec", "b_dec"}
+    assert not dict(meta.named_buffers())
+
+
+def test_hook_z_reshaping():
+    cfg = ITDAConfig(d_in=D_IN, d_sae=D_SAE, k=K, reshape_activations="hook_z")
+    cfg.metadata = SAEMetadata(hook_name="blocks.0.attn.hook_z")
+    itda = ITDA(cfg)
+    z = torch.randn(2, 3, 4, 4)
+    assert itda.encode(z).shape == (2, 3, D_SAE)
+    assert itda(z).shape == z.shape
+    flat = ITDA(ITDAConfig(d_in=D_IN, d_sae=D_SAE, k=K))
+    flat.load_state_dict(itda.state_dict())
+    torch.testing.assert_close(itda(z).flatten(-2), flat(z.flatten(-2)))
+    with pytest.raises(ValueError, match="d_in=16 numbers per row, got \\(2, 3, 4, 5\\)"):
+        itda.encode(torch.randn(2, 3, 4, 5))
+
+
+def test_without_b_dec(itda):
+    itda.cfg.apply_b_dec_to_input = False
+    x = torch.randn(3, D_IN)
+    torch.testing.assert_close(itda.decode(itda.encode(x)), itda.encode(x) @ itda.W_dec)
+
+
+def test_upload_finds_the_files_it_wants(itda, tmp_path):
+    itda.save_model(tmp_path)
+    _validate_sae_path(tmp_path)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["cfg.json", "sae_weights.safetensors"]
+    assert set(load_file(tmp_path / "sae_weights.safetensors")) == {"W_dec", "b_dec"}
+
+
+def test_from_dict(itda):
+    again = ITDA.from_dict(itda.cfg.to_dict())
+    assert type(again) is ITDA
+    assert again.cfg == itda.cfg
+    assert again.labels == itda.labels
+
+
+def test_a_fresh_process_needs_only_the_import(itda, tmp_path):
+    itda.save_model(tmp_path)
+    code = (
+        "import itda_lens, sys; from sae_lens import SAE;"
+        "sae = SAE.load_from_disk(sys.argv[1]); print(type(sae).__name__, sae.labels[3].row)"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True
+    )
+    assert run.stdout.split() == ["ITDA", str(itda.labels[3].row)]
+
+
+class TestFiles:
+    def test_failed_save_leaves_the_folder_as_it_was(self, itda, tmp_path, monkeypatch):
+        itda.save_model(tmp_path)
+        before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+
+        def full_disk(*args, **kwargs):
+            tmp_path.joinpath(f"sae_weights.safetensors.{1}.part").touch()
+            tmp_path.joinpath(f"sae_weights.safetensors.{1}.part").unlink()
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr("itda_lens.sae.itda.save_file", full_disk)
+        itda.W_dec.data.mul_(2)
+        with pytest.raises(OSError, match="No space left"):
+            itda.save_model(tmp_path)
+        assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+    def test_interrupt_between_the_files(self, itda, tmp_path, monkeypatch):
+        def interrupt(self, text):
+            self.touch()
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr("pathlib.Path.write_text", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            itda.save_model(tmp_path / "new")
+        assert list((tmp_path / "new").iterdir()) == []
+
+    @pytest.mark.parametrize("keep", [0, 7, 100, 0.5, 0.99])
+    def test_truncated_weights(self, itda, tmp_path, keep):
+        weights, _ = itda.save_model(tmp_path)
+        data = weights.read_bytes()
+        weights.write_bytes(data[: int(keep * len(data)) if keep < 1 else keep])
+        with pytest.raises(ValueError, match="sae_weights.safetensors is truncated or damaged"):
+            itda_lens.load(tmp_path)
+
+    @pytest.mark.parametrize("content", ["", "{", "[]", '{"d_in": 3}', "\x00\x01"])
+    def test_damaged_config(self, itda, tmp_path, content):
+        _, config = itda.save_model(tmp_path)
+        config.write_text(content)
+        with pytest.raises(ValueError, match="cfg.json is truncated or damaged"):
+            itda_lens.load(tmp_path)
+
+    def test_incomplete_config(self, itda, tmp_path):
+        _, config = itda.save_model(tmp_path)
+        values = json.loads(config.read_text())
+        del values["d_sae"]
+        config.write_text(json.dumps(values))
+        with pytest.raises(ValueError, match="not a complete config"):
+            itda_lens.load(tmp_path)
+
+    def test_config_of_another_dictionary(self, itda, tmp_path):
+        _, config = itda.save_model(tmp_path)
+        values = json.loads(config.read_text()) | {"d_sae": D_SAE + 1}
+        config.write_text(json.dumps(values))
+        with pytest.raises(ValueError, match="weights do not fit the config"):
+            itda_lens.load(tmp_path)
+
+    def test_another_architecture(self, itda, tmp_path):
+        _, config = itda.save_model(tmp_path)
+        values = json.loads(config.read_text()) | {"architecture": "topk"}
+        config.write_text(json.dumps(values))
+        with pytest.raises(ValueError, match="holds a 'topk' SAE, not an ITDA"):
+            itda_lens.load(tmp_path)
+
+    def test_missing(self, itda, tmp_path):
+        with pytest.raises(FileNotFoundError, match="no folder"):
+            itda_lens.load(tmp_path / "nowhere")
+        itda.save_model(tmp_path / "inside")
+        with pytest.raises(FileNotFoundError, match="it holds dictionaries: .*inside"):
+            itda_lens.load(tmp_path)
+
+    def test_damaged_labels(self, itda):
+        itda.cfg.metadata.itda_labels = itda.cfg.metadata.itda_labels[:-8]
+        with pytest.raises(ValueError, match="damaged labels"):
+            itda.labels  # noqa: B018
+        itda.cfg.metadata.itda_labels = None
+        with pytest.raises(ValueError, match="carries no labels"):
+            itda.labels  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(k=0), "k must be between 1 and d_sae=40, got 0"),
+        (dict(k=41), "k must be between 1 and d_sae=40, got 41"),
+        (dict(method="lasso"), "method must be one of"),
+        (dict(rtol=1.0), "rtol must be"),
+        (dict(d_in=0), "d_in must be at least 1"),
+    ],
+)
+def test_bad_config(change, message):
+    with pytest.raises(ValueError, match=message):
+        ITDAConfig(**(dict(d_in=D_IN, d_sae=D_SAE, k=K) | change))
+
+
+def test_bad_activations(itda):
+    with pytest.raises(ValueError, match="d_in=16 numbers per row, got \\(2, 17\\)"):
+        itda.encode(torch.zeros(2, 17))
+    with pytest.raises(ValueError, match="NaN or infinite values, first in row 1"):
+        itda.encode(torch.stack([torch.zeros(D_IN), torch.full((D_IN,), torch.inf)]))
+
+
+def test_importing_twice_warns_of_nothing():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        register()

@@ -1,0 +1,274 @@
+"""`fit` and `build`: dictionaries, labels, determinism, and bad input."""
+
+import sys
+import warnings
+
+import pytest
+import torch
+
+import itda_lens
+from itda_lens import Label, build, fit
+from itda_lens.sources import Tokenization
+from itda_lens.training import output_folder, save_all
+
+HOOKS = ["blocks.0.hook_resid_post", "blocks.2.hook_resid_post"]
+
+
+def activations(n=400, d=16):
+    return torch.randn(n, d, generator=torch.Generator().manual_seed(0)) + 1
+
+
+class TestFit:
+    def test_default_labels_are_rows(self):
+        x = activations()
+        itda = fit(x, d_sae=50, k=4)
+        assert itda.cfg.method == "omp"
+        for atom, label in zip(itda.W_dec.detach(), itda.labels, strict=True):
+            assert (label.chunk, label.position, label.cosine) == (0, 0, 1)
+            origin = x[label.row] - itda.b_dec.detach()
+            assert torch.nn.functional.cosine_similarity(atom, origin, dim=0) > 0.999999
+
+    def test_own_labels(self):
+        labels = [Label(i, 1, 2, token=str(i)) for i in range(400)]
+        assert {label.token for label in fit(activations(), d_sae=50, k=4, labels=labels).labels} <= {
+            str(i) for i in range(400)
+        }
+        triples = [(i, 7, 8) for i in range(400)]
+        assert all(
+            label.chunk == 7 for label in fit(activations(), d_sae=50, k=4, labels=triples).labels
+        )
+
+    @pytest.mark.parametrize("preset", ["best", "paper"])
+    def test_bit_equal_again(self, preset):
+        first, second = (fit(activations(), d_sae=50, k=4, preset=preset, seed=3) for _ in range(2))
+        assert torch.equal(first.W_dec, second.W_dec)
+        assert torch.equal(first.b_dec, second.b_dec)
+        assert first.cfg.to_dict() == second.cfg.to_dict()
+
+    def test_best_does_not_depend_on_batches(self):
+        first = fit(activations(), d_sae=50, k=4, batch_size=9)
+        second = fit(activations(), d_sae=50, k=4)
+        assert torch.equal(first.W_dec, second.W_dec)
+        assert first.labels == second.labels
+
+    def test_paper_preset(self):
+        itda = fit(activations(), d_sae=None, k=4, preset="paper", loss_threshold=0.3)
+        assert itda.cfg.method == "mp"
+        assert (itda.b_dec == 0).all()
+        assert 16 < itda.cfg.d_sae < 400
+
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+    def test_dtypes(self, dtype):
+        itda = fit(activations().to(dtype), d_sae=50, k=4)
+        assert itda.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        assert itda(activations().to(dtype)).dtype == itda.dtype
+
+    def test_settings_are_recorded(self):
+        record = fit(activations(), d_sae=50, k=4, seed=5).cfg.metadata.itda_build
+        assert (record["d_sae"], record["k"], record["seed"], record["preset"]) == (50, 4, 5, "best")
+        assert "torch" in record["versions"]
+
+    @pytest.mark.parametrize(
+        ("change", "error", "message"),
+        [
+            (dict(x=torch.full((60, 4), torch.nan)), ValueError, "row 0 has NaN or infinite"),
+            (dict(x=torch.eye(60) / (torch.eye(60)[7] == 0)), ValueError, "row 0 has NaN or infinite"),
+            (dict(x=torch.zeros(0, 4)), ValueError, "at least one row, got none"),
+            (dict(x=torch.zeros(4)), ValueError, r"shape \[n_tokens, d_in\], got \(4,\)"),
+            (dict(x=torch.zeros(2, 3, 4)), ValueError, r"got \(2, 3, 4\)"),
+            (dict(x=torch.zeros(60, 4, dtype=torch.long)), TypeError, "got torch.int64"),
+            (dict(x=[[1.0]]), TypeError, "floating-point tensor, got list"),
+            (dict(d_sae=401), ValueError, "got d_sae=401 for 400 rows"),
+            (dict(x=torch.ones(60, 4), d_sae=3, k=1), ValueError, "only 0 directions"),
+            (dict(d_sae=0), ValueError, "d_sae must be at least 1"),
+            (dict(d_sae=None), ValueError, "d_sae must be given"),
+            (dict(k=51), ValueError, "k must be between 1 and d_sae=50, got 51"),
+            (dict(k=0), ValueError, "got 0"),
+            (dict(preset="fast"), ValueError, "preset must be one of"),
+            (dict(method="lasso"), ValueError, "method must be one of"),
+            (dict(seed=-1), ValueError, "seed must be at least 0"),
+            (dict(batch_size=0), ValueError, "batch_size must be at least 1"),
+            (dict(loss_threshold=0.1), ValueError, "preset='paper' only"),
+            (dict(preset="paper", loss_threshold=1.5), ValueError, "loss_threshold must be between"),
+            (dict(labels=[(0, 0, 0)]), ValueError, "1 labels for 400 rows"),
+            (dict(labels=["x"] * 400), TypeError, "got 'x'"),
+        ],
+    )  # fmt: skip
+    def test_bad_input(self, change, error, message):
+        arguments = dict(x=activations(), d_sae=50, k=4) | change
+        with pytest.raises(error, match=message):
+            fit(arguments.pop("x"), **arguments)
+
+
+@pytest.fixture(scope="module")
+def built(tiny, texts):
+    return build(tiny, texts, HOOKS, d_sae=60, k=4, context_size=16, progress=False)
+
+
+class TestBuild:
+    def test_one_dictionary_per_hook(self, built):
+        assert list(built) == HOOKS
+        for hook, itda in built.items():
+            metadata = itda.cfg.metadata
+            assert metadata.hook_name == hook
+            assert metadata.model_name == "tiny-random"
+            assert (metadata.context_size, metadata.prepend_bos) == (16, True)
+            assert itda.cfg.d_in == 32
+            assert itda.cfg.reshape_activations == "none"
+
+    @pytest.mark.parametrize("hook", HOOKS)
+    def test_labels_lead_back_to_the_activations(self, built, tiny, texts, hook):
+        itda = built[hook]
+        tokenization = Tokenization(tiny.tokenizer, context_size=16)
+        contexts = {(c.row, c.chunk): c for c in tokenization.contexts(texts)}
+        for i, label in enumerate(itda.labels):
+            assert label.position > 0
+            assert texts[label.row][slice(*label.chars)] == label.token
+            assert f"[[{label.token}]]" in label.context
+            batch = tokenization.batch([contexts[label.row, label.chunk]])
+            x = tiny.capture(batch.tokens, batch.attention_mask, [hook])[hook][0, label.position]
+            assert torch.nn.functional.cosine_similarity(x - itda.b_dec, itda.W_dec[i], dim=0) > 0.9999
+
+    @pytest.mark.parametrize("preset", ["best", "paper"])
+    def test_bit_equal_again(self, tiny, texts, preset):
+        threshold = 0.05 if preset == "paper" else None
+        options = dict(d_sae=50, k=4, context_size=16, loss_threshold=threshold, progress=False)
+        options["preset"] = preset
+        first, second = (build(tiny, texts, HOOKS, **options) for _ in range(2))
+        for hook in HOOKS:
+            assert torch.equal(first[hook].W_dec, second[hook].W_dec)
+            assert torch.equal(first[hook].b_dec, second[hook].b_dec)
+            assert first[hook].labels == second[hook].labels
+
+    def test_equals_fit_on_the_same_activations(self, built, tiny, texts):
+        xs, labels = [], []
+        for batch in Tokenization(tiny.tokenizer, context_size=16).batches(texts, 16):
+            captured = tiny.capture(batch.tokens, batch.attention_mask, [HOOKS[0]])[HOOKS[0]]
+            xs.append(captured[batch.keep])
+            labels.extend(batch.labels())
+        itda = fit(torch.cat(xs), d_sae=60, k=4, labels=labels)
+        assert torch.equal(itda.W_dec, built[HOOKS[0]].W_dec)
+        assert itda.labels == built[HOOKS[0]].labels
+
+    def test_max_tokens_cuts_exactly(self, tiny, texts):
+        options = dict(d_sae=20, k=2, context_size=16, progress=False)
+        record = build(tiny, texts, HOOKS[0], max_tokens=101, **options)[HOOKS[0]]
+        assert record.cfg.metadata.itda_build["n_tokens"] == 101
+
+    def test_a_stream_is_read_once_and_only_as_far_as_needed(self, tiny, texts):
+        def endless():
+            while True:
+                yield from texts
+
+        options = dict(d_sae=20, k=2, context_size=16, progress=False)
+        build(tiny, endless(), HOOKS[0], max_tokens=500, **options)
+
+    def test_per_head_hook(self, tiny, texts):
+        hook = "blocks.1.attn.hook_z"
+        itda = build(tiny, texts, hook, d_sae=40, k=4, context_size=16, progress=False)[hook]
+        assert itda.cfg.reshape_activations == "hook_z"
+        assert itda(torch.randn(2, 3, 4, 8)).shape == (2, 3, 4, 8)
+
+    def test_special_tokens_only_when_asked_for(self, tiny, texts):
+        options = dict(d_sae=60, k=4, context_size=16, progress=False)
+        texts = [f"<eos> {text}" for text in texts]
+        masked = build(tiny, texts, HOOKS[0], **options)[HOOKS[0]]
+        assert all(label.position > 0 and label.token != "<eos>" for label in masked.labels)
+        kept = build(tiny, texts, HOOKS[0], keep_special_tokens=True, **options)[HOOKS[0]]
+        assert any(label.position == 0 for label in kept.labels)
+
+    def test_progress_bar(self, tiny, texts, capsys, monkeypatch):
+        monkeypatch.setattr(sys.modules["itda_lens.training.build"], "SECONDS_BETWEEN_FVU", 0)
+        build(tiny, texts, HOOKS, d_sae=20, k=4, context_size=16, progress=True)
+        shown = capsys.readouterr()
+        assert "tok/s" in shown.err
+        assert "atoms=20/20, FVU=0." in shown.err
+        assert shown.out == ""
+
+    def test_fewer_distinct_activations_than_atoms(self, tiny):
+        with pytest.raises(ValueError, match="d_sae=60, but .* activations point in only"):
+            build(tiny, ["the cat sat"] * 90, HOOKS, d_sae=60, k=4, progress=False)
+
+    def test_non_finite_activations_are_told_with_their_place(self, tiny_folder, texts):
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(tiny_folder)
+        model.model.layers[0].mlp.down_proj.weight.data[3] = torch.nan
+        with pytest.raises(ValueError, match="NaN or infinite activation at 'blocks.0.*text 0, chunk 0"):
+            build(model, texts, HOOKS, d_sae=60, k=4, progress=False)
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (dict(texts=[]), "at least one text, got none"),
+            (dict(texts=["", ""]), "no token that counts"),
+            (dict(texts=["<eos>", "<pad>"]), "all were masked"),
+            (dict(hook_names=[]), "one or more different names"),
+            (dict(hook_names=[HOOKS[0], HOOKS[0]]), "one or more different names"),
+            (dict(hook_names="blocks.7.hook_resid_post"), "no hook 'blocks.7.hook_resid_post'; near it"),
+            (dict(hook_names="blocks.1.hook_attn_in"), "exists but never fired"),
+            (dict(d_sae=10**6), "d_sae=1000000"),
+            (dict(k=70), "k must be between 1 and d_sae=60"),
+            (dict(max_tokens=0), "max_tokens must be at least 1"),
+            (dict(max_tokens=59), "d_sae=60 atoms cannot be chosen among max_tokens=59"),
+            (dict(batch_size=0), "batch_size must be at least 1"),
+            (dict(context_size=1), "context_size must be at least 2"),
+            (dict(model="no-such/model"), "neither a folder nor a model"),
+        ],
+    )  # fmt: skip
+    def test_bad_input(self, tiny, texts, change, message):
+        arguments = dict(model=tiny, texts=texts, hook_names=HOOKS, d_sae=60, k=4, progress=False)
+        with pytest.raises(ValueError, match=message):
+            build(**(arguments | change))
+
+
+class TestOutput:
+    def test_saves_each_hook_and_loads(self, tiny, texts, tmp_path):
+        built = build(tiny, texts, HOOKS, d_sae=60, k=4, progress=False)
+        with output_folder(tmp_path / "out") as folder:
+            save_all(built, folder)
+        assert sorted(p.name for p in (tmp_path / "out").iterdir()) == HOOKS
+        loaded = itda_lens.load(tmp_path / "out" / HOOKS[1])
+        assert torch.equal(loaded.W_dec, built[HOOKS[1]].W_dec)
+
+    def test_never_overwrites_unless_asked(self, tmp_path):
+        target = tmp_path / "out"
+        with output_folder(target) as folder:
+            fit(activations(), d_sae=9, k=2).save_model(folder / "first")
+        with pytest.raises(FileExistsError, match="exists"), output_folder(target):
+            pass
+        with output_folder(target, overwrite=True) as folder:
+            fit(activations(), d_sae=9, k=2).save_model(folder / "second")
+        assert [p.name for p in target.iterdir()] == ["second"]
+        assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+    def test_never_overwrites_other_things(self, tmp_path):
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "thesis.tex").touch()
+        with pytest.raises(FileExistsError, match="other things"), output_folder(tmp_path / "out", True):
+            pass
+        (tmp_path / "file").touch()
+        with pytest.raises(FileExistsError), output_folder(tmp_path / "file", True):
+            pass
+        assert (tmp_path / "out" / "thesis.tex").exists()
+
+    @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+    def test_an_interrupt_leaves_nothing(self, tmp_path, error):
+        with pytest.raises(error), output_folder(tmp_path / "out") as folder:  # noqa: PT012
+            (folder / "half").touch()
+            raise error
+        assert list(tmp_path.iterdir()) == []
+
+    def test_cannot_be_written(self, tmp_path):
+        (tmp_path / "file").touch()
+        with pytest.raises(OSError, match="file"), output_folder(tmp_path / "file" / "out"):
+            pass
+
+
+def test_paper_preset_warns_when_its_threshold_gives_fewer_atoms(tiny, texts):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        options = dict(d_sae=300, k=8, preset="paper", loss_threshold=0.9, progress=False)
+        itda = build(tiny, texts, HOOKS[0], **options)[HOOKS[0]]
+    assert itda.cfg.d_sae < 300
+    assert any(f"has {itda.cfg.d_sae} atoms, not 300" in str(w.message) for w in caught)
