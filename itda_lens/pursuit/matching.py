@@ -4,6 +4,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from itda_lens.pursuit.codes import checked_energy
+
 
 def search(
     x: Float[Tensor, "b d"],
@@ -28,9 +30,7 @@ def search(
     coefficients = x.new_zeros(b, k)
     correlations = x @ atoms.T
     residual = x.clone() if gram is None else None
-    # Tracked in float64: subtracting k squares in float32 would lose what is left of a good fit.
-    energy = x.double().square().sum(dim=-1)
-    floor = rtol**2 * energy
+    start = energy = x.double().square().sum(dim=-1)
     active = energy > 0
     for step in range(k):
         score = correlations.abs() if signed else correlations
@@ -42,12 +42,15 @@ def search(
         if residual is None:
             assert gram is not None
             correlations.addcmul_(gram[j], c[:, None], value=-1)
-            energy -= c.double().square()
+            energy = energy - c.double().square()
+            energy = checked_energy(
+                energy, start, x, atoms, picks[:, : step + 1], coefficients[:, : step + 1]
+            )
         else:
             residual.addcmul_(atoms[j], c[:, None], value=-1)
             energy = residual.double().square().sum(dim=-1)
             correlations = residual @ atoms.T
-        active = active & (energy > floor)
+        active = active & (energy > rtol**2 * start)
         if not active.any():
             break
     return picks, coefficients

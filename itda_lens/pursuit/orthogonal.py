@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from itda_lens.pursuit.codes import gather_sum
+from itda_lens.pursuit.codes import checked_energy, gather_sum
 
 
 def dependence_tolerance(dtype: torch.dtype) -> float:
@@ -57,8 +57,7 @@ def _signed(x: Tensor, atoms: Tensor, gram: Tensor | None, k: int, rtol: float) 
     coefficients = x.new_zeros(b, k)
     initial = x @ atoms.T
     correlations = initial
-    energy = x.double().square().sum(dim=-1)
-    floor = rtol**2 * energy
+    start = energy = x.double().square().sum(dim=-1)
     active = energy > 0
     tolerance = dependence_tolerance(x.dtype)
     for t in range(k):
@@ -77,8 +76,9 @@ def _signed(x: Tensor, atoms: Tensor, gram: Tensor | None, k: int, rtol: float) 
         coefficients = torch.linalg.solve_triangular(
             factor[:, : t + 1, : t + 1].transpose(-1, -2), y[:, : t + 1, None], upper=True
         ).squeeze(-1)
-        energy -= y[:, t].double().square()
-        active = active & (energy > floor)
+        energy = energy - y[:, t].double().square()
+        energy = checked_energy(energy, start, x, atoms, picks[:, : t + 1], coefficients)
+        active = active & (energy > rtol**2 * start)
         if not active.any():
             break
         if t + 1 < k:
