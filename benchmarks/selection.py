@@ -1,0 +1,109 @@
+"""How atoms should be chosen: the presets and their settings, on SmolLM2's residual stream.
+
+    python benchmarks/selection.py [--layers 5 10 20] [--d-sae 2048] [--k 20] [--sweep]
+
+Text: the Python language reference, as in `itda demo`. The last eight of the articles to build from are left
+out as a validation split for `--sweep`; the held-out articles are used for the table alone. FVU on all
+tokens that count; "random" is the preset "best" without anything to choose from.
+"""
+
+import argparse
+import time
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from itda_lens import ITDA, fit
+from itda_lens.demo.prose import HELD_OUT, reference_prose
+from itda_lens.demo.smollm2 import load
+from itda_lens.dictionary import RunningFVU, energy
+from itda_lens.sources import Tokenization, language_model
+
+
+def activations(lm, layers: list[int], texts: list[str]) -> dict[int, Tensor]:
+    hooks = {f"blocks.{layer}.hook_resid_post": layer for layer in layers}
+    found: dict[int, list[Tensor]] = {layer: [] for layer in layers}
+    for batch in Tokenization(lm.tokenizer).batches(texts, 16):
+        captured = lm.capture(batch.tokens, batch.attention_mask, list(hooks))
+        for hook, layer in hooks.items():
+            found[layer].append(captured[hook][batch.keep])
+    return {layer: torch.cat(rows) for layer, rows in found.items()}
+
+
+def fvu(itda: ITDA, x: Tensor, method: str) -> float:
+    itda.cfg.method = method
+    meter = RunningFVU()
+    with torch.no_grad():
+        meter.update(x, itda.decode_sparse(itda.encode_sparse(x)))
+    return meter.value()
+
+
+@contextmanager
+def settings(**values):
+    """`dictionary.energy`'s constants, changed for a while."""
+    old = {name: getattr(energy, name) for name in values}
+    try:
+        for name, value in values.items():
+            setattr(energy, name, value)
+        yield
+    finally:
+        for name, value in old.items():
+            setattr(energy, name, value)
+
+
+def row(name: str, x: Tensor, test: Tensor, d_sae: int, k: int, **options) -> None:
+    start = time.perf_counter()
+    itda = fit(x, d_sae=d_sae, k=k, **options)
+    seconds = time.perf_counter() - start
+    print(
+        f"| {name} | {itda.cfg.d_sae} | {fvu(itda, test, 'mp'):.4f} | {fvu(itda, test, 'omp'):.4f} "
+        f"| {seconds:.0f} |",
+        flush=True,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--layers", type=int, nargs="+", default=[5, 10, 20])
+    parser.add_argument("--d-sae", type=int, default=2048)
+    parser.add_argument("--k", type=int, default=20)
+    parser.add_argument("--sweep", action="store_true", help="settings, on the validation split")
+    args = parser.parse_args()
+
+    lm = language_model(load())
+    texts, held_out = reference_prose()
+    parts = {"train": texts[:-HELD_OUT], "validation": texts[-HELD_OUT:], "held out": held_out}
+    data = {name: activations(lm, args.layers, part) for name, part in parts.items()}
+    sizes = {name: len(found[args.layers[0]]) for name, found in data.items()}
+    print(f"tokens: {sizes}; d_sae = {args.d_sae}, k = {args.k}")
+
+    for layer in args.layers:
+        x = data["train"][layer]
+        test = data["validation" if args.sweep else "held out"][layer]
+        print(f"\nlayer {layer}, {'validation' if args.sweep else 'held out'}")
+        print("| atoms | number | FVU, MP | FVU, OMP | seconds |\n|---|---|---|---|---|")
+        if args.sweep:
+            for cosine in (0.99, 0.95, 0.9, 0.85, 0.8, 0.7):
+                with settings(NEAR_DUPLICATE=cosine):
+                    row(f"near-duplicates from {cosine}", x, test, args.d_sae, args.k)
+            for factor in (2, 8):
+                with settings(CANDIDATES_PER_ATOM=factor):
+                    row(f"{factor} candidates per atom", x, test, args.d_sae, args.k)
+            for drop in (0.3,):
+                with settings(DROP_PER_ROUND=drop):
+                    row(f"{drop} dropped per round", x, test, args.d_sae, args.k)
+            for scored in (8_192, 32_768):
+                with settings(MIN_SCORED=scored):
+                    row(f"{scored:,} scored", x, test, args.d_sae, args.k)
+        else:
+            for tau in (0.1, 0.2, 0.3):
+                options = dict(preset="paper", loss_threshold=tau)
+                row(f'"paper", tau {tau}', x, test, args.d_sae, args.k, **options)
+            with settings(CANDIDATES_PER_ATOM=1, NEAR_DUPLICATE=1.0):
+                row("random, centred", x, test, args.d_sae, args.k)
+            row('"best"', x, test, args.d_sae, args.k)
+
+
+if __name__ == "__main__":
+    main()
