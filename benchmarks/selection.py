@@ -2,9 +2,9 @@
 
     python benchmarks/selection.py [--layers 5 10 20] [--d-sae 2048] [--k 20] [--sweep]
 
-Text: the Python language reference, as in `itda demo`. The last eight of the articles to build from are left
-out as a validation split for `--sweep`; the held-out articles are used for the table alone. FVU on all
-tokens that count; "random" is the preset "best" without anything to choose from.
+Text: the Python language reference, as in `itda demo`. The last eight of the articles to build from are
+left out as a validation split for `--sweep`; the held-out articles are used for the table alone. FVU on
+all tokens that count; "random" is the preset "best" without anything to choose from.
 """
 
 import argparse
