@@ -5,6 +5,28 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub, which reads it once
 
+from jaxtyping import install_import_hook
+
+# Shapes and types are checked at run time in the tests, but not where bad input is the user's: there
+# our own messages come first.
+install_import_hook(
+    [
+        "itda_lens.pursuit.codes",
+        "itda_lens.pursuit.gram",
+        "itda_lens.pursuit.matching",
+        "itda_lens.pursuit.orthogonal",
+        "itda_lens.dictionary.energy",
+        "itda_lens.dictionary.greedy",
+        "itda_lens.dictionary.rows",
+        "itda_lens.dictionary.sampling",
+        "itda_lens.dictionary.selection",
+        "itda_lens.dictionary.variance",
+        "itda_lens.sources.contexts",
+        "itda_lens.analysis.evaluate",
+    ],
+    "beartype.beartype",
+)
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast

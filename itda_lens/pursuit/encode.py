@@ -65,7 +65,7 @@ def encode(
         empty = torch.zeros(*x.shape[:-1], k, device=x.device)
         return SparseCodes(empty.long(), empty.to(dtype))
     chunks = [
-        _encode_chunk(chunk, atoms, gram, k, method, signed, rtol)
+        _encode_chunk(chunk, atoms, gram, k, method, signed, float(rtol))
         for chunk in rows.split(_chunk_rows(rows, gram))
     ]
     shape = (*x.shape[:-1], k)
