@@ -36,6 +36,7 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet "$(TORCH)"
 	$(BIN)/pip install --quiet --constraint $(CONSTRAINTS) -e '.[test]'
+	rm -f $(VENV)/.installed-*
 	touch "$@"
 
 clean:

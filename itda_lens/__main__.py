@@ -43,9 +43,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except OSError as error:
         errors.print(f"[red]error:[/] {escape(str(error))}", soft_wrap=True)
         sys.exit(FAILURE)
-    except KeyboardInterrupt:
-        errors.print("interrupted; nothing was written")
-        sys.exit(INTERRUPTED)
+    except SystemExit as exit_:  # how typer ends a command, an interrupt included
+        if exit_.code == INTERRUPTED:
+            errors.print("interrupted")
+        raise
 
 
 if __name__ == "__main__":

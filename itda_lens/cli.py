@@ -31,6 +31,10 @@ ModelOption = Annotated[
 LoaderOption = Annotated[
     str, typer.Option(help="How to load the model: bridge, hooked_transformer or huggingface.")
 ]
+SameLoader = Annotated[
+    str | None,
+    typer.Option(help="How to load it: bridge, hooked_transformer, huggingface.", show_default=False),
+]
 DeviceOption = Annotated[
     str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default: a GPU if there is one.")
 ]
@@ -124,7 +128,7 @@ def decompose_command(
     text: Annotated[str, typer.Argument(help="The text to take apart.", show_default=False)],
     model: ModelOption = None,
     top: Annotated[int, typer.Option(min=1, help="Atoms to show per token.")] = 4,
-    loader: LoaderOption | None = None,
+    loader: SameLoader = None,
     device: DeviceOption = None,
 ) -> None:
     """Show which activations each token of a text is made of.
@@ -145,7 +149,7 @@ def eval_command(
     batch_size: Annotated[int, typer.Option(help="Contexts per forward pass.")] = 8,
     text_field: TextField = "text",
     split: Split = "train",
-    loader: LoaderOption | None = None,
+    loader: SameLoader = None,
     device: DeviceOption = None,
 ) -> None:
     """Measure dictionaries on a text: FVU, L0, CE-loss score, KL and alive fraction.
@@ -182,9 +186,11 @@ def _model_of(itdas: list[ITDA], model: str | None, loader: str | None) -> tuple
     chosen = loader or (loaders.pop() if len(loaders) == 1 else "bridge")
     if model is not None:
         return model, _loader(chosen)
-    models = {record["model"] for record in records if "model" in record}
+    models = {record.get("model") for record in records} - {None}
     if len(models) != 1:
-        raise ValueError(f"pass --model: the dictionaries name {len(models)} models, not one")
+        raise ValueError(
+            f"pass --model: the dictionaries name {len(models)} models that could be loaded, not one"
+        )
     return models.pop(), _loader(chosen)
 
 

@@ -39,7 +39,7 @@ TINY = dict(
     num_hidden_layers=3,
     num_attention_heads=4,
     num_key_value_heads=2,
-    max_position_embeddings=64,
+    max_position_embeddings=256,
 )
 
 WORDS = "the a cat dog sat ran on in mat log and or big small red blue said that it was . ,".split()

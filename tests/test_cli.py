@@ -53,7 +53,7 @@ def test_build_writes_a_loadable_dictionary(built, tiny_folder):
 def test_info(itda_command, built):
     code, out, _ = itda_command("info", built)
     assert code == 0
-    for expected in ("tiny-random", HOOK, "d_sae", "texts_sha256", "First 10 atoms", "position"):
+    for expected in ("tiny-random", HOOK, "d_sae", "texts_fingerprint", "First 10 atoms", "position"):
         assert expected in out
 
 
@@ -130,6 +130,7 @@ def test_interrupt_and_full_disk_leave_nothing(
     found, _, err = itda_command(*build_arguments(tiny_folder, text_file, tmp_path / "out"))
     assert found == code
     assert "Traceback" not in err
+    assert ("interrupted" if code == INTERRUPTED else "error: [Errno 28] No space left") in err
     assert list(tmp_path.iterdir()) == []
 
 

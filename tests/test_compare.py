@@ -32,7 +32,7 @@ def test_refuses_what_cannot_be_compared(tiny, texts):
     options = dict(d_sae=30, k=4, progress=False)
     one = build(tiny, texts, HOOKS[0], context_size=16, **options)[HOOKS[0]]
     other = build(tiny, texts[::-1], HOOKS[0], context_size=16, **options)[HOOKS[0]]
-    with pytest.raises(ValueError, match="different texts or contexts .* texts_sha256"):
+    with pytest.raises(ValueError, match="different texts or contexts .* texts_fingerprint"):
         jaccard(one, other)
     cut = build(tiny, texts, HOOKS[0], context_size=12, **options)[HOOKS[0]]
     with pytest.raises(ValueError, match="context_size is 16 for one dictionary and 12"):

@@ -134,6 +134,36 @@ def test_follows_changes_of_the_weights(itda):
     torch.testing.assert_close(itda.encode(x), -before)
 
 
+def test_follows_an_edit_of_one_row_of_many():
+    x = torch.randn(2000, 64)
+    itda = fit(x, d_sae=1024, k=8)
+    itda.encode(x[:9])
+    itda.W_dec.data[3] = torch.nn.functional.normalize(x[5] + x[6], dim=0)
+    fresh = ITDA(itda.cfg)
+    fresh.load_state_dict(itda.state_dict())
+    assert torch.equal(itda.encode(x[:99]), fresh.encode(x[:99]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_after_inference_mode(itda, dtype):
+    itda = itda.to(dtype=dtype)
+    with torch.inference_mode():
+        itda.encode(torch.randn(2, D_IN))
+    x = torch.randn(2, D_IN, requires_grad=True)
+    itda.encode(x).sum().backward()
+    assert x.grad is not None
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_damaged_weights_are_told(itda, tmp_path, value):
+    itda.W_dec.data[2, 3] = value
+    with pytest.raises(ValueError, match="W_dec has NaN or infinite"):
+        itda.encode(torch.randn(2, D_IN))
+    itda.save_model(tmp_path)
+    with pytest.raises(ValueError, match="W_dec has NaN or infinite"):
+        itda_lens.load(tmp_path)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_save_and_load_in_every_dtype(tmp_path, dtype, itda):
     labels = itda.labels

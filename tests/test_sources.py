@@ -1,6 +1,7 @@
 """Texts, contexts and models: what counts, where it came from, and how models are read."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -36,6 +37,9 @@ class TestTexts:
         assert list(iterate_texts("org/texts")) == ["text 0", "text 1", "text 2"]
         with pytest.raises(ValueError, match=r"no field 'body', only \['text'\]"):
             list(iterate_texts("org/texts", text_field="body"))
+        (folder / "train.jsonl").write_text('{"text": null}')
+        with pytest.raises(ValueError, match="row 0 .* 'text' is not a string"):
+            list(iterate_texts("org/texts"))
 
     @pytest.mark.parametrize(
         ("texts", "error", "message"),
@@ -43,6 +47,7 @@ class TestTexts:
             (["a", 3], TypeError, "text 1 is int"),
             (7, TypeError, "texts must be strings, a file or the name"),
             ("a plain sentence, not a list", ValueError, r"to use one text, pass \[text\]"),
+            ("word " * 1000, ValueError, r"to use one text, pass \[text\]"),
             ("two\nlines", ValueError, r"to use one text, pass \[text\]"),
             ("no-such-file.txt", ValueError, "neither a file nor a data set"),
         ],
@@ -231,6 +236,23 @@ class TestModels:
         assert language_model(str(tiny_folder), name="other", device="cpu").name == "other"
         assert models["hooked"].loader == "hooked_transformer"
         assert models["bridge"].loader == models["sae_bridge"].loader == "bridge"
+
+    def test_damaged_model_and_unknown_device(self, tiny_folder, tmp_path):
+        folder = tmp_path / "damaged"
+        shutil.copytree(tiny_folder, folder)
+        weights = folder / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:5000])
+        for loader in ("bridge", "huggingface"):
+            with pytest.raises(ValueError, match="the model in folder '.*damaged' cannot be loaded"):
+                language_model(str(folder), loader=loader, device="cpu")
+        for device in ("banana", "meta:7:7", *([] if torch.cuda.is_available() else ["cuda"])):
+            with pytest.raises(ValueError, match=f"device '{device}' is not one that PyTorch has"):
+                language_model(str(tiny_folder), device=device)
+
+    @pytest.mark.parametrize("kind", ["hooked", "bridge", "sae_bridge"])
+    def test_aliases_of_the_embedding(self, models, batch, kind):
+        found = models[kind].capture(batch.tokens, batch.attention_mask, ["hook_embed"])
+        assert found["hook_embed"].shape == (*batch.tokens.shape, 32)
 
     def test_unknown_models(self):
         for loader in ("bridge", "huggingface", "hooked_transformer"):

@@ -155,6 +155,31 @@ class TestBuild:
         record = build(tiny, texts, HOOKS[0], max_tokens=101, **options)[HOOKS[0]]
         assert record.cfg.metadata.itda_build["n_tokens"] == 101
 
+    def test_the_paper_rule_stops_the_model_when_it_is_full(self, tiny, texts, monkeypatch):
+        passes = []
+        capture = type(tiny).capture
+
+        def counted(self, *args):
+            passes.append(1)
+            return capture(self, *args)
+
+        monkeypatch.setattr(type(tiny), "capture", counted)
+        options = dict(preset="paper", loss_threshold=0.01, batch_size=2, progress=False)
+        build(tiny, texts, HOOKS, d_sae=30, k=4, **options)
+        assert 1 <= len(passes) < 10
+
+    def test_fingerprint_does_not_depend_on_how_much_was_read(self, tiny, texts):
+        options = dict(d_sae=20, k=2, context_size=16, progress=False)
+        records = [
+            build(tiny, texts, HOOKS[0], max_tokens=n, **options)[HOOKS[0]].cfg.metadata.itda_build
+            for n in (100, 500)
+        ]
+        assert records[0]["texts_fingerprint"] == records[1]["texts_fingerprint"]
+        assert records[0]["texts_read_sha256"] != records[1]["texts_read_sha256"]
+
+    def test_records_where_the_model_can_be_loaded_from(self, built, tiny_folder):
+        assert built[HOOKS[0]].cfg.metadata.itda_build["model"] == str(tiny_folder)
+
     def test_a_stream_is_read_once_and_only_as_far_as_needed(self, tiny, texts):
         def endless():
             while True:
@@ -213,6 +238,8 @@ class TestBuild:
             (dict(max_tokens=59), "d_sae=60 atoms cannot be chosen among max_tokens=59"),
             (dict(batch_size=0), "batch_size must be at least 1"),
             (dict(context_size=1), "context_size must be at least 2"),
+            (dict(context_size=257), "at most the model's 256 tokens, got 257"),
+            (dict(texts="word " * 200), "to use one text, pass"),
             (dict(model="no-such/model"), "neither a folder nor a model"),
         ],
     )  # fmt: skip
@@ -248,7 +275,22 @@ class TestOutput:
         with pytest.raises(FileExistsError, match="other things"), output_folder(tmp_path / "out", True):
             pass
         (tmp_path / "file").touch()
-        with pytest.raises(FileExistsError), output_folder(tmp_path / "file", True):
+        with (
+            pytest.raises((FileExistsError, NotADirectoryError)),
+            output_folder(tmp_path / "file", True),
+        ):
+            pass
+        other = tmp_path / "saes" / "mine"
+        fit(activations(), d_sae=9, k=2).save_model(other)
+        (other / "notes.txt").touch()
+        with pytest.raises(FileExistsError, match="other"), output_folder(tmp_path / "saes", True):
+            pass
+        (other / "notes.txt").unlink()
+        config = (other / "cfg.json").read_text()
+        (other / "cfg.json").write_text(
+            config.replace('"architecture": "itda"', '"architecture": "topk"')
+        )
+        with pytest.raises(FileExistsError, match="other"), output_folder(tmp_path / "saes", True):
             pass
         assert (tmp_path / "out" / "thesis.tex").exists()
 

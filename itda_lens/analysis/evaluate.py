@@ -1,5 +1,6 @@
 """How well dictionaries reconstruct a model's activations, and what that does to the model."""
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,7 +93,9 @@ def evaluate(
         raise ValueError("dictionaries must be one or more, got none")
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    # Looked at before the model is loaded, so that missing texts are told at once.
     stream = iterate_texts(texts, text_field=text_field, split=split)
+    stream = itertools.chain(list(itertools.islice(stream, 1)), stream)
     lm = language_model(model, tokenizer=tokenizer, loader=loader, device=device)
     tokenization = tokenization_of(itdas, lm)
     lm.check_hooks([hook_name_of(itda) for itda in itdas])

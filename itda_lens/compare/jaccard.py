@@ -17,7 +17,7 @@ def jaccard(a: ITDA, b: ITDA) -> float:
         ValueError: a dictionary has no labels, or the two record different texts or contexts.
     """
     records = [dict(itda.cfg.metadata[BUILD_KEY] or {}) for itda in (a, b)]
-    for key in ("texts_sha256", "context_size", "prepend_bos"):
+    for key in ("texts_fingerprint", "context_size", "prepend_bos"):
         values = [record.get(key) for record in records]
         if None not in values and values[0] != values[1]:
             raise ValueError(

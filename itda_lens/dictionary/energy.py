@@ -16,7 +16,7 @@ from itda_lens.dictionary.selection import (
     prune_by_energy,
 )
 from itda_lens.dictionary.variance import RunningFVU
-from itda_lens.pursuit import encode, gram_matrix
+from itda_lens.pursuit import encode
 
 CANDIDATES_PER_ATOM = 4
 """Size of the pool that atoms are chosen from, in multiples of the atoms wanted."""
@@ -29,6 +29,9 @@ DROP_PER_ROUND = 0.5
 
 NEAR_DUPLICATE = 0.85
 """Cosine (after centring) from which a candidate repeats an earlier one."""
+
+RELAXED = (0.9, 0.95, 0.99, SAME_DIRECTION)
+"""What counts as a repetition instead, in turn, while fewer candidates than atoms are left."""
 
 GUIDE_ROWS = 64
 """Activations per update on which the progress bar's FVU is measured."""
@@ -56,6 +59,10 @@ class EnergySelector:
     @property
     def n_atoms(self) -> int:
         return min(self._d_sae, len(self._candidates))
+
+    @property
+    def done(self) -> bool:
+        return False
 
     def update(self, x: Float[Tensor, "m d"], labels: Sequence[Label]) -> None:
         # Row by row: a sum by batches would depend, in its last bits, on the batches.
@@ -93,18 +100,15 @@ class EnergySelector:
         )  # fmt: skip
         atoms = candidates[chosen].clone()
         origin = keep.nonzero().flatten()[chosen].tolist()
-        fvu = RunningFVU()
-        codes = encode(x, atoms, self._k, signed=self._signed, gram=gram_matrix(atoms))
-        fvu.update(x, codes.decode(atoms))
-        n_seen = self._candidates.n_seen
-        return Dictionary(atoms, mean, [labels[i] for i in origin], n_seen, fvu.value())
+        return Dictionary(atoms, mean, [labels[i] for i in origin])
 
     def _mean(self) -> Float[Tensor, " d"]:
         return (self._sum / max(1, self._candidates.n_seen)).to(self._candidates.held.dtype)
 
     def _distinct(self, unit: Tensor, usable: Tensor) -> Tensor:
-        """Candidates that repeat no earlier one; of few, all that are not the very same direction."""
-        for cosine in (NEAR_DUPLICATE, SAME_DIRECTION):
+        """Candidates that repeat no earlier one; where they are few, by a less strict cosine."""
+        keep = usable
+        for cosine in (NEAR_DUPLICATE, *(c for c in RELAXED if c > NEAR_DUPLICATE)):
             keep = usable.clone()
             keep[usable] = first_of_direction(unit[usable], cosine, self._signed)
             if keep.sum() >= self._d_sae:

@@ -47,15 +47,17 @@ class GreedySelector:
         self._gram = torch.empty(0, 0, dtype=dtype, device=device)
         self._n_in_gram = 0
         self._guide = RunningFVU()
-        self._n_tokens = 0
 
     @property
     def n_atoms(self) -> int:
         return len(self._store)
 
+    @property
+    def done(self) -> bool:
+        return self._store.room == 0
+
     def update(self, x: Float[Tensor, "m d"], labels: Sequence[Label]) -> None:
-        self._n_tokens += len(x)
-        if self._store.room == 0:
+        if self.done:
             return
         unit, usable = normalize_rows(x)
         missing = self._n_initial - len(self._store)
@@ -87,8 +89,7 @@ class GreedySelector:
                 stacklevel=2,
             )
         atoms = self._store.rows.clone()
-        mean = torch.zeros_like(atoms[0])
-        return Dictionary(atoms, mean, list(self._store.labels), self._n_tokens, self.running_fvu())
+        return Dictionary(atoms, torch.zeros_like(atoms[0]), list(self._store.labels))
 
     def _admit(
         self, rows: Int[Tensor, " c"], unit: Tensor, labels: Sequence[Label], at_most: int | None = None
@@ -104,10 +105,11 @@ class GreedySelector:
         atoms = self._store.rows
         n, known = len(atoms), self._n_in_gram
         if not gram_fits(n, atoms.dtype):
-            self._gram, self._n_in_gram = self._gram[:0, :0], 0
+            self._gram, self._n_in_gram = atoms.new_empty(0, 0), 0
             return None
         if n > len(self._gram):
-            size = 2 * n if gram_fits(2 * n, atoms.dtype) else n
+            sizes = (min(2 * n, self._max_atoms or 2 * n), 3 * n // 2, 9 * n // 8, n)
+            size = next(size for size in sizes if size >= n and gram_fits(size, atoms.dtype))
             grown = atoms.new_empty(size, size)
             grown[:known, :known] = self._gram[:known, :known]
             self._gram = grown

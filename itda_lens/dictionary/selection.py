@@ -24,16 +24,11 @@ class Dictionary:
         atoms: unit rows.
         mean: what is subtracted from an activation before it is decomposed (`b_dec`).
         labels: where each atom came from.
-        n_tokens: activations that the choice was made from.
-        fvu: of the activations that the rule reconstructed on its way; an optimistic guide, not an
-            evaluation.
     """
 
     atoms: Float[Tensor, "d_sae d_in"]
     mean: Float[Tensor, " d_in"]
     labels: list[Label]
-    n_tokens: int
-    fvu: float
 
 
 class Selector(Protocol):
@@ -42,6 +37,11 @@ class Selector(Protocol):
     @property
     def n_atoms(self) -> int:
         """Atoms that would be chosen if the stream ended now (before duplicates are dropped)."""
+        ...
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing that could still come would change the choice."""
         ...
 
     def update(self, x: Float[Tensor, "m d"], labels: Sequence[Label]) -> None:
@@ -87,20 +87,26 @@ def first_of_direction(
         known: unit rows that count as marked before the first.
         block: rows compared at once; does not change the result.
     """
-    kept_rows = unit[:0] if known is None else known
-    marks = []
-    for rows in unit.split(block):
-        similarity = rows @ kept_rows.T
-        inner = rows @ rows.T
-        if signed:
-            similarity, inner = similarity.abs(), inner.abs()
-        keep = ~(similarity >= cosine).any(dim=-1)
-        clashes = (inner >= cosine).tril(diagonal=-1)
+    kept, n_kept = torch.empty_like(unit), 0
+    marks = torch.zeros(len(unit), dtype=torch.bool, device=unit.device)
+
+    def alike(rows: Tensor, others: Tensor) -> Tensor:
+        similarity = rows @ others.T
+        return (similarity.abs() if signed else similarity) >= cosine
+
+    for start in range(0, len(unit), block):
+        rows = unit[start : start + block]
+        keep = ~alike(rows, kept[:n_kept]).any(dim=-1)
+        if known is not None:
+            keep &= ~alike(rows, known).any(dim=-1)
+        clashes = alike(rows, rows).tril(diagonal=-1)
         for i in clashes.any(dim=-1).nonzero().flatten().tolist():
             keep[i] &= not (clashes[i] & keep).any()
-        marks.append(keep)
-        kept_rows = torch.cat([kept_rows, rows[keep]])
-    return torch.cat(marks) if marks else torch.zeros(0, dtype=torch.bool, device=unit.device)
+        marks[start : start + block] = keep
+        new = rows[keep]
+        kept[n_kept : n_kept + len(new)] = new
+        n_kept += len(new)
+    return marks
 
 
 def energy_by_atom(codes: SparseCodes, n_atoms: int) -> Float[Tensor, " n"]:
@@ -138,5 +144,6 @@ def prune_by_energy(
             best = energy.argsort(descending=True, stable=True)[:size].sort().values
             bar.update(len(kept) - size)
             kept, candidates = kept[best], candidates[best]
-            gram = None if gram is None else gram[best][:, best]
+            # Candidates that were too many for a Gram matrix may have become few enough.
+            gram = gram_matrix(candidates) if gram is None else gram[best][:, best]
     return kept

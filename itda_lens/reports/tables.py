@@ -106,9 +106,10 @@ def labels_table(itda: ITDA, n: int) -> Table:
 def _quote(label: Label) -> str:
     if label.context is None:
         return escape(str(label))
-    flat = label.context.replace("\n", "⏎").replace("\t", " ")
-    before, _, rest = flat.partition("[[")
-    token, _, after = rest.partition("]]")
+    before, _, after = label.context.partition(f"[[{label.token}]]")
+    before, token, after = (
+        part.replace("\n", "⏎").replace("\t", " ") for part in (before, label.token or "", after)
+    )
     # A narrow column: the end of what is before the token, the start of what follows it.
     return f"[dim]{escape(before[-24:])}[/][bold]{escape(token)}[/][dim]{escape(after[:32])}[/]"
 
@@ -117,4 +118,4 @@ def _evaluation_caption(evaluations: Sequence[Evaluation]) -> str:
     if not evaluations:
         return ""
     e = evaluations[0]
-    return f"on {e.n_tokens:,} tokens that the dictionaries never saw; CE loss {e.ce_loss:.3f} nats"
+    return f"on {e.n_tokens:,} tokens; the model's own CE loss there is {e.ce_loss:.3f} nats"

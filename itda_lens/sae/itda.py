@@ -169,15 +169,22 @@ class ITDA(SAE[ITDAConfig]):
             raise ValueError(f"x must have d_in={self.cfg.d_in} numbers per row, got {tuple(x.shape)}")
         return x
 
+    # What is cached in inference mode must serve later passes that need gradients.
+    @torch.inference_mode(False)
     @torch.no_grad()
     def _prepare(self) -> _Prepared:
-        """Norms and Gram matrix of `W_dec`, computed anew when it has changed."""
+        """Norms and Gram matrix of `W_dec`, computed anew when it has changed.
+
+        Raises:
+            ValueError: `W_dec` has NaN or infinite values.
+        """
         weights = self.W_dec.detach()
-        version = 0 if weights.is_inference() else self.W_dec._version
-        # Writing through `.data` leaves the version alone; a few entries of the matrix give it away.
-        probe = weights.flatten()[:: max(1, weights.numel() // 512)].double().sum().item()
-        key = (weights.data_ptr(), version, weights.dtype, weights.device, weights.shape, probe)
+        key = (weights.data_ptr(), weights.dtype, weights.device, weights.shape, _fingerprint(weights))
         if self._prepared is None or self._prepared.key != key:
+            if not torch.isfinite(weights).all():
+                raise ValueError("W_dec has NaN or infinite values")
+            if weights.is_inference():
+                weights = weights.clone()
             unit = weights.to(torch.promote_types(weights.dtype, torch.float32))
             norms = unit.norm(dim=-1)
             if (norms - 1).abs().max() <= 16 * torch.finfo(norms.dtype).eps:
@@ -234,6 +241,9 @@ class ITDA(SAE[ITDAConfig]):
         found = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
         if found != expected:
             raise ValueError(f"weights do not fit the config: expected {expected}, found {found}")
+        for name, tensor in state_dict.items():
+            if not torch.isfinite(tensor).all():
+                raise ValueError(f"{name} has NaN or infinite values")
 
     @override
     def save_model(self, path: str | Path) -> tuple[Path, Path]:
@@ -265,3 +275,16 @@ class ITDA(SAE[ITDAConfig]):
                 with suppress(FileNotFoundError):
                     file.unlink()
         return weights, cfg
+
+
+def _fingerprint(weights: Float[Tensor, "n d"]) -> float:
+    """A number that changes with any edit of the matrix, for the price of reading it once.
+
+    PyTorch's version counter would not do: it does not see what is written through `.data`.
+    """
+    n, d = weights.shape
+    left, right = (
+        torch.cos(torch.arange(1, size + 1, device=weights.device) ** 2 % 1009).to(weights.dtype)
+        for size in (n, d)
+    )
+    return (left @ (weights @ right)).item()

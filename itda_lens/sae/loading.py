@@ -18,7 +18,8 @@ def load(path_or_repo: str | Path, device: str = "cpu", dtype: str | None = None
             exists, `org/name/folder/of/the/dictionary` on the Hugging Face hub (the only case in
             which the network is used).
         device: where to put it.
-        dtype: as which SAELens dtype name ("float32", "bfloat16", ...); default: as it was saved.
+        dtype: as which SAELens dtype name ("float32", "bfloat16", ...); default: as it was saved, and
+            float32 from the hub.
 
     Raises:
         FileNotFoundError: no such folder, or files are missing from it.
@@ -50,6 +51,17 @@ def dictionaries_in(folder: Path) -> list[Path]:
     if (folder / SAE_CFG_FILENAME).exists():
         return [folder]
     return sorted(config.parent for config in folder.glob(f"*/{SAE_CFG_FILENAME}"))
+
+
+def is_dictionary(folder: Path) -> bool:
+    """Whether the folder holds an ITDA and nothing else."""
+    names = {SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME}
+    if not folder.is_dir() or {file.name for file in folder.iterdir()} != names:
+        return False
+    try:
+        return json.loads((folder / SAE_CFG_FILENAME).read_text())["architecture"] == "itda"
+    except (ValueError, KeyError, TypeError):
+        return False
 
 
 def _check_files(folder: Path) -> None:

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
+from einops import rearrange
 from jaxtyping import Bool, Float, Int
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 Loader = Literal["bridge", "hooked_transformer", "huggingface"]
@@ -36,17 +38,28 @@ class LanguageModel:
         tokenizer: its tokenizer.
         name: what metadata calls it.
         loader: what kind of model it is.
+        source: the folder or hub name that it can be loaded from again; None if not known.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: Any, name: str, loader: Loader) -> None:
+    def __init__(
+        self, model: nn.Module, tokenizer: Any, name: str, loader: Loader, source: str | None = None
+    ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.name = name
         self.loader: Loader = loader
+        self.source = source
 
     @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
+
+    @property
+    def max_context(self) -> int | None:
+        """The most tokens that the model was made for; None if it does not say."""
+        if self.loader == "huggingface":
+            return getattr(self.model.config, "max_position_embeddings", None)
+        return getattr(self.model.cfg, "n_ctx", None)
 
     def capture(
         self, tokens: Int[Tensor, "batch seq"], attention_mask: Bool[Tensor, "batch seq"],
@@ -78,7 +91,9 @@ class LanguageModel:
                     f"hook {name!r} gives {tuple(activation.shape)}, not one activation for each of the "
                     f"{tuple(tokens.shape)} tokens"
                 )
-        return {name: captured[name].flatten(2) for name in hook_names}
+        return {
+            name: rearrange(captured[name], "batch seq ... -> batch seq (...)") for name in hook_names
+        }
 
     def logits(
         self, tokens: Int[Tensor, "batch seq"], attention_mask: Bool[Tensor, "batch seq"],
@@ -146,10 +161,12 @@ class LanguageModel:
         points: dict[str, nn.Module] = self.model.hook_dict  # pyright: ignore[reportAssignmentType]
         if name in points:
             return points[name], "output"
-        # SAETransformerBridge leaves aliases out of hook_dict, but resolves them.
-        resolve = getattr(self.model, "_resolve_hook_name", None)
-        if resolve is not None and (actual := resolve(name)) in points:
-            return points[actual], "output"
+        # SAETransformerBridge leaves aliases out of hook_dict, but knows them.
+        resolve = getattr(self.model, "_resolve_hook_name", lambda alias: alias)
+        known = getattr(self.model, "hook_aliases", {}).get(name, resolve(name))
+        for actual in [known] if isinstance(known, str) else known:
+            if actual in points:
+                return points[actual], "output"
         raise _unknown_hook(name, points)
 
     def _resolve_huggingface(self, name: str) -> tuple[nn.Module, Literal["input", "output"]]:
@@ -184,6 +201,7 @@ def language_model(
     loader: Loader = "bridge",
     device: str | None = None,
     dtype: torch.dtype = torch.float32,
+    source: str | None = None,
 ) -> LanguageModel:
     """Wrap a model, or load one by its name.
 
@@ -197,9 +215,10 @@ def language_model(
             (`from_pretrained_no_processing`) or "huggingface".
         device: where to load a name to; default: the loader's choice (a GPU if there is one).
         dtype: in which precision to load a name.
+        source: what metadata should say that a loaded model came from; default: what it says itself.
 
     Raises:
-        ValueError: there is no such model, or its tokenizer is not known.
+        ValueError: there is no such model or device, or the tokenizer is not known.
         TypeError: `model` is of none of these kinds.
     """
     if isinstance(model, LanguageModel):
@@ -214,7 +233,9 @@ def language_model(
         if not own_name:
             raise ValueError("tokenizer must be given: the model has none and does not name one")
         tokenizer = _tokenizer(own_name)
-    return LanguageModel(model, tokenizer, name or _plain_name(own_name), kind)
+    return LanguageModel(
+        model, tokenizer, name or _plain_name(own_name), kind, _source(own_name, source)
+    )
 
 
 def hook_is_per_head(hook_name: str) -> bool:
@@ -227,6 +248,7 @@ def _load(
 ) -> LanguageModel:
     if loader not in get_args(Loader):
         raise ValueError(f"loader must be one of {get_args(Loader)}, got {loader!r}")
+    _check_device(device)
     try:
         if loader == "bridge":
             from transformer_lens.model_bridge import TransformerBridge
@@ -245,11 +267,26 @@ def _load(
 
             loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
             loaded = loaded.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = str(error).strip().split("\n")[0][:200]
+        if Path(model).is_dir():
+            raise ValueError(f"the model in folder {model!r} cannot be loaded: {reason}") from error
         raise ValueError(
-            f"model {model!r} is neither a folder nor a model that {loader} can load: {error}"
+            f"model {model!r} is neither a folder nor a model that loader {loader!r} can load: {reason}"
         ) from error
-    return language_model(loaded.eval(), tokenizer=tokenizer, name=name or _plain_name(model))
+    return language_model(
+        loaded.eval(), tokenizer=tokenizer, name=name or _plain_name(model), source=model
+    )
+
+
+def _check_device(device: str | None) -> None:
+    if device is None:
+        return
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(f"device {device!r} is not one that PyTorch has here: {reason}") from error
 
 
 def _kind_of(model: Any) -> Loader:
@@ -276,6 +313,12 @@ def _tokenizer(name: str) -> Any:
         return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise ValueError(f"no tokenizer could be loaded for {name!r}; pass tokenizer=") from error
+
+
+def _source(own_name: str | None, source: str | None) -> str | None:
+    """An absolute folder, a name as the hub has it, or None."""
+    name = source or own_name
+    return str(Path(name).resolve()) if name and Path(name).is_dir() else name or None
 
 
 def _plain_name(name: str) -> str:

@@ -22,9 +22,8 @@ def iterate_texts(
         TypeError: an item is not a string.
     """
     if isinstance(texts, str | Path):
-        path = Path(texts)
-        if "\n" not in str(texts) and path.is_file():
-            return _from_file(path, text_field)
+        if _is_file(texts):
+            return _from_file(Path(texts), text_field)
         return _from_data_set(str(texts), text_field, split)
     return _from_iterable(texts)
 
@@ -33,9 +32,16 @@ def describe_texts(texts: str | Path | Iterable[str], text_field: str, split: st
     """What metadata should say about where the texts came from."""
     if not isinstance(texts, str | Path):
         return {"texts": type(texts).__name__}
-    if Path(texts).is_file():
+    if _is_file(texts):
         return {"texts": str(texts), "text_field": text_field}
     return {"texts": str(texts), "text_field": text_field, "split": split}
+
+
+def _is_file(name: str | Path) -> bool:
+    try:
+        return Path(name).is_file()
+    except (OSError, ValueError):  # too long for a file name, or no name at all: a text
+        return False
 
 
 def _from_iterable(texts: Iterable[str]) -> Iterator[str]:
@@ -92,4 +98,6 @@ def _from_data_set(name: str, text_field: str, split: str) -> Iterator[str]:
             raise ValueError(
                 f"row {index} of data set {name!r} has no field {text_field!r}, only {sorted(row)}"
             )
+        if not isinstance(row[text_field], str):
+            raise ValueError(f"row {index} of data set {name!r}: {text_field!r} is not a string")
         yield row[text_field]

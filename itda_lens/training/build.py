@@ -34,6 +34,10 @@ SECONDS_BETWEEN_FVU = 5.0
 """The progress bar measures its FVU no more often: each costs some tens of milliseconds a hook."""
 
 
+FINGERPRINT_TEXTS = 8
+"""Texts, the first ones, whose hash tells texts apart. How many are read depends on the settings."""
+
+
 def build(
     model: Any,
     texts: str | Path | Iterable[str],
@@ -99,31 +103,39 @@ def build(
         raise ValueError(f"d_sae={d_sae} atoms cannot be chosen among max_tokens={max_tokens}")
     # Looked at before the model is loaded, so that missing texts are told at once.
     stream = iterate_texts(texts, text_field=text_field, split=split)
-    first = next(stream, None)
-    if first is None:
+    beginning = list(itertools.islice(stream, FINGERPRINT_TEXTS))
+    if not beginning:
         raise ValueError("texts must hold at least one text, got none")
-    stream = itertools.chain([first], stream)
+    stream = itertools.chain(beginning, stream)
+    fingerprint = hashlib.sha256()
+    for _ in _hashed(beginning, fingerprint):
+        pass
 
     lm = language_model(model, tokenizer=tokenizer, name=model_name, loader=loader, device=device)
     lm.check_hooks(names)
     if prepend_bos is None:
         prepend_bos = lm.tokenizer.bos_token_id is not None
     tokenization = Tokenization(lm.tokenizer, context_size, prepend_bos, keep_special_tokens)
+    if lm.max_context is not None and context_size > lm.max_context:
+        raise ValueError(
+            f"context_size must be at most the model's {lm.max_context} tokens, got {context_size}"
+        )
 
-    fingerprint = hashlib.sha256()
+    read = hashlib.sha256()
     run = _Run(lm, names, recipe, max_tokens, progress)
-    dictionaries = run.over(tokenization.batches(_hashed(stream, fingerprint), batch_size))
+    dictionaries = run.over(tokenization.batches(_hashed(stream, read), batch_size))
 
     source = {
         **describe_texts(texts, text_field, split),
-        "texts_sha256": fingerprint.hexdigest(),
+        "texts_fingerprint": fingerprint.hexdigest(),
+        "texts_read_sha256": read.hexdigest(),
         "context_size": context_size,
         "prepend_bos": prepend_bos,
         "keep_special_tokens": keep_special_tokens,
         "batch_size": batch_size,
         "max_tokens": max_tokens,
         "n_tokens": run.n_tokens,
-        "model": str(model) if isinstance(model, str | Path) else type(model).__name__,
+        "model": lm.source,
         "loader": lm.loader,
         "seconds": round(run.seconds, 2),
     }
@@ -177,7 +189,9 @@ class _Run:
                 if self._progress and now - fvu_at > SECONDS_BETWEEN_FVU:
                     fvu_at = now
                     bar.set_postfix(self._status())
-                if self._max_tokens is not None and self.n_tokens >= self._max_tokens:
+                enough = self._max_tokens is not None and self.n_tokens >= self._max_tokens
+                full = self._selectors and all(s.done for s in self._selectors.values())
+                if enough or full:
                     break
         if self.n_tokens == 0:
             raise ValueError(

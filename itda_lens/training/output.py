@@ -1,12 +1,15 @@
 """An output folder that appears whole or not at all."""
 
+import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from itda_lens.sae import ITDA, dictionaries_in
+from itda_lens.sae import ITDA, is_dictionary
+
+logger = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -35,6 +38,9 @@ def output_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
             target.replace(old)
         work.replace(target)
         shutil.rmtree(old, ignore_errors=True)
+    except KeyboardInterrupt:
+        logger.warning("interrupted: %s was not written", target)
+        raise
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
@@ -46,4 +52,4 @@ def save_all(dictionaries: Mapping[str, ITDA], folder: Path) -> None:
 
 
 def _holds_only_dictionaries(folder: Path) -> bool:
-    return folder.is_dir() and set(folder.iterdir()) <= set(dictionaries_in(folder))
+    return folder.is_dir() and all(is_dictionary(inside) for inside in folder.iterdir())
