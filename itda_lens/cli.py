@@ -145,7 +145,9 @@ def eval_command(
     folders: Folders,
     texts: Texts,
     model: ModelOption = None,
-    max_tokens: Annotated[int | None, typer.Option(help="Stop after so many tokens.")] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="Stop after the batch that reaches so many tokens.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Contexts per forward pass.")] = 8,
     text_field: TextField = "text",
     split: Split = "train",

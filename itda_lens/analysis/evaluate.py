@@ -81,8 +81,8 @@ def evaluate(
         model: as in `build`; one that `dictionaries` belong to.
         dictionaries: ITDAs with hook_name, context_size and prepend_bos in their metadata, the latter
             two the same for all.
-        texts, batch_size, max_tokens, text_field, split, tokenizer, loader, device, progress: as in
-            `build`.
+        max_tokens: stop after the batch that reaches so many tokens; default: all of the texts.
+        texts, batch_size, text_field, split, tokenizer, loader, device, progress: as in `build`.
 
     Raises:
         ValueError: no dictionaries or no tokens, dictionaries that need different contexts, a hook that

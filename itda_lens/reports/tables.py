@@ -110,8 +110,9 @@ def _quote(label: Label) -> str:
     before, token, after = (
         part.replace("\n", "⏎").replace("\t", " ") for part in (before, label.token or "", after)
     )
-    # A narrow column: the end of what is before the token, the start of what follows it.
-    return f"[dim]{escape(before[-24:])}[/][bold]{escape(token)}[/][dim]{escape(after[:32])}[/]"
+    # A narrow column: the end of what is before the token, the start of what follows it. The marks
+    # around the token are for terminals and logs without bold.
+    return f"[dim]{escape(before[-24:])}[/][bold]«{escape(token)}»[/][dim]{escape(after[:32])}[/]"
 
 
 def _evaluation_caption(evaluations: Sequence[Evaluation]) -> str:
