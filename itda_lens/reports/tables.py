@@ -1,7 +1,10 @@
 """Results as rich tables."""
 
+import os
 from collections.abc import Mapping, Sequence
 
+from rich import box
+from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -11,6 +14,13 @@ from itda_lens.sae import ITDA
 from itda_lens.training import BUILD_KEY
 
 
+def make_console() -> Console:
+    """Standard output; as wide as the terminal, or 120 columns where it goes to a file or a pipe."""
+    console = Console()
+    known = console.is_terminal or "COLUMNS" in os.environ
+    return console if known else Console(width=120)
+
+
 def evaluation_table(
     evaluations: Sequence[Evaluation],
     build_tokens: Mapping[str, int] | None = None,
@@ -18,14 +28,21 @@ def evaluation_table(
     title: str = "Evaluation",
 ) -> Table:
     """One row a dictionary; tokens and seconds of their builds, by hook name, where given."""
-    table = Table(title=title, caption=_evaluation_caption(evaluations))
-    table.add_column("hook", no_wrap=True)
-    for name in ("atoms", "L0", "FVU", "CE-loss score", "KL", "alive"):
-        table.add_column(name, justify="right")
+    table = Table(
+        title=title,
+        caption=_evaluation_caption(evaluations),
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+    )
+    # In a narrow terminal the hook's name folds and headers wrap; figures are never cut.
+    table.add_column("hook", overflow="fold")
+    for name, width in {"atoms": 6, "L0": 4, "FVU": 5, "CE-loss score": 7, "KL": 5, "alive": 6}.items():
+        table.add_column(name, justify="right", min_width=width)
     if build_tokens is not None:
-        table.add_column("tokens", justify="right")
+        table.add_column("tokens", justify="right", min_width=7)
     if build_seconds is not None:
-        table.add_column("seconds", justify="right")
+        table.add_column("seconds", justify="right", min_width=7)
     for e in evaluations:
         cells = [
             escape(e.hook_name),
@@ -48,10 +65,10 @@ def decomposition_table(decomposition: Sequence[TokenDecomposition], top: int, h
     """Tokens with their `top` atoms: signed coefficient, where the atom came from, in context."""
     table = Table(title=f"Decomposition at {hook_name}", show_lines=False)
     table.add_column("token", no_wrap=True)
-    table.add_column("explained", justify="right")
-    table.add_column("coefficient", justify="right")
-    table.add_column("atom", justify="right")
-    table.add_column("came from", overflow="ellipsis", no_wrap=True)
+    # In a narrow terminal the quotation wraps, not the figures.
+    for name in ("explained", "coefficient", "atom"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("came from")
     for token in decomposition:
         for i, component in enumerate(token.components[:top]):
             first = i == 0
@@ -96,8 +113,8 @@ def labels_table(itda: ITDA, n: int) -> Table:
     """The first `n` atoms and where they came from."""
     table = Table(title=f"First {min(n, itda.cfg.d_sae)} atoms")
     for name in ("atom", "text", "chunk", "position"):
-        table.add_column(name, justify="right")
-    table.add_column("came from", overflow="ellipsis", no_wrap=True)
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("came from")
     for i, label in enumerate(itda.labels[:n]):
         table.add_row(str(i), str(label.row), str(label.chunk), str(label.position), _quote(label))
     return table
