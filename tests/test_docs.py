@@ -37,6 +37,7 @@ def test_examples(page, tmp_path, monkeypatch):
     for example in examples(page):
         code = example.replace('"gpt2"', repr(str(folder)))
         exec(compile(code, str(page), "exec"), namespace)
+    assert "itda_lens" in namespace
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda p: p.name)

@@ -186,7 +186,8 @@ class TestBuild:
                 yield from texts
 
         options = dict(d_sae=20, k=2, context_size=16, progress=False)
-        build(tiny, endless(), HOOKS[0], max_tokens=500, **options)
+        itda = build(tiny, endless(), HOOKS[0], max_tokens=500, **options)[HOOKS[0]]
+        assert itda.cfg.metadata.itda_build["n_tokens"] == 500
 
     def test_per_head_hook(self, tiny, texts):
         hook = "blocks.1.attn.hook_z"

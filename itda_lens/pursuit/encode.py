@@ -13,8 +13,7 @@ Method = Literal["mp", "omp"]
 
 DEFAULT_RTOL = 1e-3
 """A row stops once |residual| <= rtol * |x|. An activation that is itself an atom leaves a residual of
-rounding errors, some 1e-5 |x| in float32, which must not become coefficients; giving up the last
-1e-6 of the energy costs nothing measurable."""
+rounding errors, which must not become coefficients; what is given up is at most 1e-6 of the energy."""
 
 ROWS_PER_CHUNK = {"gram": 64, "gemm": 1024}
 """Rows worked on at once on a CPU: with a Gram matrix, so few that their correlations stay in cache;

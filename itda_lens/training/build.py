@@ -31,7 +31,7 @@ from itda_lens.training.record import BUILD_KEY, versions
 logger = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_FVU = 5.0
-"""The progress bar measures its FVU no more often: each costs some tens of milliseconds a hook."""
+"""The progress bar measures its FVU no more often: each is a small pursuit for every hook."""
 
 
 FINGERPRINT_TEXTS = 8
