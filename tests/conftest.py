@@ -12,6 +12,7 @@ from jaxtyping import install_import_hook
 install_import_hook(
     [
         "itda_lens.pursuit.codes",
+        "itda_lens.pursuit.compiled",
         "itda_lens.pursuit.gram",
         "itda_lens.pursuit.matching",
         "itda_lens.pursuit.orthogonal",

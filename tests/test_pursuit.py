@@ -8,10 +8,18 @@ from hypothesis import strategies as st
 from scipy.optimize import nnls
 from sklearn.linear_model import orthogonal_mp_gram
 
-from itda_lens.pursuit import encode, gram_matrix
+from itda_lens.pursuit import (
+    SparseCodes,
+    compiled,
+    encode,
+    gram_matrix,
+    inner_products,
+    matching,
+    orthogonal,
+)
 
 METHODS = ("mp", "omp")
-FORMS = ("gram", "gemm")
+FORMS = ("compiled", "gram", "gemm")
 
 # float32 pursuits against float64 references: 20 steps over rows of norm about 5 leave some 1e-6 each.
 FLOAT32_ATOL = 1e-4
@@ -25,8 +33,10 @@ def problem(n=60, d=16, rows=40, dtype=torch.float64, seed=0):
     return x.to(dtype), torch.nn.functional.normalize(atoms, dim=1).to(dtype)
 
 
-def run(x, atoms, k, form="gram", **options):
-    return encode(x, atoms, k, gram=gram_matrix(atoms) if form == "gram" else None, **options)
+def run(x, atoms, k, form="compiled", **options):
+    pursuit = {name: options[name] for name in ("method", "signed") if name in options}
+    grams = dict(compiled=gram_matrix(atoms, **pursuit), gram=atoms @ atoms.T, gemm=None)
+    return encode(x, atoms, k, gram=grams[form], **options)
 
 
 def slow_mp(x, atoms, k, signed):
@@ -231,6 +241,97 @@ def test_gradients_given_the_support(method, signed):
     assert torch.autograd.gradcheck(dense, (x, atoms))
 
 
+def float64_search(x, atoms, k, method, signed=True, rtol=1e-3):
+    """Picks and coefficients of the torch loops in float64, without a Gram matrix."""
+    module = matching if method == "mp" else orthogonal
+    return module.search(x.double(), atoms.double(), None, k, signed, rtol)
+
+
+@pytest.mark.parametrize(("method", "signed"), [("mp", True), ("mp", False), ("omp", True)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "n", [1, 511, 1300]
+)  # no multiple of the kernels' blocks; less than one; several
+def test_compiled_picks_are_those_of_float64(method, signed, dtype, n):
+    x, atoms = problem(n=n, d=48, rows=67, dtype=dtype)
+    k = min(n, 20)
+    gram = gram_matrix(atoms, method=method, signed=signed)
+    assert gram.dtype == torch.int16
+    picks, values = compiled.search(x, atoms, gram, k, method, signed, 1e-3)
+    expected, coefficients = float64_search(x, atoms, k, method, signed)
+    assert torch.equal(picks, expected)
+    atol = FLOAT64_ATOL if dtype == torch.float64 else FLOAT32_ATOL
+    torch.testing.assert_close(values.double(), coefficients, atol=atol, rtol=0)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_compiled_pursuit_follows_a_residual_far_below_the_precision_of_its_gram_matrix(method):
+    x, atoms = problem(n=700, d=12, rows=20)
+    gram = gram_matrix(atoms)
+    k = 120 if method == "mp" else 12
+    picks, values = compiled.search(x, atoms, gram, k, method, True, 1e-10)
+    expected, coefficients = float64_search(x, atoms, k, method, rtol=1e-10)
+    assert torch.equal(picks, expected)
+    torch.testing.assert_close(values, coefficients, atol=FLOAT64_ATOL, rtol=0)
+    left = x - SparseCodes(picks.clamp(min=0), values).decode(atoms)
+    assert (left.norm(dim=1) < 1e-6 * x.norm(dim=1)).all()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_compiled_code_does_not_depend_on_what_is_computed_beside_it(method):
+    x, atoms = problem(n=600, d=32, rows=50, dtype=torch.float32)
+    larger = torch.cat([atoms, atoms[:40].flip(1)])
+    corner = gram_matrix(larger)[:600, :600]
+    codes = run(x, atoms, 9, method=method)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        variants = [run(x, atoms, 9, method=method)]
+    finally:
+        torch.set_num_threads(threads)
+    variants.append(encode(x, atoms, 9, method=method, gram=corner))
+    rows = [run(row[None], atoms, 9, method=method) for row in x]
+    variants.append(SparseCodes(*(torch.cat(parts) for parts in zip(*rows, strict=True))))
+    for variant in variants:
+        assert torch.equal(variant.indices, codes.indices)
+        assert torch.equal(variant.values, codes.values)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_compiled_picks_survive_reduced_precision_of_matrix_products(method):
+    x, atoms = problem(n=600, d=32, rows=50, dtype=torch.float32)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        codes = run(x, atoms, 9, method=method)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert torch.equal(codes.indices, run(x, atoms, 9, method=method).indices)
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1e12])
+@pytest.mark.parametrize("method", METHODS)
+def test_compiled_picks_do_not_depend_on_scale(method, scale):
+    x, atoms = problem(n=600, d=32, rows=20, dtype=torch.float32)
+    codes, scaled = (run(rows, atoms, 9, method=method) for rows in (x, x * scale))
+    assert torch.equal(codes.indices, scaled.indices)
+    torch.testing.assert_close(scaled.values, codes.values * scale, rtol=1e-5, atol=0)
+
+
+def test_without_numba_the_torch_loops_take_over(monkeypatch):
+    x, atoms = problem(dtype=torch.float32)
+    codes = run(x, atoms, 5)
+    monkeypatch.setattr(compiled, "find_spec", lambda name: None)
+    assert gram_matrix(atoms).dtype == torch.float32
+    torch.testing.assert_close(run(x, atoms, 5).to_dense(60), codes.to_dense(60), atol=1e-5, rtol=0)
+
+
+def test_fixed_point_products_keep_their_stated_error():
+    _, atoms = problem(n=300, d=24)
+    fixed = inner_products(atoms, atoms, torch.int16).double() / 32767
+    assert (fixed - atoms @ atoms.T).abs().max() <= 1.6e-5
+
+
 def test_decode_is_differentiable():
     x, atoms = problem(n=20, d=8, rows=3)
     codes = encode(x, atoms, 3)
@@ -241,8 +342,9 @@ def test_decode_is_differentiable():
 
 def test_gram_respects_its_budget():
     _, atoms = problem()
-    assert gram_matrix(atoms, budget_bytes=60 * 60 * 8) is not None
-    assert gram_matrix(atoms, budget_bytes=60 * 60 * 8 - 1) is None
+    for pursuit, itemsize in ((dict(method="mp"), 2), (dict(method="omp", signed=False), 8)):
+        assert gram_matrix(atoms, budget_bytes=60 * 60 * itemsize, **pursuit) is not None
+        assert gram_matrix(atoms, budget_bytes=60 * 60 * itemsize - 1, **pursuit) is None
 
 
 @pytest.mark.parametrize(
@@ -257,6 +359,11 @@ def test_gram_respects_its_budget():
         (dict(x=torch.full((3, 16), torch.nan)), ValueError, "NaN or infinite values, first in row 0"),
         (dict(x=torch.eye(16) / torch.eye(16)[3]), ValueError, "NaN or infinite"),
         (dict(gram=torch.zeros(3, 3)), ValueError, "gram must have shape"),
+        (
+            dict(gram=torch.zeros(60, 60, dtype=torch.int16), method="omp", signed=False),
+            ValueError,
+            "gram in torch.int16 does not serve method='omp', signed=False",
+        ),
         (dict(atoms=torch.zeros(3)), ValueError, "atoms must have shape"),
     ],
 )

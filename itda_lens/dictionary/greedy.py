@@ -16,7 +16,7 @@ from itda_lens.dictionary.selection import (
     normalize_rows,
 )
 from itda_lens.dictionary.variance import RunningFVU
-from itda_lens.pursuit import encode, gram_fits
+from itda_lens.pursuit import encode, gram_dtype, gram_fits, inner_products
 
 DEFAULT_LOSS_THRESHOLD = 0.2
 """tau: admit an activation x if matching pursuit leaves |x - xhat|^2 > tau |x|^2.
@@ -44,7 +44,7 @@ class GreedySelector:
         self._threshold = loss_threshold
         self._n_initial = d_in if max_atoms is None else min(d_in, max_atoms)
         self._store = RowStore(d_in, dtype, device, limit=max_atoms or 2**31)
-        self._gram = torch.empty(0, 0, dtype=dtype, device=device)
+        self._gram = torch.empty(0, 0, device=device)
         self._n_in_gram = 0
         self._guide = RunningFVU()
 
@@ -104,16 +104,17 @@ class GreedySelector:
         """The Gram matrix of the atoms so far; only the rows of new atoms are computed."""
         atoms = self._store.rows
         n, known = len(atoms), self._n_in_gram
-        if not gram_fits(n, atoms.dtype):
+        dtype = gram_dtype(atoms, signed=self._signed)
+        if not gram_fits(n, dtype):
             self._gram, self._n_in_gram = atoms.new_empty(0, 0), 0
             return None
         if n > len(self._gram):
             sizes = (min(2 * n, self._max_atoms or 2 * n), 3 * n // 2, 9 * n // 8, n)
-            size = next(size for size in sizes if size >= n and gram_fits(size, atoms.dtype))
-            grown = atoms.new_empty(size, size)
+            size = next(size for size in sizes if size >= n and gram_fits(size, dtype))
+            grown = atoms.new_empty(size, size, dtype=dtype)
             grown[:known, :known] = self._gram[:known, :known]
             self._gram = grown
-        self._gram[known:n, :n] = atoms[known:] @ atoms.T
+        self._gram[known:n, :n] = inner_products(atoms[known:], atoms, dtype)
         self._gram[:known, known:n] = self._gram[known:n, :known].T
         self._n_in_gram = n
         return self._gram[:n, :n]

@@ -133,7 +133,7 @@ def prune_by_energy(
     several small rounds choose better than one large one.
     """
     kept = torch.arange(len(candidates), device=candidates.device)
-    gram = gram_matrix(candidates)
+    gram = gram_matrix(candidates, signed=signed)
     with tqdm(
         total=len(candidates) - n_keep, desc="selecting", unit="atom", disable=not progress, leave=False
     ) as bar:
@@ -145,5 +145,5 @@ def prune_by_energy(
             bar.update(len(kept) - size)
             kept, candidates = kept[best], candidates[best]
             # Candidates that were too many for a Gram matrix may have become few enough.
-            gram = gram_matrix(candidates) if gram is None else gram[best][:, best]
+            gram = gram_matrix(candidates, signed=signed) if gram is None else gram[best][:, best]
     return kept

@@ -2,7 +2,7 @@
 
 from itda_lens.pursuit.codes import SparseCodes
 from itda_lens.pursuit.encode import DEFAULT_RTOL, Method, encode
-from itda_lens.pursuit.gram import GRAM_BUDGET_BYTES, gram_fits, gram_matrix
+from itda_lens.pursuit.gram import GRAM_BUDGET_BYTES, gram_dtype, gram_fits, gram_matrix, inner_products
 
 __all__ = [
     "DEFAULT_RTOL",
@@ -10,6 +10,8 @@ __all__ = [
     "Method",
     "SparseCodes",
     "encode",
+    "gram_dtype",
     "gram_fits",
     "gram_matrix",
+    "inner_products",
 ]

@@ -6,8 +6,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from itda_lens.pursuit import matching, orthogonal
+from itda_lens.pursuit import compiled, matching, orthogonal
 from itda_lens.pursuit.codes import SparseCodes
+from itda_lens.pursuit.gram import GramMatrix, gram_dtype
 
 Method = Literal["mp", "omp"]
 
@@ -15,9 +16,9 @@ DEFAULT_RTOL = 1e-3
 """A row stops once |residual| <= rtol * |x|. An activation that is itself an atom leaves a residual of
 rounding errors, which must not become coefficients; what is given up is at most 1e-6 of the energy."""
 
-ROWS_PER_CHUNK = {"gram": 64, "gemm": 1024}
-"""Rows worked on at once on a CPU: with a Gram matrix, so few that their correlations stay in cache;
-without, enough for the matrix product to run at full speed."""
+ROWS_PER_CHUNK = {"compiled": 1024, "gram": 64, "gemm": 1024}
+"""Rows worked on at once on a CPU: with a Gram matrix in torch, so few that their correlations stay in
+cache; otherwise enough for the matrix product to run at full speed."""
 
 CUDA_ROWS_PER_CHUNK = 4096
 """On a GPU: enough to fill it; bounds the memory for correlations."""
@@ -31,7 +32,7 @@ def encode(
     method: Method = "mp",
     signed: bool = True,
     rtol: float = DEFAULT_RTOL,
-    gram: Float[Tensor, "n n"] | None = None,
+    gram: GramMatrix | None = None,
 ) -> SparseCodes:
     """Sparse codes of `x` over unit-norm `atoms`, at most `k` nonzeros a row.
 
@@ -49,17 +50,20 @@ def encode(
             coefficients at each step: better codes, slower.
         signed: False restricts coefficients to >= 0.
         rtol: stop a row at |residual| <= rtol |x|; 0 never stops early.
-        gram: `gram_matrix(atoms)`, to run the Gram form; None runs the GEMM form.
+        gram: `gram_matrix(atoms, method=method, signed=signed)`. In int16 it selects the compiled loops,
+            whose result for a row does not depend, bit for bit, on the rows beside it; in floating
+            point, torch's Gram form; None, torch's GEMM form.
 
     Raises:
         ValueError: shapes do not fit, k or rtol out of range, unknown method, NaN or infinity in x.
         TypeError: x or atoms are not floating point.
     """
-    _check(x, atoms, k, method, rtol, gram)
+    _check(x, atoms, k, method, signed, rtol, gram)
     dtype = torch.promote_types(torch.promote_types(x.dtype, atoms.dtype), torch.float32)
     rows = x.reshape(-1, x.shape[-1]).to(dtype)
     atoms = atoms.to(dtype)
-    gram = None if gram is None else gram.detach().to(dtype)
+    if gram is not None and gram.is_floating_point():
+        gram = gram.detach().to(dtype)
     if not len(rows):
         empty = torch.zeros(*x.shape[:-1], k, device=x.device)
         return SparseCodes(empty.long(), empty.to(dtype))
@@ -77,7 +81,7 @@ def encode(
 def _encode_chunk(
     x: Float[Tensor, "b d"],
     atoms: Float[Tensor, "n d"],
-    gram: Float[Tensor, "n n"] | None,
+    gram: GramMatrix | None,
     k: int,
     method: Method,
     signed: bool,
@@ -86,7 +90,10 @@ def _encode_chunk(
     """Search without gradients; then, where gradients are wanted, the coefficients once more."""
     module = matching if method == "mp" else orthogonal
     with torch.no_grad():
-        picks, coefficients = module.search(x, atoms, gram, k, signed, rtol)
+        if gram is not None and gram.dtype == torch.int16:
+            picks, coefficients = compiled.search(x, atoms, gram, k, method, signed, rtol)
+        else:
+            picks, coefficients = module.search(x, atoms, gram, k, signed, rtol)
     if torch.is_grad_enabled() and (x.requires_grad or atoms.requires_grad):
         coefficients = module.replay(x, atoms, picks)
     return _merge(picks, coefficients)
@@ -107,10 +114,20 @@ def _merge(picks: Int[Tensor, "b k"], coefficients: Float[Tensor, "b k"]) -> Spa
 def _chunk_rows(rows: Tensor, gram: Tensor | None) -> int:
     if rows.device.type != "cpu":
         return CUDA_ROWS_PER_CHUNK
-    return ROWS_PER_CHUNK["gemm" if gram is None else "gram"]
+    if gram is None:
+        return ROWS_PER_CHUNK["gemm"]
+    return ROWS_PER_CHUNK["compiled" if gram.dtype == torch.int16 else "gram"]
 
 
-def _check(x: Tensor, atoms: Tensor, k: int, method: str, rtol: float, gram: Tensor | None) -> None:
+def _check(
+    x: Tensor,
+    atoms: Tensor,
+    k: int,
+    method: str,
+    signed: bool,
+    rtol: float,
+    gram: Tensor | None,
+) -> None:
     for name, tensor in (("x", x), ("atoms", atoms)):
         if not tensor.is_floating_point():
             raise TypeError(f"{name} must be floating point, got dtype {tensor.dtype}")
@@ -127,6 +144,12 @@ def _check(x: Tensor, atoms: Tensor, k: int, method: str, rtol: float, gram: Ten
         raise ValueError(f"rtol must be at least 0 and below 1, got {rtol}")
     if gram is not None and gram.shape != (n, n):
         raise ValueError(f"gram must have shape {(n, n)}, got {tuple(gram.shape)}")
+    allowed = gram_dtype(atoms, method, signed)
+    if gram is not None and not gram.is_floating_point() and gram.dtype != allowed:
+        raise ValueError(
+            f"gram in {gram.dtype} does not serve method={method!r}, signed={signed} on "
+            f"{atoms.device.type}; pass gram_matrix(atoms, method=method, signed=signed)"
+        )
     if not torch.isfinite(x).all():
         bad = (~torch.isfinite(x.reshape(-1, d))).any(dim=-1).nonzero()[0].item()
         raise ValueError(f"x has NaN or infinite values, first in row {bad}")

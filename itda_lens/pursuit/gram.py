@@ -1,12 +1,24 @@
-"""The Gram matrix of a dictionary, and whether it is worth its memory."""
+"""The Gram matrix of a dictionary, in the form that the pursuits run fastest with."""
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int16
 from torch import Tensor
 
+from itda_lens.pursuit import compiled
+
 GRAM_BUDGET_BYTES = 2 * 1024**3
-"""Default budget: 23,170 atoms in float32. A constant, not a share of the memory that happens to be
-free, because the two forms of pursuit round differently and the same inputs must give the same bits."""
+"""Default budget: 32,768 atoms in fixed point, 23,170 in float32. A constant, not a share of the memory
+that happens to be free: the torch forms of pursuit round differently with and without a Gram matrix, and
+the same inputs must give the same bits."""
+
+GramMatrix = Float[Tensor, "n n"] | Int16[Tensor, "n n"]
+"""Floating point, for the torch forms; int16 fixed point, for the compiled ones."""
+
+
+def gram_dtype(atoms: Float[Tensor, "n d"], method: str = "mp", signed: bool = True) -> torch.dtype:
+    """int16 where a compiled loop for this pursuit can run, otherwise the dtype of the atoms."""
+    fixed = compiled.available(atoms.device) and compiled.supports(method, signed)
+    return torch.int16 if fixed else atoms.dtype
 
 
 def gram_fits(n_atoms: int, dtype: torch.dtype, budget_bytes: int = GRAM_BUDGET_BYTES) -> bool:
@@ -14,15 +26,27 @@ def gram_fits(n_atoms: int, dtype: torch.dtype, budget_bytes: int = GRAM_BUDGET_
     return n_atoms * n_atoms * dtype.itemsize <= budget_bytes
 
 
-def gram_matrix(
-    atoms: Float[Tensor, "n d"], budget_bytes: int = GRAM_BUDGET_BYTES
-) -> Float[Tensor, "n n"] | None:
-    """`atoms @ atoms.T`, or None where it would not fit into `budget_bytes`.
+def inner_products(
+    a: Float[Tensor, "m d"], b: Float[Tensor, "n d"], dtype: torch.dtype
+) -> Float[Tensor, "m n"] | Int16[Tensor, "m n"]:
+    """`a @ b.T`: rows of a Gram matrix of this dtype (int16: see `compiled.fixed_point`)."""
+    return compiled.fixed_point(a, b) if dtype == torch.int16 else (a @ b.T).to(dtype)
 
-    With the Gram matrix a pursuit step costs one row of it per activation (memory-bound); without it,
-    one product of the residuals with all atoms (arithmetic-bound). Both give the same codes up to
-    rounding; pass the result on as the `gram` argument of the pursuits.
+
+def gram_matrix(
+    atoms: Float[Tensor, "n d"],
+    budget_bytes: int = GRAM_BUDGET_BYTES,
+    *,
+    method: str = "mp",
+    signed: bool = True,
+) -> GramMatrix | None:
+    """`atoms @ atoms.T` for this pursuit, or None where it would not fit into `budget_bytes`.
+
+    With the Gram matrix a pursuit step costs one row of it per activation (memory-bound), under OMP one
+    for each atom held; without it, one product of the residuals with all atoms (arithmetic-bound). Both
+    give the same codes up to rounding; pass the result on as the `gram` argument of `encode`.
     """
-    if not gram_fits(len(atoms), atoms.dtype, budget_bytes):
+    dtype = gram_dtype(atoms, method, signed)
+    if not gram_fits(len(atoms), dtype, budget_bytes):
         return None
-    return atoms @ atoms.T
+    return inner_products(atoms, atoms, dtype)

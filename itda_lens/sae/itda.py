@@ -69,7 +69,7 @@ class _Prepared(NamedTuple):
     """What `encode` derives from `W_dec`.
 
     Attributes:
-        key: the state of `W_dec` that the rest was derived from.
+        key: the state of `W_dec`, and the pursuit, that the rest was derived from and for.
         norms: of the rows, at least float32; None where all are 1 up to rounding, as they are unless
             the dictionary is stored in half precision or was rescaled.
         gram: of the unit rows; None over the memory budget.
@@ -179,7 +179,8 @@ class ITDA(SAE[ITDAConfig]):
             ValueError: `W_dec` has NaN or infinite values.
         """
         weights = self.W_dec.detach()
-        key = (weights.data_ptr(), weights.dtype, weights.device, weights.shape, _fingerprint(weights))
+        form = (weights.data_ptr(), weights.dtype, weights.device, weights.shape)
+        key = (*form, self.cfg.method, self.cfg.signed, _fingerprint(weights))
         if self._prepared is None or self._prepared.key != key:
             if not torch.isfinite(weights).all():
                 raise ValueError("W_dec has NaN or infinite values")
@@ -192,7 +193,8 @@ class ITDA(SAE[ITDAConfig]):
             else:
                 norms = norms.clamp(min=torch.finfo(norms.dtype).tiny)
                 unit = unit / norms[:, None]
-            self._prepared = _Prepared(key, norms, gram_matrix(unit))
+            gram = gram_matrix(unit, method=self.cfg.method, signed=self.cfg.signed)
+            self._prepared = _Prepared(key, norms, gram)
         return self._prepared
 
     # labels
