@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 import itda_lens
 from itda_lens import ITDA, ITDAConfig, fit
-from itda_lens.pursuit import encode
+from itda_lens.pursuit import SparseCodes, encode
 from itda_lens.sae.registration import register
 
 D_IN, D_SAE, K = 16, 40, 5
@@ -42,6 +42,43 @@ def test_refuses_a_different_class_of_the_same_name(monkeypatch):
     monkeypatch.setitem(SAE_CLASS_REGISTRY, "itda", (SAE, ITDAConfig))
     with pytest.raises(ValueError, match="another architecture 'itda'"):
         register()
+
+
+def test_a_splice_makes_no_dense_code_unless_a_hook_looks_at_it(itda, monkeypatch):
+    x = torch.randn(3, D_IN) + 2
+    expected = itda.decode(itda.encode(x))
+    seen = []
+
+    def look(codes, hook):
+        seen.append(codes)
+        return 2 * codes
+
+    with itda.hooks(fwd_hooks=[("hook_sae_acts_post", look)]):
+        doubled = itda(x)
+    assert seen[0].shape == (3, D_SAE)
+    torch.testing.assert_close(doubled - itda.b_dec, 2 * (expected - itda.b_dec))
+    monkeypatch.setattr(SparseCodes, "to_dense", None)
+    torch.testing.assert_close(itda(x), expected)
+
+
+@pytest.mark.parametrize("edit", [False, True])
+def test_error_term_makes_a_splice_exact_but_for_edits(edit):
+    itda = make()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        itda.use_error_term = True
+    x = torch.randn(3, D_IN) + 2
+    hooks = [("hook_sae_recons", lambda recons, hook: recons + 1)] if edit else []
+    with itda.hooks(fwd_hooks=hooks):
+        torch.testing.assert_close(itda(x), x + edit)
+
+
+def test_gradients_of_a_splice_are_those_of_encode_and_decode(itda):
+    x = (torch.randn(3, D_IN) + 2).requires_grad_()
+    weights = torch.randn(3, D_IN)
+    wanted = torch.autograd.grad((itda.decode(itda.encode(x)) * weights).sum(), (x, itda.W_dec))
+    found = torch.autograd.grad((itda(x) * weights).sum(), (x, itda.W_dec))
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize(

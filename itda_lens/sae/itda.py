@@ -153,6 +153,24 @@ class ITDA(SAE[ITDAConfig]):
         """Reconstruction from sparse codes, read by gather; the same as `decode` up to rounding."""
         return self._finish_decoding(codes.decode(self.W_dec).to(self.dtype))
 
+    @override
+    def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:
+        """Reconstruction of `x`, with the error added where `use_error_term` is set.
+
+        The dense code is only made where a hook is there to see it.
+
+        Raises:
+            ValueError: `x` has the wrong width, NaN or infinite values.
+        """
+        # With the error term SAELens runs twice, the second time without hooks: any hook matters then.
+        hooks = self.hook_dict if self.use_error_term else ("hook_sae_acts_pre", "hook_sae_acts_post")
+        if any(_has_hooks(getattr(self, name)) for name in hooks):
+            return super().forward(x)
+        sae_out = self.decode_sparse(self.encode_sparse(x))
+        if self.use_error_term:
+            sae_out = sae_out + self.hook_sae_error((x - sae_out).detach())
+        return self.hook_sae_output(sae_out)
+
     def _finish_decoding(self, atoms_sum: Tensor) -> Tensor:
         sae_out = atoms_sum
         if self.cfg.apply_b_dec_to_input:
@@ -277,6 +295,11 @@ class ITDA(SAE[ITDAConfig]):
                 with suppress(FileNotFoundError):
                     file.unlink()
         return weights, cfg
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    kinds = (module._forward_hooks, module._forward_pre_hooks)
+    return any(kinds) or any((module._backward_hooks, module._backward_pre_hooks))
 
 
 def _fingerprint(weights: Float[Tensor, "n d"]) -> float:
