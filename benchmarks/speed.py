@@ -1,0 +1,152 @@
+"""What encoding costs, as multiples of a TopK SAE's encode in the same run.
+
+    python benchmarks/speed.py [--atoms 4096 16384] [--k 40] [--tokens 1024] [--rounds 5] [--curves]
+
+Atoms and tokens are real: SmolLM2's residual stream after layer 10, centred, on the text of `itda demo`.
+The unit is the arithmetic of SAELens's TopK encoder: one matrix product and a top-k. Every round times
+every contender once, in turn, each beside the unit; a ratio is the median over rounds, so that what else
+the machine does falls on both. "equal" is the share of rows whose codes have the support of a float64
+pursuit's. The first round, which compiles and fills caches, does not count.
+"""
+
+import argparse
+import resource
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from sae_lens import MatchingPursuitSAE, MatchingPursuitSAEConfig
+from selection import activations
+from sklearn.linear_model import orthogonal_mp_gram
+from torch import Tensor
+
+from itda_lens.demo.prose import reference_prose
+from itda_lens.demo.smollm2 import load
+from itda_lens.pursuit import encode, gram_matrix, matching, orthogonal
+from itda_lens.sources import language_model
+
+LAYER = 10
+CHECKED = 256
+SLOW_ROWS = 64
+
+
+def topk(x: Tensor, atoms: Tensor, k: int) -> None:
+    torch.topk(torch.relu(x @ atoms.T), k, dim=-1)
+
+
+def saelens_pursuit(x: Tensor, atoms: Tensor, k: int) -> None:
+    n, d = atoms.shape
+    config = MatchingPursuitSAEConfig(d_in=d, d_sae=n, max_iterations=k, residual_threshold=0.0)
+    sae = MatchingPursuitSAE(config)
+    sae.W_dec.data = atoms
+    sae.encode(x)
+
+
+def scikit_learn(x: Tensor, atoms: Tensor, gram: Tensor, k: int) -> None:
+    orthogonal_mp_gram(gram.numpy(), (atoms @ x.T).numpy(), n_nonzero_coefs=k)
+
+
+def seconds(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    with torch.no_grad():
+        run()
+    return time.perf_counter() - start
+
+
+def compare(unit: Callable[[], object], contenders: dict, rounds: int) -> dict[str, float]:
+    """Median ratio to `unit` of each contender: name -> (function, share of the rows it is given)."""
+    ratios: dict[str, list[float]] = {name: [] for name in contenders}
+    for i in range(rounds + 1):
+        for name, (run, share) in contenders.items():
+            ratio = seconds(run) / share / seconds(unit)
+            if i:
+                ratios[name].append(ratio)
+    return {name: statistics.median(found) for name, found in ratios.items()}
+
+
+def equal(x: Tensor, atoms: Tensor, gram: Tensor | None, k: int, method: str) -> float:
+    module = matching if method == "mp" else orthogonal
+    rows = x[:CHECKED]
+    expected, coefficients = module.search(rows.double(), atoms.double(), None, k, True, 1e-3)
+    dense = torch.zeros(len(rows), len(atoms), dtype=torch.float64)
+    dense.scatter_add_(1, expected.clamp(min=0), coefficients)
+    found = encode(rows, atoms, k, method=method, gram=gram).to_dense(len(atoms))  # pyright: ignore
+    return ((found != 0) == (dense != 0)).all(dim=1).double().mean().item()
+
+
+def table(x: Tensor, atoms: Tensor, k: int, rounds: int) -> None:
+    n = len(atoms)
+    start = time.perf_counter()
+    fixed = gram_matrix(atoms)
+    made = time.perf_counter() - start
+    floating = atoms @ atoms.T
+    few, share = x[:SLOW_ROWS], SLOW_ROWS / len(x)
+    ratios = compare(
+        lambda: topk(x, atoms, k),
+        {
+            "MP, compiled": (lambda: encode(x, atoms, k, gram=fixed), 1),
+            "OMP, compiled": (lambda: encode(x, atoms, k, method="omp", gram=fixed), 1),
+            "MP, torch, Gram": (lambda: encode(x, atoms, k, gram=floating), 1),
+            "OMP, torch, Gram": (lambda: encode(x, atoms, k, method="omp", gram=floating), 1),
+            "MP, torch, one product per step (the paper's loop)": (lambda: encode(x, atoms, k), 1),
+            "SAELens MatchingPursuitSAE": (lambda: saelens_pursuit(x, atoms, k), 1),
+            "scikit-learn orthogonal_mp_gram": (lambda: scikit_learn(few, atoms, floating, k), share),
+        },
+        rounds,
+    )
+    print(f"\n{n} atoms, d = {atoms.shape[1]}, k = {k}, {len(x)} tokens\n")
+    print("| encoder | times a TopK encode |\n|---|---|")
+    for name, ratio in ratios.items():
+        print(f"| {name} | {ratio:.1f} |")
+    print(
+        f"\nGram matrix, int16: {fixed.nbytes / 2**20:.0f} MiB, made in {made:.1f} s; "
+        f"equal to float64, of {min(CHECKED, len(x))} rows: MP {equal(x, atoms, fixed, k, 'mp'):.2%}, "
+        f"OMP {equal(x, atoms, fixed, k, 'omp'):.2%}; memory peak of the process so far "
+        f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB",
+        flush=True,
+    )
+
+
+def curves(x: Tensor, pool: Tensor, rounds: int) -> None:
+    print("\n| atoms | k | tokens | MP | OMP | OMP by MP |\n|---|---|---|---|---|---|")
+    sizes = [(n, 40, 1024) for n in (1024, 4096, 16384)]
+    sizes += [(4096, k, 1024) for k in (10, 20, 80)] + [(4096, 40, b) for b in (1, 64, 256)]
+    for n, k, b in sizes:
+        atoms, rows = pool[:n], x[:b]
+        gram = gram_matrix(atoms)
+
+        def run(method, rows=rows, atoms=atoms, k=k, gram=gram):
+            return encode(rows, atoms, k, method=method, gram=gram)
+
+        contenders = {name: (lambda name=name, run=run: run(name), 1) for name in ("mp", "omp")}
+        found = compare(lambda rows=rows, atoms=atoms, k=k: topk(rows, atoms, k), contenders, rounds)
+        mp, omp = found["mp"], found["omp"]
+        print(f"| {n} | {k} | {b} | {mp:.1f} | {omp:.1f} | {omp / mp:.1f} |", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--atoms", type=int, nargs="*", default=[4096, 16384])
+    parser.add_argument("--k", type=int, default=40)
+    parser.add_argument("--tokens", type=int, default=1024)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--curves", action="store_true", help="growth in atoms, k and tokens as well")
+    options = parser.parse_args()
+    train, held_out = reference_prose()
+    lm = language_model(load())
+    pool = activations(lm, [LAYER], train)[LAYER].float()
+    x = activations(lm, [LAYER], held_out)[LAYER].float()
+    del lm
+    mean = pool.mean(dim=0)
+    order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(0))
+    pool = torch.nn.functional.normalize(pool[order] - mean, dim=1)
+    x = (x[: options.tokens] - mean).contiguous()
+    for n in options.atoms:
+        table(x, pool[:n].contiguous(), options.k, options.rounds)
+    if options.curves:
+        curves(x, pool, options.rounds)
+
+
+if __name__ == "__main__":
+    main()
