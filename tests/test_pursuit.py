@@ -282,6 +282,7 @@ def test_a_compiled_code_does_not_depend_on_what_is_computed_beside_it(method):
     x, atoms = problem(n=600, d=32, rows=50, dtype=torch.float32)
     larger = torch.cat([atoms, atoms[:40].flip(1)])
     corner = gram_matrix(larger)[:600, :600]
+    inside = gram_matrix(larger.roll(40, dims=0))[40:, 40:]
     codes = run(x, atoms, 9, method=method)
     threads = torch.get_num_threads()
     try:
@@ -289,7 +290,8 @@ def test_a_compiled_code_does_not_depend_on_what_is_computed_beside_it(method):
         variants = [run(x, atoms, 9, method=method)]
     finally:
         torch.set_num_threads(threads)
-    variants.append(encode(x, atoms, 9, method=method, gram=corner))
+    for gram in (corner, inside, corner.T):
+        variants.append(encode(x, atoms, 9, method=method, gram=gram))
     rows = [run(row[None], atoms, 9, method=method) for row in x]
     variants.append(SparseCodes(*(torch.cat(parts) for parts in zip(*rows, strict=True))))
     for variant in variants:

@@ -67,12 +67,7 @@ def search(
     coefficients = torch.zeros(len(x), k, dtype=torch.float64)
     rows = x.detach().double().contiguous()
     atoms = atoms.detach().contiguous()
-    # The kernels want rows without gaps; a corner of a larger matrix has them, so they get whole rows.
-    gram = (
-        gram.as_strided((n, gram.stride(0)), (gram.stride(0), 1))
-        if gram.stride(1) == 1
-        else gram.clone()
-    )
+    gram = _whole_rows(gram)
     energies = rows.square().sum(dim=-1)
     unit = (rows / energies.sqrt().masked_fill(energies == 0, 1)[:, None]).float()
     atoms_32 = atoms.float()
@@ -119,12 +114,20 @@ def _run(
         task.result()
 
 
+def _whole_rows(gram: Int16[Tensor, "n n"]) -> Int16[Tensor, "n m"]:
+    """Rows without gaps, which the kernels want: of the larger matrix if `gram` is a corner of one."""
+    n, pitch = len(gram), gram.stride(0)
+    if gram.stride(1) == 1 and pitch >= n and gram.storage_offset() == 0:
+        return gram.as_strided((n, pitch), (pitch, 1))
+    return gram.contiguous()
+
+
 def _product_error(d: int) -> float:
     """Bound on the error of an inner product of two unit vectors by a matrix product in float32.
 
-    Rounding errors behave as independent ones: 8 sqrt(d) units are exceeded with a probability below
-    1e-13 each (Higham & Mary 2019, theorem 3.1). Where the user allows reduced precision in matrix
-    products, torch may round the vectors to bfloat16 first.
+    Rounding errors behave as independent ones: one product is off by more than 8 sqrt(d) units with a
+    probability of at most 2 d exp(-32) (Higham & Mary 2019). Where the user allows reduced precision in
+    matrix products, torch may round the vectors to bfloat16 first.
     """
     reduced = 0.0 if torch.get_float32_matmul_precision() == "highest" else 2.0**-7
     return 8 * d**0.5 * FLOAT32_UNIT + 2 * FLOAT32_UNIT + reduced
