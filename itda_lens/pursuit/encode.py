@@ -38,8 +38,8 @@ def encode(
 
     Each row depends on itself alone. Ties go to the atom of lowest index. Two equal atoms never share
     a code under "omp" and need not under "mp", and the lower index wins where their correlations are
-    equal bit for bit. bf16 and fp16 are computed, and returned, in float32. Differentiable in `x` and
-    `atoms` given the support.
+    equal bit for bit. Codes of bf16 and fp16 are those of the same numbers in float32, and returned
+    in it. Differentiable in `x` and `atoms` given the support.
 
     Args:
         x: activations, centred by the caller if at all; 1-D to n-D, any floating dtype.
@@ -144,8 +144,11 @@ def _check(
         raise ValueError(f"rtol must be at least 0 and below 1, got {rtol}")
     if gram is not None and gram.shape != (n, n):
         raise ValueError(f"gram must have shape {(n, n)}, got {tuple(gram.shape)}")
-    allowed = gram_dtype(atoms, method, signed)
-    if gram is not None and not gram.is_floating_point() and gram.dtype != allowed:
+    if (
+        gram is not None
+        and not gram.is_floating_point()
+        and gram.dtype != gram_dtype(atoms, method, signed)
+    ):
         raise ValueError(
             f"gram in {gram.dtype} does not serve method={method!r}, signed={signed} on "
             f"{atoms.device.type}; pass gram_matrix(atoms, method=method, signed=signed)"
