@@ -13,7 +13,7 @@ from itda_lens.reports import (
     labels_table,
     make_console,
 )
-from itda_lens.sae import ITDA, dictionaries_in, load
+from itda_lens.sae import ITDA, dictionaries_in, load, save_sparsity
 from itda_lens.sources import Loader
 from itda_lens.training import BUILD_KEY, Preset, build, output_folder, save_all
 
@@ -156,14 +156,19 @@ def eval_command(
     split: Split = "train",
     loader: SameLoader = None,
     device: DeviceOption = None,
+    save_density: Annotated[
+        bool, typer.Option("--save-density", help="Write sparsity.safetensors beside each dictionary.")
+    ] = False,
 ) -> None:
     """Measure dictionaries on a text: FVU, L0, CE-loss score, KL and alive fraction.
 
-    Give a text that the dictionaries were not built from.
+    Give a text that the dictionaries were not built from. With --save-density the share of tokens at
+    which each atom fires is kept in the file that SAELens's tools look for.
 
     Example: itda eval gpt2-dictionaries --texts other-book.txt --max-tokens 20000
     """
-    itdas = [itda for _, itda in _load_all(folders)]
+    loaded = _load_all(folders)
+    itdas = [itda for _, itda in loaded]
     name, loaded_by = _model_of(itdas, model, loader)
     evaluations = evaluate(
         name,
@@ -176,6 +181,9 @@ def eval_command(
         loader=loaded_by,
         device=device,
     )
+    if save_density:
+        for (folder, _), found in zip(loaded, evaluations, strict=True):
+            save_sparsity(folder, found.feature_density)
     make_console().print(evaluation_table(evaluations, title=f"Evaluation on {texts}"))
 
 

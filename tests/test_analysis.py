@@ -73,6 +73,7 @@ def test_fvu_l0_and_alive_by_hand(itda, tiny, texts):
     assert found.fvu == pytest.approx((error / (x - x.mean(dim=0)).square().sum()).item(), rel=1e-4)
     assert found.l0 == pytest.approx((codes != 0).sum(dim=1).float().mean().item())
     assert found.alive_fraction == pytest.approx((codes != 0).any(dim=0).float().mean().item())
+    torch.testing.assert_close(found.feature_density, (codes != 0).float().mean(dim=0))
     assert found.n_tokens == len(x)
 
 

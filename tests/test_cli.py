@@ -1,6 +1,9 @@
 """The commands, run as a user runs them, on the tiny model."""
 
+import shutil
+
 import pytest
+from safetensors.torch import load_file
 
 import itda_lens
 from itda_lens.__main__ import BAD_INPUT, FAILURE, INTERRUPTED, main
@@ -62,6 +65,18 @@ def test_eval(itda_command, built, text_file):
     assert code == 0
     for expected in (HOOK, "FVU", "CE-loss score", "KL", "alive", "L0"):
         assert expected in out
+    assert not (built / HOOK / "sparsity.safetensors").exists()
+
+
+def test_eval_keeps_densities(itda_command, built, text_file, tmp_path):
+    folder = tmp_path / "dictionary"
+    shutil.copytree(built / HOOK, folder)
+    code, _, _ = itda_command("eval", folder, "--texts", text_file, "--save-density")
+    assert code == 0
+    sparsity = load_file(folder / "sparsity.safetensors")["sparsity"]
+    assert sparsity.shape == (30,)
+    # At most k = 3 of the 30 atoms fire at a token.
+    assert 0 < (10**sparsity).sum() <= 3.001
 
 
 def test_decompose(itda_command, built):

@@ -3,6 +3,7 @@
 import io
 
 import pytest
+import torch
 from rich.console import Console
 
 from itda_lens.analysis import Component, Evaluation, TokenDecomposition
@@ -20,7 +21,10 @@ def render(table, width):
 
 @pytest.mark.parametrize("width", [80, 100, 120])
 def test_no_figure_is_cut(width):
-    figures = Evaluation(HOOK, 16_384, 20, 2_884, 19.98, 0.0701, 0.999, 2.9, 3.0, 10.8, 0.9882, 0.215)
+    density = torch.zeros(16_384)
+    figures = Evaluation(
+        HOOK, 16_384, 20, 2_884, 19.98, 0.0701, 0.999, 2.9, 3.0, 10.8, 0.9882, 0.215, density
+    )
     text = render(evaluation_table([figures], {HOOK: 1_103_957}, {HOOK: 6300.0}), width)
     for figure in ("16,384", "20.0", "0.070", "0.9882", "0.215", "99.9%", "1,103,957", "6300"):
         assert figure in text

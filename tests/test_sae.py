@@ -8,14 +8,17 @@ import warnings
 import pytest
 import torch
 from sae_lens import SAE
+from sae_lens.constants import SPARSITY_FILENAME
 from sae_lens.registry import SAE_CLASS_REGISTRY
 from sae_lens.saes.sae import SAEMetadata
+from sae_lens.training.sae_trainer import _log_feature_sparsity
 from sae_lens.training.upload_saes_to_huggingface import _validate_sae_path
 from safetensors.torch import load_file
 
 import itda_lens
 from itda_lens import ITDA, ITDAConfig, fit
 from itda_lens.pursuit import SparseCodes, encode
+from itda_lens.sae import is_dictionary, save_sparsity
 from itda_lens.sae.registration import register
 
 D_IN, D_SAE, K = 16, 40, 5
@@ -99,6 +102,70 @@ def test_shapes_and_agreement_with_the_pursuit(method, shape):
     torch.testing.assert_close(itda.decode(dense), dense @ itda.W_dec + itda.b_dec)
     torch.testing.assert_close(itda.decode_sparse(codes), itda.decode(dense))
     torch.testing.assert_close(itda(x), itda.decode(dense))
+
+
+@pytest.mark.parametrize("method", ["mp", "omp"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+class TestNonNegative:
+    def test_is_an_exact_view(self, method, dtype):
+        itda = make(method).to(dtype=dtype)
+        view = itda.nonnegative()
+        x = (torch.randn(50, D_IN) + 2).to(dtype)
+        signed, codes = itda.encode_sparse(x), view.encode_sparse(x)
+        assert (signed.values < 0).any()
+        assert view.cfg.d_sae == 2 * D_SAE == len(view.W_dec)
+        assert (codes.values >= 0).all()
+        assert torch.equal(codes.l0(), signed.l0())
+        dense, signed_dense = view.encode(x), itda.encode(x)
+        assert torch.equal(dense[:, :D_SAE] - dense[:, D_SAE:], signed_dense)
+        # The sums run in another order: rounding of the dtype, 1e-6 in float32.
+        tolerance = dict(rtol=0, atol=8 * torch.finfo(dtype).eps * x.abs().max().item())
+        torch.testing.assert_close(view.decode(dense), itda.decode(signed_dense), **tolerance)
+        torch.testing.assert_close(view(x), itda(x), **tolerance)
+
+    def test_keeps_labels_with_a_sign_and_survives_a_file(self, method, dtype, tmp_path):
+        view = make(method).to(dtype=dtype).nonnegative()
+        view.save_model(tmp_path)
+        loaded = itda_lens.load(tmp_path)
+        x = torch.randn(5, D_IN).to(dtype)
+        assert torch.equal(loaded.encode(x), view.encode(x))
+        for i in range(D_SAE):
+            assert loaded.labels[i].cosine == 1
+            assert loaded.labels[D_SAE + i].cosine == -1
+            assert loaded.labels[D_SAE + i].key == loaded.labels[i].key
+        assert loaded.nonnegative() is loaded
+
+    def test_hooks_and_gradients(self, method, dtype):
+        view = make(method).to(dtype=dtype).nonnegative()
+        x = torch.randn(5, D_IN).to(dtype).requires_grad_()
+        halved = view.run_with_hooks(x, fwd_hooks=[("hook_sae_acts_post", lambda a, hook: a / 2)])
+        tolerance = dict(rtol=0, atol=8 * torch.finfo(dtype).eps * x.detach().abs().max().item())
+        torch.testing.assert_close(halved - view.b_dec, (view(x) - view.b_dec) / 2, **tolerance)
+        view.encode(x).sum().backward()
+        assert torch.isfinite(x.grad).all()
+        assert (x.grad != 0).any()
+
+
+def test_a_nonnegative_dictionary_is_its_own_view():
+    itda = make(signed=False)
+    assert itda.nonnegative() is itda
+
+
+def test_a_view_is_a_copy_and_follows_the_configuration(itda):
+    itda.cfg.k = 3
+    view = itda.nonnegative()
+    assert view.encode(torch.randn(9, D_IN)).count_nonzero(dim=-1).max() == 3
+    view.W_dec.data.zero_()
+    assert itda.W_dec.any()
+    assert not itda.cfg.mirrored
+
+
+def test_a_mirror_image_that_is_none_is_told(itda, tmp_path):
+    view = itda.nonnegative()
+    view.W_dec.data[-1] += 1
+    view.save_model(tmp_path)
+    with pytest.raises(ValueError, match="second half must be the negative of the first"):
+        itda_lens.load(tmp_path)
 
 
 def test_masked_tokens_and_atoms(itda):
@@ -363,6 +430,20 @@ class TestFiles:
         with pytest.raises(FileNotFoundError, match="it holds dictionaries: .*inside"):
             itda_lens.load(tmp_path)
 
+    def test_sparsity_is_what_saelens_writes(self, itda, tmp_path):
+        itda.save_model(tmp_path)
+        density = torch.linspace(0, 1, D_SAE)
+        save_sparsity(tmp_path, density)
+        (written,) = load_file(tmp_path / SPARSITY_FILENAME).items()
+        assert written[0] == "sparsity"
+        assert torch.equal(written[1], _log_feature_sparsity(density))
+        assert is_dictionary(tmp_path)
+        with pytest.raises(ValueError, match="feature_density must be between 0 and 1"):
+            save_sparsity(tmp_path, density * 2)
+        # It belongs to the weights that it was measured with.
+        itda.save_model(tmp_path)
+        assert not (tmp_path / SPARSITY_FILENAME).exists()
+
     def test_damaged_labels(self, itda):
         itda.cfg.metadata.itda_labels = itda.cfg.metadata.itda_labels[:-8]
         with pytest.raises(ValueError, match="damaged labels"):
@@ -380,6 +461,8 @@ class TestFiles:
         (dict(method="lasso"), "method must be one of"),
         (dict(rtol=1.0), "rtol must be"),
         (dict(d_in=0), "d_in must be at least 1"),
+        (dict(d_sae=41, mirrored=True), "d_sae must be even for mirrored=True, got 41"),
+        (dict(k=21, mirrored=True), "k must be between 1 and d_sae / 2=20, got 21"),
     ],
 )
 def test_bad_config(change, message):

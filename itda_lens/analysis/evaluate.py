@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,8 @@ class Evaluation:
         ce_loss_score: (ce_loss_zero - ce_loss_spliced) / (ce_loss_zero - ce_loss), as SAEBench
             defines it; 1 is perfect, 0 no better than zeros.
         kl: KL(model || spliced model), nats per token.
+        feature_density: share of the tokens at which each atom has a nonzero coefficient, [d_sae], on
+            the CPU; what `sae.save_sparsity` writes.
     """
 
     hook_name: str
@@ -55,6 +57,7 @@ class Evaluation:
     ce_loss_zero: float
     ce_loss_score: float
     kl: float
+    feature_density: Float[Tensor, " d_sae"] = field(repr=False, compare=False)
 
 
 def evaluate(
@@ -189,7 +192,7 @@ class _Meter:
         self._itda = itda
         self._hook = hook_name_of(itda)
         self._fvu = RunningFVU()
-        self._alive = torch.zeros(itda.cfg.d_sae, dtype=torch.bool)
+        self._fired = torch.zeros(itda.cfg.d_sae, dtype=torch.int64)
         self._nonzeros = 0
         self._kl = 0.0
         self._losses = {"base": 0.0, "spliced": 0.0, "zero": 0.0}
@@ -235,7 +238,7 @@ class _Meter:
         self._fvu.update(x, reconstruction)
         used = codes.values != 0
         self._nonzeros += int(used.sum())
-        self._alive[codes.indices[used].cpu()] = True
+        self._fired += codes.indices[used].cpu().bincount(minlength=len(self._fired))
         return reconstruction
 
     def result(self) -> Evaluation:
@@ -250,10 +253,11 @@ class _Meter:
             n_tokens=n,
             l0=self._nonzeros / n,
             fvu=self._fvu.value(),
-            alive_fraction=self._alive.float().mean().item(),
+            alive_fraction=(self._fired > 0).float().mean().item(),
             ce_loss=base,
             ce_loss_spliced=spliced,
             ce_loss_zero=zero,
             ce_loss_score=(zero - spliced) / gap if gap != 0 else float("nan"),
             kl=self._kl / n,
+            feature_density=self._fired / n,
         )

@@ -24,7 +24,7 @@ class Label:
         token: the token's text; None if unknown.
         context: some of the text around the token, the token itself in [[ ]]; None if unknown.
         cosine: cosine of the atom to the activation that it came from, minus `b_dec`; 1 for an atom
-            that was never updated.
+            that was never updated, negative for the mirror image of one (`ITDA.nonnegative`).
     """
 
     row: int

@@ -33,6 +33,10 @@ class SparseCodes(NamedTuple):
         dense = self.values.new_zeros(*self.values.shape[:-1], d_sae)
         return dense.scatter_add(-1, self.indices, self.values)
 
+    def mirrored(self, n: int) -> "SparseCodes":
+        """The same codes over the atoms `[D, -D]`, n of them in D, with no negative coefficient."""
+        return SparseCodes(self.indices + n * (self.values < 0), self.values.abs())
+
     def decode(self, atoms: Float[Tensor, "d_sae d_in"]) -> Float[Tensor, "*batch d_in"]:
         """Sum of each row's atoms times their coefficients, read by gather, in `values`' dtype."""
         return gather_sum(self.indices, self.values, atoms)

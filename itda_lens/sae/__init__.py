@@ -3,5 +3,15 @@
 from itda_lens.sae.itda import ITDA, LABELS_KEY, ITDAConfig
 from itda_lens.sae.loading import dictionaries_in, is_dictionary, load
 from itda_lens.sae.registration import register
+from itda_lens.sae.sparsity import save_sparsity
 
-__all__ = ["ITDA", "LABELS_KEY", "ITDAConfig", "dictionaries_in", "is_dictionary", "load", "register"]
+__all__ = [
+    "ITDA",
+    "LABELS_KEY",
+    "ITDAConfig",
+    "dictionaries_in",
+    "is_dictionary",
+    "load",
+    "register",
+    "save_sparsity",
+]

@@ -1,16 +1,17 @@
 """ITDA as a SAELens SAE: configuration, hooks, dtypes and files; the mathematics is in `pursuit`."""
 
+import copy
 import json
 import os
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 import torch
 from jaxtyping import Float
 from sae_lens import SAE, SAEConfig
-from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
+from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, SPARSITY_FILENAME
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from typing_extensions import override
@@ -33,6 +34,9 @@ class ITDAConfig(SAEConfig):
         method: "mp" (matching pursuit) or "omp" (orthogonal matching pursuit).
         rtol: a row stops once |residual| <= rtol * |x|. Where the atoms are stored in half
             precision, their rounding error (`torch.finfo(dtype).eps`) is used if it is larger.
+        mirrored: whether the second half of the atoms are the negatives of the first half. Pursuits run
+            on the first half; a negative coefficient goes, with its sign changed, to the mirror image
+            of its atom. What `ITDA.nonnegative` sets.
 
     The other fields, `d_in`, `d_sae`, `dtype`, `device`, `apply_b_dec_to_input`,
     `normalize_activations`, `reshape_activations` and `metadata`, are SAELens's.
@@ -45,6 +49,12 @@ class ITDAConfig(SAEConfig):
     signed: bool = True
     method: Method = "mp"
     rtol: float = DEFAULT_RTOL
+    mirrored: bool = False
+
+    @property
+    def n_pursued(self) -> int:
+        """How many atoms pursuits choose from: all, or the first half of a mirrored dictionary."""
+        return self.d_sae // 2 if self.mirrored else self.d_sae
 
     @override
     @classmethod
@@ -57,8 +67,11 @@ class ITDAConfig(SAEConfig):
         for name in ("d_in", "d_sae"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not 1 <= self.k <= self.d_sae:
-            raise ValueError(f"k must be between 1 and d_sae={self.d_sae}, got {self.k}")
+        if self.mirrored and self.d_sae % 2:
+            raise ValueError(f"d_sae must be even for mirrored=True, got {self.d_sae}")
+        if not 1 <= self.k <= self.n_pursued:
+            whole = "d_sae / 2" if self.mirrored else "d_sae"
+            raise ValueError(f"k must be between 1 and {whole}={self.n_pursued}, got {self.k}")
         if self.method not in get_args(Method):
             raise ValueError(f"method must be one of {get_args(Method)}, got {self.method!r}")
         if not 0 <= self.rtol < 1:
@@ -130,7 +143,9 @@ class ITDA(SAE[ITDAConfig]):
         sae_in = self.process_sae_in(self._check_width(x))
         prepared = self._prepare()
         norms = prepared.norms
-        atoms = self.W_dec if norms is None else self.W_dec.to(norms.dtype) / norms[:, None]
+        atoms = self.W_dec[: self.cfg.n_pursued]
+        if norms is not None:
+            atoms = atoms.to(norms.dtype) / norms[:, None]
         codes = encode(
             sae_in,
             atoms,
@@ -140,9 +155,9 @@ class ITDA(SAE[ITDAConfig]):
             rtol=max(self.cfg.rtol, torch.finfo(self.W_dec.dtype).eps),
             gram=prepared.gram,
         )
-        if norms is None:
-            return codes
-        return codes._replace(values=codes.values / norms[codes.indices])
+        if norms is not None:
+            codes = codes._replace(values=codes.values / norms[codes.indices])
+        return codes.mirrored(self.cfg.n_pursued) if self.cfg.mirrored else codes
 
     @override
     def decode(self, feature_acts: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_in"]:
@@ -196,7 +211,7 @@ class ITDA(SAE[ITDAConfig]):
         Raises:
             ValueError: `W_dec` has NaN or infinite values.
         """
-        weights = self.W_dec.detach()
+        weights = self.W_dec.detach()[: self.cfg.n_pursued]
         form = (weights.data_ptr(), weights.dtype, weights.device, weights.shape)
         key = (*form, self.cfg.method, self.cfg.signed, _fingerprint(weights))
         if self._prepared is None or self._prepared.key != key:
@@ -234,6 +249,30 @@ class ITDA(SAE[ITDAConfig]):
             self._labels = (compact, labels)
         return self._labels[1]
 
+    # non-negative codes
+
+    def nonnegative(self) -> "ITDA":
+        """The same dictionary with non-negative codes: atoms `[D, -D]`, `d_sae` doubled.
+
+        For tools that take a coefficient for an activation and test `> 0`. Reconstructions, supports and
+        L0 are those of this dictionary: coefficient c of atom i becomes c at i where c > 0, and -c at
+        `d_sae + i` where c < 0. Atom `d_sae + i` keeps the label of atom i with its cosine negated. A
+        copy: later edits of one do not reach the other. Returns the dictionary itself where codes are
+        non-negative already.
+        """
+        if self.cfg.mirrored or not self.cfg.signed:
+            return self
+        cfg = copy.deepcopy(self.cfg)
+        cfg.d_sae, cfg.mirrored = 2 * self.cfg.d_sae, True
+        if self.cfg.metadata[LABELS_KEY] is not None:
+            mirrored = [replace(label, cosine=-label.cosine) for label in self.labels]
+            cfg.metadata[LABELS_KEY] = Labels([*self.labels, *mirrored]).to_compact()
+        view = ITDA(cfg)
+        with torch.no_grad():
+            view.W_dec.copy_(torch.cat([self.W_dec, -self.W_dec]))
+            view.b_dec.copy_(self.b_dec)
+        return view
+
     # what SAELens does to weights and files
 
     @override
@@ -264,13 +303,16 @@ class ITDA(SAE[ITDAConfig]):
         for name, tensor in state_dict.items():
             if not torch.isfinite(tensor).all():
                 raise ValueError(f"{name} has NaN or infinite values")
+        if self.cfg.mirrored and not torch.equal(*_halves(state_dict["W_dec"])):
+            raise ValueError("W_dec's second half must be the negative of the first: mirrored is set")
 
     @override
     def save_model(self, path: str | Path) -> tuple[Path, Path]:
         """Write `sae_weights.safetensors` and `cfg.json` into the folder `path`, made if need be.
 
         Files of these names are replaced, as by every SAELens SAE, but only once both new ones are
-        complete: an interrupt or a full disk leaves the folder as it was.
+        complete: an interrupt or a full disk leaves the folder as it was. A `sparsity.safetensors`
+        of the weights that were there is removed.
 
         Returns:
             Paths of the weights and of the config.
@@ -290,11 +332,17 @@ class ITDA(SAE[ITDAConfig]):
             temporary[1].write_text(config)
             temporary[0].replace(weights)
             temporary[1].replace(cfg)
+            (folder / SPARSITY_FILENAME).unlink(missing_ok=True)
         finally:
             for file in temporary:
                 with suppress(FileNotFoundError):
                     file.unlink()
         return weights, cfg
+
+
+def _halves(weights: Tensor) -> tuple[Tensor, Tensor]:
+    half = len(weights) // 2
+    return weights[:half], -weights[half:]
 
 
 def _has_hooks(module: nn.Module) -> bool:

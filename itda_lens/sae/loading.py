@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from sae_lens import SAE
-from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
+from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, SPARSITY_FILENAME
 from safetensors import SafetensorError
 
 from itda_lens.sae.itda import ITDA
@@ -56,7 +56,7 @@ def dictionaries_in(folder: Path) -> list[Path]:
 def is_dictionary(folder: Path) -> bool:
     """Whether the folder holds an ITDA and nothing else."""
     names = {SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME}
-    if not folder.is_dir() or {file.name for file in folder.iterdir()} != names:
+    if not folder.is_dir() or {file.name for file in folder.iterdir()} - {SPARSITY_FILENAME} != names:
         return False
     try:
         return json.loads((folder / SAE_CFG_FILENAME).read_text())["architecture"] == "itda"
