@@ -5,14 +5,15 @@ import hashlib
 import itertools
 import logging
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 
-from itda_lens.dictionary import Dictionary, Selector
+from itda_lens.dictionary import Dictionary, Label, Selector
 from itda_lens.pursuit import Method
 from itda_lens.sae import ITDA
 from itda_lens.sources import (
@@ -27,6 +28,7 @@ from itda_lens.sources import (
 )
 from itda_lens.training.presets import Preset, Recipe
 from itda_lens.training.record import BUILD_KEY, versions
+from itda_lens.training.stream import stream_activations
 
 logger = logging.getLogger(__name__)
 
@@ -182,22 +184,17 @@ class _Run:
             desc="building",
             disable=not self._progress,
         ) as bar:
-            for batch in batches:
-                n = self._update(batch)
-                bar.update(n)
+            for labels, activations in stream_activations(
+                self._lm, self._names, batches, self._max_tokens
+            ):
+                self._update(labels, activations)
+                bar.update(len(labels))
                 now = time.perf_counter()
                 if self._progress and now - fvu_at > SECONDS_BETWEEN_FVU:
                     fvu_at = now
                     bar.set_postfix(self._status())
-                enough = self._max_tokens is not None and self.n_tokens >= self._max_tokens
-                full = self._selectors and all(s.done for s in self._selectors.values())
-                if enough or full:
+                if all(selector.done for selector in self._selectors.values()):
                     break
-        if self.n_tokens == 0:
-            raise ValueError(
-                "texts gave no token that counts: all were masked (BOS, padding, special "
-                "tokens), or the texts are empty"
-            )
         dictionaries = {}
         for name, selector in self._selectors.items():
             dictionaries[name] = selector.finish(self._progress)
@@ -205,31 +202,12 @@ class _Run:
         self.seconds = time.perf_counter() - start
         return dictionaries
 
-    def _update(self, batch: ContextBatch) -> int:
-        """Feed one batch to the selectors; how many of its tokens counted."""
-        keep = batch.keep
-        if self._max_tokens is not None:
-            # The last batch is cut, so that the tokens are as many as asked for.
-            ahead = keep.flatten().cumsum(dim=0).reshape(keep.shape)
-            keep = keep & (ahead <= self._max_tokens - self.n_tokens)
-            batch = dataclasses.replace(batch, keep=keep)
-        n = int(keep.sum())
-        if n == 0:
-            return 0
-        labels = batch.labels()
-        activations = self._lm.capture(batch.tokens, batch.attention_mask, self._names)
-        for name, activation in activations.items():
-            x = activation[keep.to(activation.device)]
-            x = x.to(torch.promote_types(x.dtype, torch.float32))
-            finite = torch.isfinite(x).all(dim=-1)
-            if not finite.all():
-                where = labels[int((~finite).nonzero()[0])]
-                raise ValueError(f"NaN or infinite activation at {name!r}, {where}")
+    def _update(self, labels: Sequence[Label], activations: Mapping[str, Tensor]) -> None:
+        for name, x in activations.items():
             if name not in self._selectors:
                 self._selectors[name] = self._recipe.selector(x.shape[1], x.dtype, x.device)
             self._selectors[name].update(x, labels)
-        self.n_tokens += n
-        return n
+        self.n_tokens += len(labels)
 
     def _status(self) -> dict[str, str]:
         selectors = self._selectors.values()
