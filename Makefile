@@ -1,6 +1,7 @@
 # Two commands do everything on a fresh machine with Python and make:
 #   make demo    a real model, real text, two dictionaries, one sentence taken apart
-#   make test    ruff, the type checker, the tests (real model included), the notebook, the docs
+#   make test    ruff, the type checker, the tests (real model included), the notebook, the docs;
+#                then the host libraries' contracts again, with the oldest SAELens and with SAEBench
 # Options: PYTHON=python3.12, TORCH=torch==2.14.0 (any pip requirement), VENV=another/folder
 
 PYTHON ?= python3
@@ -10,13 +11,26 @@ BIN := $(VENV)/bin
 CONSTRAINTS := constraints.txt
 STAMP := $(VENV)/.installed-$(subst /,_,$(TORCH))
 
-.PHONY: demo test check format docs clean
+# A second environment: the oldest SAELens that pyproject.toml allows, and SAEBench, which holds numpy,
+# datasets and pandas back.
+HOSTS := $(VENV)-saebench
+HOSTS_BIN := $(HOSTS)/bin
+HOSTS_FILES := constraints-saebench.txt requirements-saebench.txt
+HOSTS_STAMP := $(HOSTS)/.installed-$(subst /,_,$(TORCH))
+HOSTS_TESTS := tests/test_contracts_saelens.py tests/test_contracts_transformerlens.py tests/test_saebench.py
+
+.PHONY: demo test bench check format docs clean
 
 demo: $(STAMP)
 	$(BIN)/itda demo --overwrite
 
-test: check
+test: check $(HOSTS_STAMP)
 	$(BIN)/python -m pytest
+	$(HOSTS_BIN)/python -m pytest $(HOSTS_TESTS)
+
+# The tables of docs/saebench.md; stop it when you like, it goes on.
+bench: $(HOSTS_STAMP)
+	$(HOSTS_BIN)/python benchmarks/saebench.py bench-results
 
 check: $(STAMP)
 	$(BIN)/ruff check .
@@ -39,5 +53,16 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 	rm -f $(VENV)/.installed-*
 	touch "$@"
 
+# Without dependencies: SAEBench names torchvision, which it never imports and of which there is no build
+# for every build of torch.
+$(HOSTS_STAMP): pyproject.toml $(HOSTS_FILES)
+	$(PYTHON) -m venv $(HOSTS)
+	$(HOSTS_BIN)/pip install --quiet "$(TORCH)"
+	$(HOSTS_BIN)/pip install --quiet --constraint constraints-saebench.txt -e '.[test]' \
+		--requirement requirements-saebench.txt
+	$(HOSTS_BIN)/pip install --quiet --no-deps sae-bench==0.6.0
+	rm -f $(HOSTS)/.installed-*
+	touch "$@"
+
 clean:
-	rm -rf $(VENV) site dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(HOSTS) site dist .pytest_cache .ruff_cache .hypothesis

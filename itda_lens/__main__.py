@@ -26,6 +26,7 @@ app.command("build")(cli.build_command)
 app.command("info")(cli.info_command)
 app.command("decompose")(cli.decompose_command)
 app.command("eval")(cli.eval_command)
+app.command("bench")(cli.bench_command)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

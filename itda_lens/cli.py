@@ -1,5 +1,6 @@
 """The commands of `itda` for the user's own model."""
 
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -7,13 +8,16 @@ import typer
 
 from itda_lens.analysis import decompose, evaluate
 from itda_lens.reports import (
+    bench_table,
     decomposition_table,
     evaluation_table,
     info_table,
     labels_table,
     make_console,
+    pareto_plot,
 )
 from itda_lens.sae import ITDA, dictionaries_in, load, save_sparsity
+from itda_lens.saebench import EVALUATIONS, bench
 from itda_lens.sources import Loader
 from itda_lens.training import BUILD_KEY, Preset, build, output_folder, save_all
 
@@ -185,6 +189,84 @@ def eval_command(
         for (folder, _), found in zip(loaded, evaluations, strict=True):
             save_sparsity(folder, found.feature_density)
     make_console().print(evaluation_table(evaluations, title=f"Evaluation on {texts}"))
+
+
+def bench_command(
+    saes: Annotated[
+        list[str],
+        typer.Argument(
+            help="Folders of dictionaries or other SAELens SAEs, folders that hold several, or "
+            "release:sae_id of SAELens's list.",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[
+        Path, typer.Option(help="Folder for results; the same one goes on with a stopped run.")
+    ],
+    evals: Annotated[
+        str, typer.Option(help=f"Evaluations, with commas between: {', '.join(EVALUATIONS)}.")
+    ] = "saelens,core",
+    texts: Annotated[
+        str | None,
+        typer.Option(help="Text for saelens, core, autointerp, mdl; default: SAEBench's data sets."),
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Folder with data sets under their names: DATA/org/name.")
+    ] = None,
+    model: ModelOption = None,
+    codes: Annotated[
+        str,
+        typer.Option(help="Codes of signed ITDAs, where it matters: both, signed, nonnegative."),
+    ] = "both",
+    settings: Annotated[
+        Path | None,
+        typer.Option(help='A JSON file: {"core": {"context_size": 64}, ...} over SAEBench\'s defaults.'),
+    ] = None,
+    device: DeviceOption = None,
+    dtype: Annotated[str, typer.Option(help="Precision: float32, bfloat16, ...")] = "float32",
+    batch_size: Annotated[int, typer.Option(help="Contexts per forward pass.")] = 16,
+    text_field: TextField = "text",
+    split: Split = "train",
+    plot: Annotated[bool, typer.Option("--plot", help="Write pareto.png: the figures over L0.")] = False,
+) -> None:
+    """Run SAEBench on dictionaries and other SAEs, side by side; stop it when you like, and go on.
+
+    Needs the extra: pip install 'itda-lens[saebench]'.
+
+    Example: itda bench gpt2-dictionaries --evals saelens,core --texts other-book.txt --out bench
+    """
+    results = bench(
+        saes,
+        [name.strip() for name in evals.split(",")],
+        out,
+        texts=texts,
+        data=data,
+        model=model,
+        codes=codes,  # pyright: ignore[reportArgumentType] (checked by bench)
+        settings=_settings(settings),
+        device=device,
+        dtype=dtype,
+        batch_size=batch_size,
+        text_field=text_field,
+        split=split,
+    )
+    make_console().print(bench_table(results, title=f"Results in {out}"))
+    if plot:
+        make_console().print(f"Plot: {pareto_plot(results, out / 'pareto.png')}")
+    if any(result.file is None for result in results):
+        raise typer.Exit(1)
+
+
+def _settings(file: Path | None) -> dict[str, Any] | None:
+    if file is None:
+        return None
+    try:
+        values = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"--settings {file} is not JSON: {error}") from error
+    if not isinstance(values, dict) or not all(isinstance(value, dict) for value in values.values()):
+        raise ValueError(f"--settings {file} must map evaluations to their settings")
+    return values
 
 
 def _load_all(folders: list[Path]) -> list[tuple[Path, ITDA]]:

@@ -21,6 +21,8 @@ from typing import Any
 import platformdirs
 from tqdm.auto import tqdm
 
+from itda_lens.sources import register_with_transformer_lens
+
 logger = logging.getLogger(__name__)
 
 NAME = "SmolLM2-135M-Instruct"
@@ -97,12 +99,7 @@ def load_hooked(*, progress: bool = True) -> Any:
 
 def register(folder: Path) -> None:
     """Let `HookedTransformer.from_pretrained(NAME)` find the model; a further call does nothing."""
-    from transformer_lens import supported_models
-
-    path = str(folder)
-    if path not in supported_models.OFFICIAL_MODEL_NAMES:
-        supported_models.OFFICIAL_MODEL_NAMES.append(path)
-        supported_models.MODEL_ALIASES[path] = [NAME]
+    register_with_transformer_lens(folder, NAME)
 
 
 def _download(work: Path, progress: bool) -> Path:

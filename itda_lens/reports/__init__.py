@@ -1,5 +1,6 @@
-"""What users look at: tables in the terminal."""
+"""What users look at: tables in the terminal, plots in files."""
 
+from itda_lens.reports.benchmarks import bench_table, pareto_plot
 from itda_lens.reports.tables import (
     decomposition_table,
     evaluation_table,
@@ -8,4 +9,12 @@ from itda_lens.reports.tables import (
     make_console,
 )
 
-__all__ = ["decomposition_table", "evaluation_table", "info_table", "labels_table", "make_console"]
+__all__ = [
+    "bench_table",
+    "decomposition_table",
+    "evaluation_table",
+    "info_table",
+    "labels_table",
+    "make_console",
+    "pareto_plot",
+]

@@ -2,6 +2,7 @@
 
 from itda_lens.sources.contexts import Context, ContextBatch, Tokenization
 from itda_lens.sources.models import LanguageModel, Loader, hook_is_per_head, language_model
+from itda_lens.sources.naming import register_with_transformer_lens
 from itda_lens.sources.texts import describe_texts, iterate_texts
 
 __all__ = [
@@ -14,4 +15,5 @@ __all__ = [
     "hook_is_per_head",
     "iterate_texts",
     "language_model",
+    "register_with_transformer_lens",
 ]

@@ -1,0 +1,24 @@
+"""SAEBench and SAELens's evaluations on dictionaries, and the baselines to hold them against."""
+
+from itda_lens.saebench.baselines import (
+    principal_components,
+    random_atoms,
+    save_inference,
+    train_topk,
+)
+from itda_lens.saebench.evaluations import EVALUATIONS, Evaluation, Metric
+from itda_lens.saebench.results import Result
+from itda_lens.saebench.runner import CodesOption, bench
+
+__all__ = [
+    "EVALUATIONS",
+    "CodesOption",
+    "Evaluation",
+    "Metric",
+    "Result",
+    "bench",
+    "principal_components",
+    "random_atoms",
+    "save_inference",
+    "train_topk",
+]

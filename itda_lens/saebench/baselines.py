@@ -1,0 +1,192 @@
+"""What a dictionary has to beat: random atoms, principal components, a TopK SAE on the same tokens."""
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from sae_lens import SAE, TopKTrainingSAE, TopKTrainingSAEConfig
+from sae_lens.config import SAETrainerConfig
+from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
+from sae_lens.training.sae_trainer import SAETrainer
+from safetensors.torch import save_file
+from torch import Tensor
+
+from itda_lens.dictionary import Label, Labels
+from itda_lens.pursuit import Method
+from itda_lens.sae import ITDA, LABELS_KEY, ITDAConfig
+
+TOPK_LEARNING_RATE = 3e-3
+TOPK_BATCH = 1024
+
+
+def random_atoms(
+    activations: Float[Tensor, "n_tokens d_in"],
+    *,
+    d_sae: int,
+    k: int,
+    method: Method = "omp",
+    labels: Sequence[Label] | None = None,
+    seed: int = 0,
+    metadata: Mapping[str, Any] | None = None,
+) -> ITDA:
+    """A dictionary of activations drawn at random: what choosing atoms is worth.
+
+    Raises:
+        ValueError: d_sae is more than there are activations, or k is out of range.
+    """
+    n = len(activations)
+    if not 1 <= d_sae <= n:
+        raise ValueError(f"d_sae must be between 1 and the {n} activations, got {d_sae}")
+    drawn = torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:d_sae].sort().values
+    mean = activations.double().mean(dim=0).to(activations.dtype)
+    itda = _itda(activations[drawn] - mean, mean, k, method, metadata)
+    if labels is not None:
+        itda.cfg.metadata[LABELS_KEY] = Labels([labels[i] for i in drawn.tolist()]).to_compact()
+    return itda
+
+
+def principal_components(
+    activations: Float[Tensor, "n_tokens d_in"],
+    *,
+    k: int,
+    metadata: Mapping[str, Any] | None = None,
+) -> ITDA:
+    """The principal components as a dictionary, d_sae = d_in; a token uses its k largest coefficients.
+
+    Atoms are orthonormal, in order of decreasing variance, so that matching pursuit picks just these.
+
+    Raises:
+        ValueError: k is more than d_in.
+    """
+    mean = activations.double().mean(dim=0)
+    centred = activations.double() - mean
+    _, vectors = torch.linalg.eigh(centred.T @ centred)
+    return _itda(vectors.T.flip(0).to(activations.dtype), mean.to(activations.dtype), k, "mp", metadata)
+
+
+def train_topk(
+    activations: Float[Tensor, "n_tokens d_in"],
+    *,
+    d_sae: int,
+    k: int,
+    epochs: int = 8,
+    learning_rate: float = TOPK_LEARNING_RATE,
+    batch_size: int = TOPK_BATCH,
+    seed: int = 0,
+    metadata: Mapping[str, Any] | None = None,
+) -> TopKTrainingSAE:
+    """SAELens's TopK SAE, trained by SAELens on `activations`, in a new random order each epoch.
+
+    Adam, the auxiliary loss for dead latents, activations scaled to mean norm sqrt(d_in), `b_dec` begun
+    at the mean, a warm-up over the first 5 % of the steps and a linear decay over the last 20 %.
+
+    Args:
+        epochs: passes over the activations.
+        learning_rate, batch_size: the defaults were chosen on a validation split of SmolLM2's layer 10;
+            see docs/saebench.md.
+
+    Returns:
+        The trained SAE; `save_inference` writes it as a SAELens TopK SAE.
+
+    Raises:
+        ValueError: k or d_sae is out of range, or there are fewer activations than a batch.
+    """
+    n, d_in = activations.shape
+    if not 1 <= k <= d_sae:
+        raise ValueError(f"k must be between 1 and d_sae={d_sae}, got {k}")
+    if epochs < 1:
+        raise ValueError(f"epochs must be at least 1, got {epochs}")
+    batch_size = min(batch_size, n)
+    total = epochs * (n // batch_size) * batch_size
+    device = str(activations.device)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        cfg = TopKTrainingSAEConfig(
+            d_in=d_in, d_sae=d_sae, k=k, device=device, normalize_activations="expected_average_only_in"
+        )
+        for key, value in (metadata or {}).items():
+            cfg.metadata[key] = value
+        sae = TopKTrainingSAE(cfg)
+        steps = total // batch_size
+        trainer = SAETrainer(
+            cfg=SAETrainerConfig(
+                total_training_samples=total,
+                train_batch_size_samples=batch_size,
+                device=device,
+                lr=learning_rate,
+                lr_end=learning_rate / 10,
+                lr_warm_up_steps=steps // 20,
+                lr_decay_steps=steps // 5,
+                dead_feature_window=max(1, n // batch_size),
+                n_batches_for_norm_estimate=max(1, n // batch_size),
+            ),
+            sae=sae,
+            data_provider=_epochs(activations, batch_size, seed),
+        )
+        scale = d_in**0.5 / activations.norm(dim=-1).mean().item()
+        trainer.activation_scaler.scaling_factor = scale
+        with torch.no_grad():
+            sae.b_dec.copy_(activations.double().mean(dim=0) * scale)
+        return trainer.fit()
+
+
+def save_inference(sae: SAE[Any], folder: str | Path) -> None:
+    """Write a dictionary or a trained SAE, as it is used for inference, into `folder`.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    if not isinstance(sae, TopKTrainingSAE):
+        sae.save_model(folder)
+        return
+    target = Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    state = sae.state_dict()
+    sae.process_state_dict_for_saving_inference(state)
+    config = json.dumps(sae.cfg.get_inference_sae_cfg_dict() | {"metadata": sae.cfg.metadata.to_dict()})
+    names = (SAE_WEIGHTS_FILENAME, SAE_CFG_FILENAME)
+    temporary = [target / f"{name}.{os.getpid()}.tmp" for name in names]
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in state.items()}, temporary[0])
+        temporary[1].write_text(config)
+        for file, name in zip(temporary, names, strict=True):
+            file.replace(target / name)
+    finally:
+        for file in temporary:
+            with suppress(FileNotFoundError):
+                file.unlink()
+
+
+def _itda(
+    atoms: Tensor, mean: Tensor, k: int, method: Method, metadata: Mapping[str, Any] | None
+) -> ITDA:
+    d_sae, d_in = atoms.shape
+    cfg = ITDAConfig(
+        d_in=d_in,
+        d_sae=d_sae,
+        k=k,
+        method=method,
+        dtype=str(atoms.dtype).removeprefix("torch."),
+        device=str(atoms.device),
+    )
+    for key, value in (metadata or {}).items():
+        cfg.metadata[key] = value
+    itda = ITDA(cfg)
+    with torch.no_grad():
+        itda.W_dec.copy_(torch.nn.functional.normalize(atoms, dim=-1))
+        itda.b_dec.copy_(mean)
+    return itda
+
+
+def _epochs(activations: Tensor, batch_size: int, seed: int) -> Iterator[Tensor]:
+    """Batches without end, every epoch in a new order; an epoch's last, short batch is left out."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        order = torch.randperm(len(activations), generator=generator)
+        for start in range(0, len(order) - batch_size + 1, batch_size):
+            yield activations[order[start : start + batch_size]]

@@ -1,0 +1,134 @@
+"""What is wrong or missing, found before any work begins."""
+
+import importlib.util
+import os
+import re
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from itda_lens.saebench.evaluations import Evaluation, datasets_of
+from itda_lens.saebench.subjects import Subject
+
+UNLEARNING_DATA = Path("sae_bench/evals/unlearning/data/bio-forget-corpus.jsonl")
+"""Where SAEBench reads the corpus to forget, relative to the current folder."""
+
+RAVEL_MODELS = ("gemma-2-2b", "pythia-160m-deduped")
+"""The models that SAEBench's RAVEL knows (`LLM_NAME_MAP`, evals/ravel/main.py:49)."""
+
+
+def check_package(evaluations: Sequence[Evaluation]) -> None:
+    """Raise ValueError unless SAEBench is installed, where an evaluation is SAEBench's."""
+    if all(evaluation.name == "saelens" for evaluation in evaluations):
+        return
+    if importlib.util.find_spec("sae_bench") is None:
+        raise ValueError(
+            "SAEBench is not installed: pip install 'itda-lens[saebench]' (the evaluation saelens works "
+            "without it)"
+        )
+
+
+def check_evaluation(
+    evaluation: Evaluation,
+    config: Mapping[str, Any],
+    model_name: str,
+    device: str,
+    local_datasets: set[str],
+    data: Path | None,
+) -> None:
+    """Raise ValueError naming everything that an evaluation lacks here.
+
+    Args:
+        local_datasets: names of data sets that are folders known to be there.
+    """
+    missing = [
+        f"data set {name!r} ({reason})"
+        for name in datasets_of(evaluation, config)
+        if name not in local_datasets and (reason := why_unavailable(name)) is not None
+    ]
+    if evaluation.name == "autointerp" and not os.environ.get("OPENAI_API_KEY"):
+        missing.append(
+            "the environment variable OPENAI_API_KEY (and OPENAI_BASE_URL for another OpenAI-compatible "
+            "server; one without keys takes any)"
+        )
+    if evaluation.name == "ravel":
+        if int(version("transformers").split(".")[0]) >= 5:
+            missing.append(f"transformers 4 (its RAVEL does not run with {version('transformers')})")
+        if model_name not in RAVEL_MODELS:
+            missing.append(f"one of the models {', '.join(RAVEL_MODELS)}, not {model_name!r}")
+    if evaluation.name == "unlearning":
+        if "it" not in model_name:
+            missing.append(f"an instruction-tuned model with 'it' in its name, not {model_name!r}")
+        if data is None or not (data / UNLEARNING_DATA).is_file():
+            missing.append(f"the WMDP corpus {UNLEARNING_DATA} in --data (access is on request)")
+    if evaluation.name == "mdl":
+        if importlib.util.find_spec("loguru") is None:
+            missing.append("the package loguru")
+        if not device.startswith("cuda"):
+            missing.append(f"a CUDA device, not {device!r}")
+    if missing:
+        raise ValueError(f"{evaluation.name} cannot run here; it needs {'; '.join(missing)}")
+
+
+def why_unavailable(dataset: str) -> str | None:
+    """Why `datasets` cannot load a data set by this name; None if it can."""
+    from datasets import load_dataset_builder
+
+    try:
+        load_dataset_builder(dataset)
+    except Exception as error:  # of many kinds: network, hub, scripts, formats
+        if _needs_a_configuration(error):
+            return None
+        reason = str(error).strip().split("\n")[0][:160]
+        return f"neither a folder of that name in --data nor to be had from the hub: {reason}"
+    return None
+
+
+def _needs_a_configuration(error: Exception) -> bool:
+    return isinstance(error, ValueError) and "onfig name" in str(error)
+
+
+def check_fits_model(subjects: Sequence[Subject], model_name: str) -> None:
+    """Raise ValueError unless TransformerLens knows the model and every dictionary fits it.
+
+    Raises:
+        ValueError: an unknown model; a dictionary of another layer count or width.
+    """
+    from transformer_lens.loading_from_pretrained import (
+        get_official_model_name,
+        get_pretrained_model_config,
+    )
+
+    try:
+        get_official_model_name(model_name)
+    except ValueError as error:
+        raise ValueError(
+            f"SAEBench loads models with TransformerLens's HookedTransformer, which does not know "
+            f"{model_name!r}; pass --model FOLDER for a local copy"
+        ) from error
+    model = get_pretrained_model_config(model_name)
+    for subject in subjects:
+        if subject.hook_name is None:
+            continue
+        layer = re.search(r"blocks\.(\d+)\.", subject.hook_name)
+        if layer is not None and int(layer[1]) >= model.n_layers:
+            raise ValueError(
+                f"{subject.name} belongs to {subject.hook_name}, but {model_name} has "
+                f"{model.n_layers} layers"
+            )
+        width = _width_at(subject.hook_name, model)
+        if width is not None and subject.d_in != width:
+            raise ValueError(
+                f"{subject.name} has d_in={subject.d_in}, but {model_name} gives activations of width "
+                f"{width} at {subject.hook_name}: it belongs to another model"
+            )
+
+
+def _width_at(hook_name: str, model: Any) -> int | None:
+    last = hook_name.rsplit(".", 1)[-1]
+    if last in ("hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_mlp_out", "hook_attn_out"):
+        return model.d_model
+    if last == "hook_z":
+        return model.n_heads * model.d_head
+    return None

@@ -1,0 +1,113 @@
+"""The output folder of `bench`: results, logs, and everything that SAEBench leaves behind."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from itda_lens.saebench.evaluations import Evaluation
+from itda_lens.saebench.job import result_file
+from itda_lens.saebench.subjects import Subject
+from itda_lens.sources import iterate_texts
+
+MANIFEST = "bench.json"
+"""What an output folder was made from, so that results of other dictionaries do not mix in."""
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Texts to write into the work folder, as the data set `name`."""
+
+    name: str
+    texts: list[str]
+
+
+class OutputFolder:
+    """The output folder."""
+
+    def __init__(self, path: Path, data: Path | None) -> None:
+        if data is not None and not data.is_dir():
+            raise FileNotFoundError(f"no folder {str(data)!r} for data")
+        self.path, self.data = path, data
+        self.work = path / "work"
+        self._manifest = path / MANIFEST
+
+    def results(self, evaluation: Evaluation) -> Path:
+        return self.path / evaluation.name
+
+    def log(self, evaluation: str) -> Path:
+        return self.path / "logs" / f"{evaluation}.log"
+
+    def dataset(self, name: str) -> Path | None:
+        """The folder that stands for a data set, if there is one."""
+        found = None if self.data is None else self.data / name
+        return found if found is not None and found.is_dir() else None
+
+    def link_dataset(self, name: str) -> None:
+        """Let `load_dataset(name)` find the folder: it looks in the current one first."""
+        source = self.dataset(name)
+        link = self.work / name
+        if source is not None and not link.exists():
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(source, target_is_directory=True)
+
+    def plan_texts(
+        self, texts: str | Path | Iterable[str] | None, text_field: str, split: str
+    ) -> Texts | None:
+        if texts is None:
+            return None
+        read = list(iterate_texts(texts, text_field=text_field, split=split))
+        if not read:
+            raise ValueError("texts must hold at least one text, got none")
+        digest = hashlib.sha256("\0".join(read).encode("utf-8", errors="surrogatepass"))
+        return Texts(f"texts/{digest.hexdigest()[:12]}", read)
+
+    def is_done(self, evaluation: Evaluation, name: str) -> bool:
+        return result_file(self.results(evaluation), name).exists()
+
+    def prepare(
+        self, subjects: Sequence[Subject], configs: Mapping[str, Mapping[str, Any]], own: Texts | None
+    ) -> None:
+        """Make the folder; refuse one with results of other dictionaries or settings."""
+        new = {
+            "dictionaries": {s.name: s.fingerprint or s.source for s in subjects},
+            "settings": dict(configs),
+        }
+        old = {"dictionaries": {}, "settings": {}}
+        if self._manifest.exists():
+            try:
+                old = json.loads(self._manifest.read_text())
+            except ValueError as error:
+                raise ValueError(f"{self._manifest} is damaged: {error}") from error
+        elif self.path.exists() and any(self.path.iterdir()):
+            raise ValueError(
+                f"{self.path} holds other things than results; choose another output folder"
+            )
+        new = json.loads(json.dumps(new))
+        for kind, what in (
+            ("dictionaries", "another dictionary named"),
+            ("settings", "other settings of"),
+        ):
+            for name, value in new[kind].items():
+                if old[kind].get(name, value) != value:
+                    raise ValueError(
+                        f"{self.path} holds results of {what} {name!r}; choose another output folder or "
+                        "remove this one"
+                    )
+        self.work.mkdir(parents=True, exist_ok=True)
+        (self.path / "logs").mkdir(exist_ok=True)
+        for evaluation in configs:
+            (self.path / evaluation).mkdir(exist_ok=True)
+        merged = {kind: old[kind] | new[kind] for kind in new}
+        temporary = self._manifest.with_suffix(f".{os.getpid()}.tmp")
+        temporary.write_text(json.dumps(merged, indent=2))
+        temporary.replace(self._manifest)
+        if own is not None:
+            target = self.work / own.name
+            if not target.exists():
+                target.mkdir(parents=True)
+                lines = (json.dumps({"text": text}) for text in own.texts)
+                (target / "train.jsonl").write_text("\n".join(lines))
