@@ -42,7 +42,7 @@ SETTINGS = {
         n_eval_reconstruction_batches=0, n_eval_sparsity_variance_batches=8, batch_size_prompts=8
     ),
     "core": dict(
-        n_eval_reconstruction_batches=4,
+        n_eval_reconstruction_batches=2,
         n_eval_sparsity_variance_batches=1,
         batch_size_prompts=8,
         compute_featurewise_weight_based_metrics=True,
@@ -104,7 +104,9 @@ def main() -> None:
     parser.add_argument("--d-sae", type=int, default=1024)
     parser.add_argument("--tokens", type=int, default=50_000, help="activations to build from")
     parser.add_argument("--epochs", type=int, default=8, help="of the TopK SAE")
+    parser.add_argument("--probing-ks", type=int, nargs="*", default=[20, 80])
     parser.add_argument("--absorption-ks", type=int, nargs="*", default=[20])
+    parser.add_argument("--absorption-layers", type=int, nargs="*", default=[10])
     options = parser.parse_args()
     torch.manual_seed(0)
     options.out.mkdir(parents=True, exist_ok=True)
@@ -116,15 +118,17 @@ def main() -> None:
     # Codes as they are: signed for ITDA, where nothing but reconstruction is measured.
     results = bench(paths, ["saelens", "core"], results_folder, codes="signed", **common)
     # Probes on directions with one meaning each, as a TopK SAE has them.
-    results += bench(paths, ["sparse_probing_sae_probes"], results_folder, codes="nonnegative", **common)
-    few = {n: p for n, p in paths.items() if any(f"-k{k}-" in n for k in options.absorption_ks)}
+    some = pick(paths, options.layers, options.probing_ks)
+    if some:
+        probes = ["sparse_probing_sae_probes"]
+        results += bench(some, probes, results_folder, codes="nonnegative", **common)
+    few = pick(paths, options.absorption_layers, options.absorption_ks)
     if few:
         results += bench(few, ["absorption"], results_folder, codes="nonnegative", **common)
     # How much the sign matters: one dictionary, both ways.
-    layer, k = options.layers[-1], options.ks[min(1, len(options.ks) - 1)]
-    one = {n: p for n, p in paths.items() if n == f"itda-best-k{k}-layer{layer}"}
-    evals = ["core", "sparse_probing_sae_probes", *(["absorption"] if few else [])]
-    both = bench(one, evals, results_folder, codes="both", **common)
+    name = next(name for name in (few or some or paths) if name.startswith("itda-best"))
+    evals = ["core", *(["sparse_probing_sae_probes"] if some else []), *(["absorption"] if few else [])]
+    both = bench({name: paths[name]}, evals, results_folder, codes="both", **common)
 
     console = make_console()
     for chosen in options.layers:
@@ -135,6 +139,11 @@ def main() -> None:
     for name, path in paths.items():
         seconds = _seconds(path)
         print(f"{name}: built in {seconds} s")
+
+
+def pick(paths: dict[str, Path], layers: list[int], ks: list[int]) -> dict[str, Path]:
+    ends = tuple(f"-k{k}-layer{layer}" for k in ks for layer in layers)
+    return {name: path for name, path in paths.items() if name.endswith(ends)}
 
 
 def _seconds(path: Path) -> float:

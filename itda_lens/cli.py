@@ -17,7 +17,7 @@ from itda_lens.reports import (
     pareto_plot,
 )
 from itda_lens.sae import ITDA, dictionaries_in, load, save_sparsity
-from itda_lens.saebench import EVALUATIONS, bench
+from itda_lens.saebench import BASELINES, EVALUATIONS, bench, build_baselines
 from itda_lens.sources import Loader
 from itda_lens.training import BUILD_KEY, Preset, build, output_folder, save_all
 
@@ -227,6 +227,13 @@ def bench_command(
     batch_size: Annotated[int, typer.Option(help="Contexts per forward pass.")] = 16,
     text_field: TextField = "text",
     split: Split = "train",
+    baselines: Annotated[
+        str,
+        typer.Option(help="Baselines to build beside the ITDAs: random,pca,topk, or some of them."),
+    ] = "",
+    train_texts: Annotated[
+        str | None, typer.Option(help="What to build the baselines from: the dictionaries' own text.")
+    ] = None,
     plot: Annotated[bool, typer.Option("--plot", help="Write pareto.png: the figures over L0.")] = False,
 ) -> None:
     """Run SAEBench on dictionaries and other SAEs, side by side; stop it when you like, and go on.
@@ -235,6 +242,27 @@ def bench_command(
 
     Example: itda bench gpt2-dictionaries --evals saelens,core --texts other-book.txt --out bench
     """
+    kinds = [name.strip() for name in baselines.split(",") if name.strip()]
+    chosen_settings = _settings(settings)
+    if kinds:
+        if train_texts is None:
+            raise ValueError("--baselines needs --train-texts, what the dictionaries were built from")
+        itdas = [itda for _, itda in _load_all([Path(folder) for folder in saes])]
+        name, _ = _model_of(itdas, model, None)
+        saes = [*saes] + [
+            str(folder)
+            for folder in build_baselines(
+                itdas,
+                kinds,
+                out / BASELINES,
+                texts=train_texts,
+                model=name,
+                batch_size=batch_size,
+                text_field=text_field,
+                split=split,
+                device=device,
+            )
+        ]
     results = bench(
         saes,
         [name.strip() for name in evals.split(",")],
@@ -243,7 +271,7 @@ def bench_command(
         data=data,
         model=model,
         codes=codes,  # pyright: ignore[reportArgumentType] (checked by bench)
-        settings=_settings(settings),
+        settings=chosen_settings,
         device=device,
         dtype=dtype,
         batch_size=batch_size,

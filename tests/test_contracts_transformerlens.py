@@ -339,3 +339,8 @@ class TestGradients:
             torch.testing.assert_close(found[0, position], wanted, rtol=1e-2, atol=1e-5)
         used = (codes[0] != 0).any(dim=0)
         assert torch.equal((at_atoms != 0).any(dim=-1), used)
+
+
+def test_our_functions_tell_of_an_attached_dictionary(host, built):
+    with host.model.saes([built[10]]), pytest.raises(ValueError, match="attached to the model at"):
+        evaluate(host.model, built[10], ["The cat sat."], progress=False)

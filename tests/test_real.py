@@ -85,7 +85,9 @@ def test_attached_to_both_hosts(smollm2, built, tmp_path):
     built[HOOKS[1]].save_model(tmp_path)
     sae = SAE.load_from_disk(tmp_path)
     hooked = model_package.load_hooked(progress=False)
-    tokens = torch.tensor([[1, *smollm2.tokenizer("The cat sat on the mat.")["input_ids"]]])
+    # The bridge's tokenizer would put a BOS token of its own in front.
+    ids = smollm2.tokenizer("The cat sat on the mat.", add_special_tokens=False)["input_ids"]
+    tokens = torch.tensor([[1, *ids]])
     kinds = {"bridge": smollm2.model, "hooked": hooked}
     changed = {}
     for kind, model in kinds.items():

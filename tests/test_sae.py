@@ -426,6 +426,8 @@ class TestFiles:
     def test_missing(self, itda, tmp_path):
         with pytest.raises(FileNotFoundError, match="no folder"):
             itda_lens.load(tmp_path / "nowhere")
+        with pytest.raises(FileNotFoundError, match="no dictionary 'org/name/missing' on the hub"):
+            itda_lens.load("org/name/missing")
         itda.save_model(tmp_path / "inside")
         with pytest.raises(FileNotFoundError, match="it holds dictionaries: .*inside"):
             itda_lens.load(tmp_path)

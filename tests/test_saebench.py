@@ -18,11 +18,13 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import itda_lens
 from itda_lens import fit
+from itda_lens.__main__ import main
 from itda_lens.reports import bench_table, make_console, pareto_plot
 from itda_lens.saebench import (
     EVALUATIONS,
     Result,
     bench,
+    build_baselines,
     principal_components,
     random_atoms,
     save_inference,
@@ -496,6 +498,46 @@ class TestBaselines:
         for change, message in ((dict(k=61), "k must be"), (dict(epochs=0), "epochs must be")):
             with pytest.raises(ValueError, match=message):
                 train_topk(x, **dict(d_sae=60, k=4) | change)
+
+
+class TestBaselinesLike:
+    def test_command(self, model_folder, texts, tmp_path, capsys, monkeypatch):
+        monkeypatch.setenv("COLUMNS", "160")
+        (tmp_path / "texts.txt").write_text("\n".join(texts))
+        file, built, out = str(tmp_path / "texts.txt"), tmp_path / "itda", tmp_path / "out"
+        options = dict(d_sae=40, k=4, context_size=16, max_tokens=1500, device="cpu", progress=False)
+        itda_lens.build(str(model_folder), file, HOOK, **options)[HOOK].save_model(built)
+        (tmp_path / "settings.json").write_text(json.dumps(SAELENS))
+        command = f"bench {built} --out {out} --evals saelens --texts {file} --train-texts {file}"
+        command += f" --baselines random,pca,topk --settings {tmp_path / 'settings.json'} --plot"
+        with pytest.raises(SystemExit) as exit_:
+            main([*command.split(), "--device", "cpu"])
+        assert exit_.value.code == 0
+        shown = capsys.readouterr().out
+        for name in (f"random-40-k4-{HOOK}", f"pca-k4-{HOOK}", f"topk-40-k4-{HOOK}"):
+            assert name in shown
+            sae = SAE.load_from_disk(out / "baselines" / name)
+            assert sae.cfg.metadata.hook_name == HOOK
+            assert sae.cfg.d_sae == (D_IN if name.startswith("pca") else 40)
+        assert (out / "pareto.png").exists()
+        stamps = {f: f.stat().st_mtime_ns for f in (out / "baselines").rglob("*.json")}
+        kinds = ["random", "pca", "topk"]
+        found = build_baselines(
+            [itda_lens.load(built)], kinds, out / "baselines", texts=file, model=None
+        )
+        assert len(found) == 3
+        assert {f: f.stat().st_mtime_ns for f in stamps} == stamps
+
+    def test_bad_input(self, saes, activations, tmp_path):
+        itda = itda_lens.load(saes / "itda")
+        with pytest.raises(ValueError, match="baselines must be among random, pca, topk; got 'sae'"):
+            build_baselines([itda], ["sae"], tmp_path, texts="t", model=None)
+        bare = fit(activations.values, d_sae=20, k=2)
+        with pytest.raises(ValueError, match="name their hook_name"):
+            build_baselines([bare], ["pca"], tmp_path, texts="t", model=None)
+        del itda.cfg.metadata.itda_build["n_tokens"]
+        with pytest.raises(ValueError, match="max_tokens must be given"):
+            build_baselines([itda], ["pca"], tmp_path, texts="t", model=None)
 
 
 def result(name, evaluation, codes="signed", failure=None, **metrics) -> Result:

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
 from sae_lens import SAE
 from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, SPARSITY_FILENAME
 from safetensors import SafetensorError
@@ -22,7 +23,7 @@ def load(path_or_repo: str | Path, device: str = "cpu", dtype: str | None = None
             float32 from the hub.
 
     Raises:
-        FileNotFoundError: no such folder, or files are missing from it.
+        FileNotFoundError: no such folder or repository, or files are missing from it.
         ValueError: the config or the weights are damaged, do not fit each other, or are not an ITDA's.
     """
     folder = Path(path_or_repo)
@@ -30,10 +31,14 @@ def load(path_or_repo: str | Path, device: str = "cpu", dtype: str | None = None
         parts = str(path_or_repo).split("/")
         if isinstance(path_or_repo, str) and len(parts) >= 3 and all(parts):
             release, sae_id = "/".join(parts[:2]), "/".join(parts[2:])
-            return _checked(
-                SAE.from_pretrained(release, sae_id, device=device, dtype=dtype or "float32"),
-                path_or_repo,
-            )
+            try:
+                sae = SAE.from_pretrained(release, sae_id, device=device, dtype=dtype or "float32")
+            except (EntryNotFoundError, RepositoryNotFoundError) as error:
+                reason = str(error).strip().split("\n")[0]
+                raise FileNotFoundError(
+                    f"no dictionary {path_or_repo!r} on the hub: {reason}"
+                ) from error
+            return _checked(sae, path_or_repo)
         raise FileNotFoundError(
             f"no folder {str(path_or_repo)!r} (a dictionary on the hub is named org/name/folder)"
         )

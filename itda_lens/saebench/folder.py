@@ -1,5 +1,6 @@
 """The output folder of `bench`: results, logs, and everything that SAEBench leaves behind."""
 
+import glob
 import hashlib
 import json
 import os
@@ -12,6 +13,9 @@ from itda_lens.saebench.evaluations import Evaluation
 from itda_lens.saebench.job import result_file
 from itda_lens.saebench.subjects import Subject
 from itda_lens.sources import iterate_texts
+
+BASELINES = "baselines"
+"""Where in an output folder baselines may be."""
 
 MANIFEST = "bench.json"
 """What an output folder was made from, so that results of other dictionaries do not mix in."""
@@ -82,17 +86,18 @@ class OutputFolder:
                 old = json.loads(self._manifest.read_text())
             except ValueError as error:
                 raise ValueError(f"{self._manifest} is damaged: {error}") from error
-        elif self.path.exists() and any(self.path.iterdir()):
+        elif self.path.exists() and any(inside.name != BASELINES for inside in self.path.iterdir()):
             raise ValueError(
                 f"{self.path} holds other things than results; choose another output folder"
             )
         new = json.loads(json.dumps(new))
-        for kind, what in (
-            ("dictionaries", "another dictionary named"),
-            ("settings", "other settings of"),
+        for kind, what, files in (
+            ("dictionaries", "another dictionary named", "*/{}[_+]*_eval_results.json"),
+            ("settings", "other settings of", "{}/*_eval_results.json"),
         ):
             for name, value in new[kind].items():
-                if old[kind].get(name, value) != value:
+                has_results = any(self.path.glob(files.format(glob.escape(name))))
+                if has_results and old[kind].get(name, value) != value:
                     raise ValueError(
                         f"{self.path} holds results of {what} {name!r}; choose another output folder or "
                         "remove this one"

@@ -167,6 +167,12 @@ class LanguageModel:
         for actual in [known] if isinstance(known, str) else known:
             if actual in points:
                 return points[actual], "output"
+        attached = list(getattr(self.model, "acts_to_saes", {}))
+        if attached:
+            raise ValueError(
+                f"the model has no hook {name!r} while dictionaries are attached to the model at "
+                f"{', '.join(attached)}; detach them first (reset_saes())"
+            )
         raise _unknown_hook(name, points)
 
     def _resolve_huggingface(self, name: str) -> tuple[nn.Module, Literal["input", "output"]]:
