@@ -15,8 +15,9 @@ from itda_lens.reports import (
     labels_table,
     make_console,
     pareto_plot,
+    save_neuronpedia_features,
 )
-from itda_lens.sae import ITDA, dictionaries_in, load, save_sparsity
+from itda_lens.sae import ITDA, dictionaries_in, load, load_sparsity, save_sparsity
 from itda_lens.saebench import BASELINES, EVALUATIONS, bench, build_baselines
 from itda_lens.sources import Loader
 from itda_lens.training import BUILD_KEY, Preset, build, output_folder, save_all
@@ -122,9 +123,19 @@ def build_command(
 def info_command(
     folders: Folders,
     labels: Annotated[int, typer.Option(min=0, help="How many atoms' labels to show.")] = 10,
+    neuronpedia: Annotated[
+        Path | None,
+        typer.Option(help="Write all atoms to this file, a JSON line each with Neuronpedia's fields."),
+    ] = None,
 ) -> None:
     """Show what a dictionary is, how it was built, and where its first atoms came from."""
-    for folder, itda in _load_all(folders):
+    loaded = _load_all(folders)
+    if neuronpedia is not None:
+        if len(loaded) != 1:
+            raise ValueError(f"--neuronpedia takes one dictionary, got {len(loaded)}")
+        ((folder, itda),) = loaded
+        save_neuronpedia_features(itda, neuronpedia, load_sparsity(folder))
+    for folder, itda in loaded:
         make_console().print(info_table(itda, str(folder)))
         if labels:
             make_console().print(labels_table(itda, labels))

@@ -1,5 +1,6 @@
 """The commands, run as a user runs them, on the tiny model."""
 
+import json
 import shutil
 
 import pytest
@@ -77,6 +78,21 @@ def test_eval_keeps_densities(itda_command, built, text_file, tmp_path):
     assert sparsity.shape == (30,)
     # At most k = 3 of the 30 atoms fire at a token.
     assert 0 < (10**sparsity).sum() <= 3.001
+    code, _, _ = itda_command("info", folder, "--neuronpedia", tmp_path / "atoms.jsonl")
+    assert code == 0
+    records = [json.loads(line) for line in (tmp_path / "atoms.jsonl").read_text().splitlines()]
+    assert [record["index"] for record in records] == [str(i) for i in range(30)]
+    assert {(record["modelId"], record["layer"]) for record in records} == {
+        ("tiny-random", "1-res-itda")
+    }
+    assert [record["frac_nonzero"] for record in records] == pytest.approx(
+        (10**sparsity).tolist(), abs=1e-6
+    )
+    assert records[3]["explanations"][0]["description"] == itda_lens.load(folder).labels[3].context
+    (folder / "sparsity.safetensors").write_bytes(b"broken")
+    code, _, err = itda_command("info", folder, "--neuronpedia", tmp_path / "atoms.jsonl")
+    assert code == BAD_INPUT
+    assert "truncated or damaged" in err
 
 
 def test_decompose(itda_command, built):

@@ -5,10 +5,18 @@ import io
 import pytest
 import torch
 from rich.console import Console
+from sae_lens.analysis.neuronpedia_integration import open_neuronpedia_feature_dashboard
 
+from itda_lens import fit
 from itda_lens.analysis import Component, Evaluation, TokenDecomposition
 from itda_lens.dictionary import Label
-from itda_lens.reports import decomposition_table, evaluation_table, make_console
+from itda_lens.reports import (
+    decomposition_table,
+    evaluation_table,
+    make_console,
+    neuronpedia_features,
+    neuronpedia_id,
+)
 
 HOOK = "blocks.10.hook_resid_post"
 
@@ -45,3 +53,18 @@ def test_a_pipe_is_not_80_columns(monkeypatch):
     assert make_console().width == 120
     monkeypatch.setenv("COLUMNS", "90")
     assert make_console().width == 90
+
+
+def test_neuronpedia_ids_are_those_that_saelens_takes(monkeypatch):
+    opened = []
+    monkeypatch.setattr("webbrowser.open", opened.append)
+    metadata = dict(model_name="org/GPT2", hook_name="blocks.6.hook_resid_post")
+    itda = fit(torch.randn(50, 8), d_sae=9, k=2, metadata=metadata)
+    assert neuronpedia_id(itda) == "gpt2/6-res-itda"
+    itda.cfg.metadata.neuronpedia_id = neuronpedia_id(itda)
+    open_neuronpedia_feature_dashboard(itda, 3)
+    assert opened == ["https://neuronpedia.org/gpt2/6-res-itda/3"]
+    record = next(neuronpedia_features(itda))
+    assert (record["modelId"], record["layer"], record["frac_nonzero"]) == ("gpt2", "6-res-itda", None)
+    with pytest.raises(ValueError, match="needs model_name and hook_name"):
+        neuronpedia_id(fit(torch.randn(50, 8), d_sae=9, k=2))

@@ -1,6 +1,11 @@
 """What users look at: tables in the terminal, plots in files."""
 
 from itda_lens.reports.benchmarks import bench_table, pareto_plot
+from itda_lens.reports.neuronpedia import (
+    neuronpedia_features,
+    neuronpedia_id,
+    save_neuronpedia_features,
+)
 from itda_lens.reports.tables import (
     decomposition_table,
     evaluation_table,
@@ -16,5 +21,8 @@ __all__ = [
     "info_table",
     "labels_table",
     "make_console",
+    "neuronpedia_features",
+    "neuronpedia_id",
     "pareto_plot",
+    "save_neuronpedia_features",
 ]

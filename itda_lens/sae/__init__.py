@@ -3,7 +3,7 @@
 from itda_lens.sae.itda import ITDA, LABELS_KEY, ITDAConfig
 from itda_lens.sae.loading import dictionaries_in, is_dictionary, load
 from itda_lens.sae.registration import register
-from itda_lens.sae.sparsity import save_sparsity
+from itda_lens.sae.sparsity import load_sparsity, save_sparsity
 
 __all__ = [
     "ITDA",
@@ -12,6 +12,7 @@ __all__ = [
     "dictionaries_in",
     "is_dictionary",
     "load",
+    "load_sparsity",
     "register",
     "save_sparsity",
 ]

@@ -7,11 +7,27 @@ from pathlib import Path
 import torch
 from jaxtyping import Float
 from sae_lens.constants import SPARSITY_FILENAME
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 EPSILON = 1e-10
 """What SAELens's trainer adds to a density before it takes the logarithm: dead features read -10."""
+
+
+def load_sparsity(folder: str | Path) -> Float[Tensor, " d_sae"] | None:
+    """The feature densities beside a dictionary; None where there is no `sparsity.safetensors`.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    path = Path(folder) / SPARSITY_FILENAME
+    if not path.exists():
+        return None
+    try:
+        return (10 ** load_file(path)["sparsity"].double() - EPSILON).clamp(min=0)
+    except (SafetensorError, KeyError) as error:
+        raise ValueError(f"{path} is truncated or damaged: {error!r}") from error
 
 
 def save_sparsity(folder: str | Path, feature_density: Float[Tensor, " d_sae"]) -> Path:

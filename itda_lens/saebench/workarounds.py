@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 ENVIRONMENT = {
-    # sae_bench_utils/activation_collection.py is decorated with @jaxtyped(typechecker=beartype), and its
-    # get_sae_meaned_activations hands a [batch, d_sae] tensor out where it says another: every
-    # sparse_probing run ends in a type error. Read when jaxtyping is imported.
+    # evals/sparse_probing/probe_training.py:134 decorates train_sklearn_probe with @beartype alone, so
+    # that its dimensions are those that the @jaxtyped caller has bound, to other sizes: a type error
+    # where train and test sets differ in size. The variable is read when jaxtyping is imported.
     "JAXTYPING_DISABLE": "1",
 }
 """For the environment of the process, before anything is imported."""
