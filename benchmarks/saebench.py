@@ -45,7 +45,6 @@ SETTINGS = {
         n_eval_reconstruction_batches=2,
         n_eval_sparsity_variance_batches=1,
         batch_size_prompts=8,
-        compute_featurewise_weight_based_metrics=True,
     ),
     "sparse_probing_sae_probes": dict(dataset_names=PROBED, reg_type="l2"),
     "absorption": dict(max_k_value=5, precalc_k_sparse_probe_sae_acts=True),

@@ -1,5 +1,6 @@
 """The commands of `itda` for the user's own model."""
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,7 +19,7 @@ from itda_lens.reports import (
     save_neuronpedia_features,
 )
 from itda_lens.sae import ITDA, dictionaries_in, load, load_sparsity, save_sparsity
-from itda_lens.saebench import BASELINES, EVALUATIONS, bench, build_baselines
+from itda_lens.saebench import EVALUATIONS, bench
 from itda_lens.sources import Loader
 from itda_lens.training import BUILD_KEY, Preset, build, output_folder, save_all
 
@@ -253,36 +254,22 @@ def bench_command(
 
     Example: itda bench gpt2-dictionaries --evals saelens,core --texts other-book.txt --out bench
     """
-    kinds = [name.strip() for name in baselines.split(",") if name.strip()]
-    chosen_settings = _settings(settings)
-    if kinds:
-        if train_texts is None:
-            raise ValueError("--baselines needs --train-texts, what the dictionaries were built from")
-        itdas = [itda for _, itda in _load_all([Path(folder) for folder in saes])]
-        name, _ = _model_of(itdas, model, None)
-        saes = [*saes] + [
-            str(folder)
-            for folder in build_baselines(
-                itdas,
-                kinds,
-                out / BASELINES,
-                texts=train_texts,
-                model=name,
-                batch_size=batch_size,
-                text_field=text_field,
-                split=split,
-                device=device,
-            )
-        ]
+    names = [name.strip() for name in evals.split(",")]
+    if plot and "saelens" not in names:
+        raise ValueError("--plot needs the evaluation saelens, which measures L0")
+    if plot and importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("--plot needs matplotlib: pip install 'itda-lens[saebench]'")
     results = bench(
         saes,
-        [name.strip() for name in evals.split(",")],
+        names,
         out,
         texts=texts,
         data=data,
         model=model,
         codes=codes,  # pyright: ignore[reportArgumentType] (checked by bench)
-        settings=chosen_settings,
+        settings=_settings(settings),
+        baselines=[name.strip() for name in baselines.split(",") if name.strip()],
+        train_texts=train_texts,
         device=device,
         dtype=dtype,
         batch_size=batch_size,

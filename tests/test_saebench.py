@@ -20,6 +20,7 @@ import itda_lens
 from itda_lens import fit
 from itda_lens.__main__ import main
 from itda_lens.reports import bench_table, make_console, pareto_plot
+from itda_lens.reports.benchmarks import family_of
 from itda_lens.saebench import (
     EVALUATIONS,
     Result,
@@ -156,7 +157,7 @@ class TestSAELens:
         assert second[0] == first[0]
         assert second[0].file.stat().st_mtime_ns == stamp
         assert second[1].file is not None
-        with pytest.raises(ValueError, match="holds results of other settings of 'saelens'"):
+        with pytest.raises(ValueError, match="other settings of 'saelens'"):
             run(["saelens"], out)
         other = tmp_path / "other" / "itda"
         fit(activations.values, d_sae=50, k=4, metadata=metadata).save_model(other)
@@ -199,6 +200,24 @@ class TestSAELens:
         assert finished.returncode == 0, finished.stderr
         for expected in ("itda", "topk", "L0", "explained", "alive"):
             assert expected in finished.stdout
+
+    def test_names_and_relative_folders(self, run, saes, tmp_path, monkeypatch):
+        monkeypatch.chdir(saes)
+        named = {"a [1] b": "itda", "itda_2": saes / "topk"}
+        results = run(["saelens"], "../relative-out", named, settings=SAELENS)
+        assert [(r.dictionary, r.failure) for r in results] == [("a [1] b", None), ("itda_2", None)]
+
+    def test_leftovers_of_a_killed_run_are_not_taken_for_results(self, run, saes, tmp_path):
+        out = tmp_path / "out"
+        first = run(["saelens"], out, [saes / "itda"], settings=SAELENS)[0]
+        scratch = out / "work" / "results" / "saelens" / first.file.name
+        scratch.write_text('{"eval_result_metrics": {"sparsity"')
+        (out / "work" / "artifacts").mkdir()
+        (out / "work" / "artifacts" / "half.pt").write_text("")
+        first.file.unlink()
+        again = run(["saelens"], out, [saes / "itda"], settings=SAELENS)[0]
+        assert again.metrics == first.metrics
+        assert not (out / "work" / "artifacts").exists()
 
     def test_writes_nothing_elsewhere(self, run, saes, tmp_path, monkeypatch):
         elsewhere = tmp_path / "elsewhere"
@@ -368,6 +387,7 @@ class TestBadInput:
             (["saelens"], dict(settings={"saelens": {"k": 1}}), "settings of saelens .*; got 'k'"),
             (["saelens"], dict(texts=[]), "at least one text"),
             (["saelens"], dict(model="no-such-model"), "does not know 'no-such-model'; pass --model"),
+            (["saelens"], dict(baselines=["pca"]), "baselines need train_texts"),
             (["saelens"], dict(texts=None), "saelens cannot run here; it needs data set 'Skylion007"),
         ],
     )
@@ -387,6 +407,13 @@ class TestBadInput:
             ValueError, match=r"deep belongs to blocks.7.x, but tiny-letters has 3 layers"
         ):
             run(["saelens"], tmp_path / "out", [tmp_path / "deep"])
+
+    def test_absorption_elsewhere(self, run, activations, metadata, tmp_path, monkeypatch):
+        monkeypatch.setattr("itda_lens.saebench.checks.check_package", lambda evaluations: None)
+        other = metadata | {"hook_name": "blocks.1.hook_mlp_out"}
+        fit(activations.values, d_sae=20, k=2, metadata=other).save_model(tmp_path / "mlp")
+        with pytest.raises(ValueError, match="hook_resid_post only, but mlp belongs to"):
+            run(["absorption"], tmp_path / "out", [tmp_path / "mlp"])
 
     def test_folders(self, run, saes, tmp_path):
         with pytest.raises(FileNotFoundError, match="no folder .*nowhere"):
@@ -441,6 +468,8 @@ class TestBadInput:
 
 class TestSubjects:
     def test_names(self, saes, tmp_path):
+        with pytest.raises(ValueError, match="not end in '\\+nonnegative', got 'a\\+nonnegative'"):
+            subjects_of({"a+nonnegative": saes / "itda"})
         assert [s.name for s in subjects_of([saes])] == ["itda", "topk"]
         named = subjects_of({"a": saes / "itda"})
         assert [(s.name, s.architecture, s.signed) for s in named] == [("a", "itda", True)]
@@ -526,6 +555,10 @@ class TestBaselinesLike:
             [itda_lens.load(built)], kinds, out / "baselines", texts=file, model=None
         )
         assert len(found) == 3
+        with pytest.raises(ValueError, match="is a baseline of other texts or settings"):
+            build_baselines(
+                [itda_lens.load(built)], ["pca"], out / "baselines", texts=file, model=None, seed=1
+            )
         assert {f: f.stat().st_mtime_ns for f in stamps} == stamps
 
     def test_bad_input(self, saes, activations, tmp_path):
@@ -560,6 +593,17 @@ class TestReports:
         for expected in ("0.250 / 0.500", "0.612", "20.0", "9.960", "failed", "too few letters", "↓"):
             assert expected in shown
 
+    def test_an_evaluation_that_failed_throughout_has_its_column(self, capsys, monkeypatch):
+        monkeypatch.setenv("COLUMNS", "120")
+        make_console().print(bench_table([result("a", "absorption", failure="too few letters")]))
+        shown = capsys.readouterr().out
+        assert "absorption ↓" in shown
+        assert "failed" in shown
+
+    def test_families(self, tmp_path):
+        names = ["topk-k20-layer5", "task1", "k10_blocks.6", "k10"]
+        assert [family_of(name) for name in names] == ["topk-layer5", "task1", "blocks.6", "k10"]
+
     def test_plot(self, tmp_path):
         results = [
             result(f"{kind}-k{k}", "saelens", L0=float(k), **{"explained variance": k / 100})
@@ -570,6 +614,14 @@ class TestReports:
         assert [file.name for file in tmp_path.iterdir()] == ["plot.png"]
         with pytest.raises(ValueError, match="needs results of 'saelens'"):
             pareto_plot(results[:0], tmp_path / "none.png")
+
+    def test_undefined_figures(self, tmp_path):
+        values = {"misc_metrics": {"frac_alive": -1}}
+        (tmp_path / "x.json").write_text(json.dumps({"eval_result_metrics": values}))
+        assert all(
+            value != value for value in read_metrics(tmp_path / "x.json", EVALUATIONS["core"]).values()
+        )
+        assert read_metrics(tmp_path / "none.json", EVALUATIONS["mdl"]) == {}
 
     def test_damaged_result(self, tmp_path):
         (tmp_path / "x.json").write_text('{"eval_result_metrics": ')

@@ -84,6 +84,11 @@ def pareto_plot(results: Sequence[Result], path: str | Path) -> Path:
     return path
 
 
+def family_of(name: str) -> str:
+    """The name without its k: "topk-k20-layer5" is of "topk-layer5", "task1" of its own."""
+    return re.sub(r"(?:^|[-_])k=?\d+(?=[-_]|$)", "", name).strip("-_") or name
+
+
 def _columns(results: Sequence[Result]) -> list[tuple[str, Metric]]:
     """The figures that at least one result has."""
     ran = dict.fromkeys(result.evaluation for result in results)
@@ -92,7 +97,12 @@ def _columns(results: Sequence[Result]) -> list[tuple[str, Metric]]:
         for name in ran
         for metric in EVALUATIONS[name].metrics
         if any(r.evaluation == name and not math.isnan(_value(r, metric)) for r in results)
+        or (metric is EVALUATIONS[name].metrics[0] and _all_failed(results, name))
     ]
+
+
+def _all_failed(results: Sequence[Result], evaluation: str) -> bool:
+    return all(r.file is None for r in results if r.evaluation == evaluation)
 
 
 def _value(result: Result, metric: Metric) -> float:
@@ -116,8 +126,14 @@ def _number(value: float) -> str:
 
 def _caption(results: Sequence[Result]) -> str:
     lines = []
-    if len({result.codes for result in results}) > 1:
-        lines.append("a / b: signed codes / non-negative view")
+    ran: dict[tuple[str, str], set[str]] = {}
+    for result in results:
+        ran.setdefault((result.evaluation, result.dictionary), set()).add(result.codes)
+    if any(len(codes) > 1 for codes in ran.values()):
+        lines.append("a / b: signed codes / non-negative view, where they differ")
+    views = dict.fromkeys(name for (name, _), codes in ran.items() if codes == {"nonnegative"})
+    if views:
+        lines.append(f"of signed dictionaries, {', '.join(views)} saw the non-negative view")
     lines += [
         f"{r.dictionary}, {r.evaluation} ({r.codes} codes) failed: {escape(r.failure or '')}"
         for r in results
@@ -133,7 +149,7 @@ def _curves(
     for result in results:
         value = _value(result, metric)
         if result.evaluation == evaluation and result.dictionary in l0 and not math.isnan(value):
-            family = re.sub(r"[-_]?k=?\d+", "", result.dictionary)
+            family = family_of(result.dictionary)
             if result.codes == "nonnegative" and any(
                 r.codes == "signed" and (r.dictionary, r.evaluation) == (result.dictionary, evaluation)
                 for r in results

@@ -11,6 +11,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
+from itda_lens.dictionary import Label
 from itda_lens.sae import ITDA
 
 
@@ -60,8 +61,13 @@ def neuronpedia_features(
             "layer": source,
             "index": str(index),
             "frac_nonzero": None if feature_density is None else float(feature_density[index]),
-            "explanations": [{"description": label.context or str(label), "typeName": "itda-label"}],
+            "explanations": [{"description": _description(label), "typeName": "itda-label"}],
         }
+
+
+def _description(label: Label) -> str:
+    said = label.context or str(label)
+    return f"minus: {said}" if label.cosine < 0 else said
 
 
 def save_neuronpedia_features(

@@ -7,13 +7,11 @@ from itda_lens.saebench.baselines import (
     train_topk,
 )
 from itda_lens.saebench.evaluations import EVALUATIONS, Evaluation, Metric
-from itda_lens.saebench.folder import BASELINES
 from itda_lens.saebench.results import Result
 from itda_lens.saebench.rivals import Baseline, build_baselines
 from itda_lens.saebench.runner import CodesOption, bench
 
 __all__ = [
-    "BASELINES",
     "EVALUATIONS",
     "Baseline",
     "CodesOption",

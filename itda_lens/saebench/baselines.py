@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from sae_lens import SAE, TopKTrainingSAE, TopKTrainingSAEConfig
 from sae_lens.config import SAETrainerConfig
-from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
+from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, SPARSITY_FILENAME
 from sae_lens.training.sae_trainer import SAETrainer
 from safetensors.torch import save_file
 from torch import Tensor
@@ -87,14 +87,14 @@ def train_topk(
 
     Args:
         epochs: passes over the activations.
-        learning_rate, batch_size: the defaults were chosen on a validation split of SmolLM2's layer 10;
-            see docs/saebench.md.
+        learning_rate, batch_size: the defaults were chosen on a validation split; see docs/saebench.md.
+            A batch is no larger than the activations.
 
     Returns:
         The trained SAE; `save_inference` writes it as a SAELens TopK SAE.
 
     Raises:
-        ValueError: k or d_sae is out of range, or there are fewer activations than a batch.
+        ValueError: k, d_sae or epochs is out of range.
     """
     n, d_in = activations.shape
     if not 1 <= k <= d_sae:
@@ -156,6 +156,7 @@ def save_inference(sae: SAE[Any], folder: str | Path) -> None:
         temporary[1].write_text(config)
         for file, name in zip(temporary, names, strict=True):
             file.replace(target / name)
+        (target / SPARSITY_FILENAME).unlink(missing_ok=True)
     finally:
         for file in temporary:
             with suppress(FileNotFoundError):

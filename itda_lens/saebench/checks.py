@@ -8,10 +8,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from itda_lens.saebench.evaluations import Evaluation, datasets_of
+from itda_lens.saebench.evaluations import EXTRA_DATA, Evaluation, datasets_of
 from itda_lens.saebench.subjects import Subject
 
-UNLEARNING_DATA = Path("sae_bench/evals/unlearning/data/bio-forget-corpus.jsonl")
+UNLEARNING_DATA = Path(EXTRA_DATA["unlearning"][0]) / "bio-forget-corpus.jsonl"
 """Where SAEBench reads the corpus to forget, relative to the current folder."""
 
 RAVEL_MODELS = ("gemma-2-2b", "pythia-160m-deduped")
@@ -73,20 +73,26 @@ def check_evaluation(
 
 def why_unavailable(dataset: str) -> str | None:
     """Why `datasets` cannot load a data set by this name; None if it can."""
-    from datasets import load_dataset_builder
+    import datasets
 
+    # Old versions of `datasets` would stop and ask whether to run a data set's own code.
+    old = int(datasets.__version__.split(".")[0]) < 4
+    options: dict[str, Any] = {"trust_remote_code": False} if old else {}
     try:
-        load_dataset_builder(dataset)
+        datasets.load_dataset_builder(dataset, **options)
     except Exception as error:  # of many kinds: network, hub, scripts, formats
-        if _needs_a_configuration(error):
+        if _is_there_all_the_same(error):
             return None
         reason = str(error).strip().split("\n")[0][:160]
         return f"neither a folder of that name in --data nor to be had from the hub: {reason}"
     return None
 
 
-def _needs_a_configuration(error: Exception) -> bool:
-    return isinstance(error, ValueError) and "onfig name" in str(error)
+def _is_there_all_the_same(error: Exception) -> bool:
+    """Whether the data set only wants a configuration's name or leave to run its code."""
+    return isinstance(error, ValueError) and any(
+        sign in str(error) for sign in ("onfig name", "trust_remote_code")
+    )
 
 
 def check_fits_model(subjects: Sequence[Subject], model_name: str) -> None:
@@ -122,6 +128,20 @@ def check_fits_model(subjects: Sequence[Subject], model_name: str) -> None:
             raise ValueError(
                 f"{subject.name} has d_in={subject.d_in}, but {model_name} gives activations of width "
                 f"{width} at {subject.hook_name}: it belongs to another model"
+            )
+
+
+def check_hooks(evaluations: Sequence[Evaluation], subjects: Sequence[Subject]) -> None:
+    """Raise ValueError for a dictionary of a hook point at which an evaluation does not read."""
+    if all(evaluation.name != "absorption" for evaluation in evaluations):
+        return
+    for subject in subjects:
+        # evals/absorption/common.py:286 and feature_absorption_calculator.py:150 read there, whatever
+        # the dictionary's own hook point.
+        if subject.hook_name is not None and not subject.hook_name.endswith(".hook_resid_post"):
+            raise ValueError(
+                f"absorption reads at blocks.N.hook_resid_post only, but {subject.name} belongs to "
+                f"{subject.hook_name}"
             )
 
 

@@ -32,7 +32,8 @@ class Evaluation:
         module: the module that runs it; its configuration is in `eval_config` beside it.
         config: name of the configuration class.
         metrics: the figures that tables show, the first one first.
-        sign_matters: whether a signed code and its non-negative view can give different figures.
+        sign_matters: whether a signed dictionary is worth evaluating as its non-negative view too: the
+            evaluation tests `> 0`, ranks by value or gives each latent one meaning.
         datasets_setting: the field of the configuration that names its data sets, if it needs any.
         settings: what differs from SAEBench's defaults.
     """
@@ -78,7 +79,6 @@ EVALUATIONS: dict[str, Evaluation] = {
                 "compute_featurewise_density_statistics": True,
                 "compute_featurewise_weight_based_metrics": True,
                 "exclude_special_tokens_from_reconstruction": True,
-                "batch_size_prompts": 16,
             },
         ),
         Evaluation(
@@ -159,7 +159,14 @@ EVALUATIONS: dict[str, Evaluation] = {
             (Metric("unlearning", "unlearning.unlearning_score"),),
             sign_matters=True,
         ),
-        Evaluation("mdl", f"{_EVALS}.mdl.main", "MDLEvalConfig", (), datasets_setting="dataset_name"),
+        Evaluation(
+            "mdl",
+            f"{_EVALS}.mdl.main",
+            "MDLEvalConfig",
+            (),
+            sign_matters=True,
+            datasets_setting="dataset_name",
+        ),
     ]
 }
 
@@ -187,7 +194,7 @@ def configure(
     evaluation: Evaluation,
     model_name: str,
     dtype: str,
-    llm_batch_size: int,
+    batch_size: int,
     settings: Mapping[str, Any],
 ) -> dict[str, Any]:
     """The evaluation's configuration: SAEBench's defaults, ours, the run's, then the user's.
@@ -198,7 +205,8 @@ def configure(
     config_class = load_config_class(evaluation)
     fields = config_class.__dataclass_fields__
     values = dict(evaluation.settings or {})
-    values |= {"model_name": model_name, "llm_dtype": dtype, "llm_batch_size": llm_batch_size}
+    values |= {"model_name": model_name, "llm_dtype": dtype, "llm_batch_size": batch_size}
+    values["batch_size_prompts"] = batch_size
     values = {name: value for name, value in values.items() if name in fields}
     unknown = [name for name in settings if name not in fields]
     if unknown:
@@ -220,6 +228,12 @@ def load_config_class(evaluation: Evaluation) -> Any:
         f"{package}.eval_config" if evaluation.module.endswith(".main") else package
     )
     return getattr(module, evaluation.config)
+
+
+EXTRA_DATA = {
+    "unlearning": ("sae_bench/evals/unlearning/data", "cais/wmdp", "cais/mmlu", "wikitext"),
+}
+"""Further folders that evaluations read, relative to the current one, whatever their configuration."""
 
 
 def datasets_of(evaluation: Evaluation, config: Mapping[str, Any]) -> list[str]:

@@ -1,17 +1,17 @@
 """The output folder of `bench`: results, logs, and everything that SAEBench leaves behind."""
 
-import glob
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from itda_lens.saebench.evaluations import Evaluation
+from itda_lens.saebench.evaluations import EVALUATIONS, Evaluation
 from itda_lens.saebench.job import result_file
-from itda_lens.saebench.subjects import Subject
+from itda_lens.saebench.subjects import NONNEGATIVE, Subject
 from itda_lens.sources import iterate_texts
 
 BASELINES = "baselines"
@@ -54,7 +54,9 @@ class OutputFolder:
         """Let `load_dataset(name)` find the folder: it looks in the current one first."""
         source = self.dataset(name)
         link = self.work / name
-        if source is not None and not link.exists():
+        if link.is_symlink() and link.readlink() != source:
+            link.unlink()
+        if source is not None and not link.is_symlink():
             link.parent.mkdir(parents=True, exist_ok=True)
             link.symlink_to(source, target_is_directory=True)
 
@@ -72,13 +74,33 @@ class OutputFolder:
     def is_done(self, evaluation: Evaluation, name: str) -> bool:
         return result_file(self.results(evaluation), name).exists()
 
+    def clear_leftovers(self, evaluation: str) -> None:
+        """Remove what an interrupted run left: SAEBench takes half a file, or that of another
+        dictionary of the same name, for a finished one."""
+        for leftover in (self.work / "artifacts", self.work / "results" / evaluation):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+    def check_free(self) -> None:
+        """Raise ValueError if the folder holds other things than results."""
+        if self._manifest.exists() or not self.path.exists():
+            return
+        if any(inside.name != BASELINES for inside in self.path.iterdir()):
+            raise ValueError(
+                f"{self.path} holds other things than results; choose another output folder"
+            )
+
     def prepare(
-        self, subjects: Sequence[Subject], configs: Mapping[str, Mapping[str, Any]], own: Texts | None
+        self,
+        subjects: Sequence[Subject],
+        configs: Mapping[str, Mapping[str, Any]],
+        own: Texts | None,
+        model: str,
     ) -> None:
-        """Make the folder; refuse one with results of other dictionaries or settings."""
+        """Make the folder; refuse one with results of other dictionaries, models, data or settings."""
+        source = {"model": model, "data": None if self.data is None else str(self.data)}
         new = {
             "dictionaries": {s.name: s.fingerprint or s.source for s in subjects},
-            "settings": dict(configs),
+            "settings": {name: {**config, **source} for name, config in configs.items()},
         }
         old = {"dictionaries": {}, "settings": {}}
         if self._manifest.exists():
@@ -86,22 +108,20 @@ class OutputFolder:
                 old = json.loads(self._manifest.read_text())
             except ValueError as error:
                 raise ValueError(f"{self._manifest} is damaged: {error}") from error
-        elif self.path.exists() and any(inside.name != BASELINES for inside in self.path.iterdir()):
-            raise ValueError(
-                f"{self.path} holds other things than results; choose another output folder"
-            )
+        self.check_free()
         new = json.loads(json.dumps(new))
-        for kind, what, files in (
-            ("dictionaries", "another dictionary named", "*/{}[_+]*_eval_results.json"),
-            ("settings", "other settings of", "{}/*_eval_results.json"),
-        ):
-            for name, value in new[kind].items():
-                has_results = any(self.path.glob(files.format(glob.escape(name))))
-                if has_results and old[kind].get(name, value) != value:
-                    raise ValueError(
-                        f"{self.path} holds results of {what} {name!r}; choose another output folder or "
-                        "remove this one"
-                    )
+        for name, value in new["dictionaries"].items():
+            files = (
+                result_file(self.path / evaluation, name + form)
+                for evaluation in EVALUATIONS
+                for form in ("", NONNEGATIVE)
+            )
+            if old["dictionaries"].get(name, value) != value and any(file.exists() for file in files):
+                raise self._other("another dictionary named", name)
+        for name, value in new["settings"].items():
+            files = (self.path / name).glob("*_eval_results.json")
+            if old["settings"].get(name, value) != value and any(files):
+                raise self._other("another model, other data or other settings of", name)
         self.work.mkdir(parents=True, exist_ok=True)
         (self.path / "logs").mkdir(exist_ok=True)
         for evaluation in configs:
@@ -111,8 +131,15 @@ class OutputFolder:
         temporary.write_text(json.dumps(merged, indent=2))
         temporary.replace(self._manifest)
         if own is not None:
-            target = self.work / own.name
+            target = self.work / own.name / "train.jsonl"
             if not target.exists():
-                target.mkdir(parents=True)
-                lines = (json.dumps({"text": text}) for text in own.texts)
-                (target / "train.jsonl").write_text("\n".join(lines))
+                target.parent.mkdir(parents=True, exist_ok=True)
+                temporary = target.with_suffix(".tmp")
+                temporary.write_text("\n".join(json.dumps({"text": text}) for text in own.texts))
+                temporary.replace(target)
+
+    def _other(self, what: str, name: str) -> ValueError:
+        return ValueError(
+            f"{self.path} holds results of {what} {name!r}; choose another output folder or remove "
+            "this one"
+        )

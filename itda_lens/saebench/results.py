@@ -40,6 +40,8 @@ def read_metrics(file: Path, evaluation: Evaluation) -> dict[str, float]:
     Raises:
         ValueError: the file is damaged.
     """
+    if not evaluation.metrics:
+        return {}
     try:
         values = json.loads(file.read_text())["eval_result_metrics"]
     except (ValueError, KeyError, TypeError) as error:
@@ -50,4 +52,7 @@ def read_metrics(file: Path, evaluation: Evaluation) -> dict[str, float]:
 def _at(values: Any, path: str) -> float:
     for key in path.split("."):
         values = values.get(key) if isinstance(values, dict) else None
-    return math.nan if values is None else float(values)
+    # core writes NaN as the integer -1 (evals/core/main.py:1120); no figure of it is an integer.
+    if values is None or (isinstance(values, int) and values == -1):
+        return math.nan
+    return float(values)

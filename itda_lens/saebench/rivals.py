@@ -1,5 +1,6 @@
 """Baselines to set beside given dictionaries: same hook points, widths, k and tokens."""
 
+import json
 import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -15,11 +16,15 @@ from itda_lens.saebench.baselines import (
     save_inference,
     train_topk,
 )
+from itda_lens.sources import describe_texts
 from itda_lens.training import BUILD_KEY, Activations, collect
 
 logger = logging.getLogger(__name__)
 
 Baseline = Literal["random", "pca", "topk"]
+
+RECIPE_KEY = "itda_baseline"
+"""Where a baseline's metadata keep what it was built from."""
 
 
 def build_baselines(
@@ -40,7 +45,7 @@ def build_baselines(
 ) -> list[Path]:
     """Build the baselines of some dictionaries, one of each kind for each hook point, width and k.
 
-    One that is in `folder` already is not built again.
+    One that is in `folder` already is not built again; one of other texts or settings is refused.
 
     Args:
         itdas: the dictionaries to rival.
@@ -57,12 +62,15 @@ def build_baselines(
         Their folders.
 
     Raises:
-        ValueError: an unknown kind; dictionaries that name no hook point or no number of tokens.
+        ValueError: an unknown kind, no dictionary; dictionaries that name no hook point or no number of
+            tokens, or were built from different contexts; a baseline of other texts or settings.
         OSError: the folder cannot be written.
     """
     for kind in kinds:
         if kind not in get_args(Baseline):
             raise ValueError(f"baselines must be among {', '.join(get_args(Baseline))}; got {kind!r}")
+    if not itdas:
+        raise ValueError("baselines need at least one ITDA to rival")
     wanted: dict[Path, tuple[str, ITDA, str]] = {}
     for itda in itdas:
         hook = itda.cfg.metadata.hook_name
@@ -71,22 +79,32 @@ def build_baselines(
         for kind in kinds:
             width = "" if kind == "pca" else f"-{itda.cfg.n_pursued}"
             wanted[Path(folder) / f"{kind}{width}-k{itda.cfg.k}-{hook}"] = (kind, itda, hook)
-    missing = {path: plan for path, plan in wanted.items() if not (path / SAE_CFG_FILENAME).exists()}
-    if not missing:
-        return list(wanted)
-    metadata = [itda.cfg.metadata for _, itda, _ in missing.values()]
+    metadata = [itda.cfg.metadata for itda in itdas]
+    contexts = {(m.context_size or 128, m.prepend_bos, _keeps_special_tokens(m)) for m in metadata}
+    if len(contexts) > 1:
+        raise ValueError(
+            "baselines need dictionaries of the same (context_size, prepend_bos, keep_special_tokens), "
+            f"got {sorted(contexts)}"
+        )
+    context_size, prepend_bos, keep_special_tokens = contexts.pop()
     if max_tokens is None:
         recorded = [n for m in metadata if isinstance(n := (m[BUILD_KEY] or {}).get("n_tokens"), int)]
         if not recorded:
             raise ValueError("max_tokens must be given: the dictionaries do not record their tokens")
         max_tokens = max(recorded)
+    recipe = {"max_tokens": max_tokens, "epochs": epochs, "seed": seed}
+    recipe |= describe_texts(texts, text_field, split)
+    missing = {path: plan for path, plan in wanted.items() if not _is_built(path, recipe)}
+    if not missing:
+        return list(wanted)
     found = collect(
         model,
         texts,
         sorted({hook for _, _, hook in missing.values()}),
         max_tokens=max_tokens,
-        context_size=metadata[0].context_size or 128,
-        prepend_bos=metadata[0].prepend_bos,
+        context_size=context_size,
+        prepend_bos=prepend_bos,
+        keep_special_tokens=keep_special_tokens,
         batch_size=batch_size,
         text_field=text_field,
         split=split,
@@ -96,8 +114,23 @@ def build_baselines(
     for path, (kind, itda, hook) in missing.items():
         logger.info("building %s", path.name)
         sae = _build(kind, itda, found[hook], epochs, seed)
+        sae.cfg.metadata[RECIPE_KEY] = recipe
         save_inference(sae, path)
     return list(wanted)
+
+
+def _keeps_special_tokens(metadata: Any) -> bool:
+    return bool((metadata[BUILD_KEY] or {}).get("keep_special_tokens", False))
+
+
+def _is_built(path: Path, recipe: dict[str, Any]) -> bool:
+    config = path / SAE_CFG_FILENAME
+    if not config.exists():
+        return False
+    built = json.loads(config.read_text())["metadata"].get(RECIPE_KEY)
+    if built != json.loads(json.dumps(recipe)):
+        raise ValueError(f"{path} is a baseline of other texts or settings: {built}; remove it")
+    return True
 
 
 def _build(kind: str, itda: ITDA, found: Activations, epochs: int, seed: int) -> SAE[Any]:

@@ -14,8 +14,10 @@ from typing import Any, Literal, get_args
 import torch
 from tqdm.auto import tqdm
 
+from itda_lens.sae import load
 from itda_lens.saebench import checks
 from itda_lens.saebench.evaluations import (
+    EXTRA_DATA,
     OWN_TEXTS,
     Codes,
     Evaluation,
@@ -23,19 +25,17 @@ from itda_lens.saebench.evaluations import (
     configure,
     datasets_of,
 )
-from itda_lens.saebench.folder import OutputFolder
+from itda_lens.saebench.folder import BASELINES, OutputFolder
 from itda_lens.saebench.job import Entry, Job, result_file
 from itda_lens.saebench.results import Result, read_metrics
-from itda_lens.saebench.subjects import Subject, subjects_of
+from itda_lens.saebench.rivals import build_baselines
+from itda_lens.saebench.subjects import NONNEGATIVE, Subject, subjects_of
 from itda_lens.saebench.workarounds import ENVIRONMENT
 from itda_lens.sources import register_with_transformer_lens
 
 logger = logging.getLogger(__name__)
 
 CodesOption = Literal["both", "signed", "nonnegative"]
-
-NONNEGATIVE = "+nonnegative"
-"""What the names of result files of non-negative views end in."""
 
 POLL_SECONDS = 0.2
 
@@ -55,15 +55,17 @@ def bench(
     batch_size: int = 16,
     text_field: str = "text",
     split: str = "train",
+    baselines: Sequence[str] = (),
+    train_texts: str | Path | Iterable[str] | None = None,
     progress: bool = True,
 ) -> list[Result]:
     """Run evaluations of SAEBench 0.6 on dictionaries and any other SAELens SAEs, side by side.
 
-    Each evaluation runs in a process of its own, inside `out`: nothing is written elsewhere. A result is
-    SAEBench's own JSON file, `out/EVALUATION/NAME_custom_sae_eval_results.json`; one that is there
-    already is not computed again, so that a run that was interrupted goes on where it stopped. What
-    SAEBench printed is in `out/logs`. Failures of one dictionary do not stop the others; they are in the
-    results.
+    Each evaluation runs in a process of its own, inside `out`: nothing is written elsewhere, but for
+    what the hub's libraries download into their caches. A result is SAEBench's own JSON file,
+    `out/EVALUATION/NAME_custom_sae_eval_results.json`; one that is there already is not computed again,
+    so that a run that was interrupted goes on where it stopped. What SAEBench printed is in `out/logs`.
+    Failures of one dictionary do not stop the others; they are in the results.
 
     Args:
         saes: folders of SAEs, or "release:sae_id" of SAELens's list; or a mapping from names to them.
@@ -76,9 +78,12 @@ def bench(
         codes: which codes of signed ITDAs to evaluate where the sign matters: both, or one.
         settings: settings by evaluation, over SAEBench's defaults.
         device: default: a GPU if there is one.
-        dtype: of the model and the SAEs.
+        dtype: of the model and the SAEs; sae-probes reads its activations in float32 always.
         batch_size: contexts per forward pass of the evaluations that let it be chosen.
         text_field, split: for texts in jsonl files and data sets.
+        baselines: baselines to build beside the ITDAs among `saes`, in `out/baselines`: "random", "pca",
+            "topk"; see `build_baselines`.
+        train_texts: what to build them from: for a fair comparison what the ITDAs were built from.
         progress: show a progress bar.
 
     Raises:
@@ -99,6 +104,9 @@ def bench(
     if model_folder is not None:
         register_with_transformer_lens(model_folder, model_name)
     checks.check_fits_model(subjects, model_name)
+    checks.check_hooks(evaluations, subjects)
+    if baselines and train_texts is None:
+        raise ValueError("baselines need train_texts, what the dictionaries were built from")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     folder = OutputFolder(Path(out).resolve(), None if data is None else Path(data).resolve())
 
@@ -113,7 +121,23 @@ def bench(
         local = {name for name in names if (own and name == own.name) or folder.dataset(name)}
         checks.check_evaluation(evaluation, config, model_name, device, local, folder.data)
         configs[evaluation.name] = _relocated(config)
-    folder.prepare(subjects, configs, own)
+    folder.check_free()
+    if baselines:
+        assert train_texts is not None  # checked above
+        built = build_baselines(
+            [load(subject.source) for subject in subjects if subject.architecture == "itda"],
+            baselines,
+            folder.path / BASELINES,
+            texts=train_texts,
+            model=str(model_folder or model_name),
+            batch_size=batch_size,
+            text_field=text_field,
+            split=split,
+            device=device,
+            progress=progress,
+        )
+        subjects += subjects_of({path.name: path for path in built})
+    folder.prepare(subjects, configs, own, str(model_folder or model_name))
 
     results = []
     for evaluation in evaluations:
@@ -128,7 +152,7 @@ def bench(
             work=str(folder.work),
             results=str(folder.results(evaluation)),
         )
-        for name in datasets_of(evaluation, job.config):
+        for name in (*datasets_of(evaluation, job.config), *EXTRA_DATA.get(evaluation.name, ())):
             folder.link_dataset(name)
         failures = _run(job, folder, progress) if job.entries else {}
         by_name = {subject.name: subject for subject in subjects}
@@ -151,7 +175,7 @@ def _model_of(subjects: Sequence[Subject], model: str | Path | None) -> tuple[st
     # Two folders of one name would be two models.
     if len(folders) > 1:
         raise ValueError(f"pass --model: the SAEs name several folders: {', '.join(sorted(folders))}")
-    return Path(name).name if folders else name, Path(folders.pop()) if folders else None
+    return Path(name).name if folders else name, Path(folders.pop()).resolve() if folders else None
 
 
 def _relocated(config: dict[str, Any]) -> dict[str, Any]:
@@ -175,6 +199,7 @@ def _entries(subjects: Sequence[Subject], evaluation: Evaluation, codes: CodesOp
 
 def _run(job: Job, folder: OutputFolder, progress: bool) -> dict[str, str]:
     """Run a job in a process of its own; why dictionaries failed, by the names of their entries."""
+    folder.clear_leftovers(job.evaluation)
     job_file = folder.work / f"{job.evaluation}.job.json"
     job.save(job_file)
     job.outcomes_file.unlink(missing_ok=True)

@@ -11,6 +11,9 @@ from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
 from itda_lens.sae import dictionaries_in
 from itda_lens.training import BUILD_KEY
 
+NONNEGATIVE = "+nonnegative"
+"""What the names of result files of non-negative views end in."""
+
 
 @dataclass(frozen=True)
 class Subject:
@@ -50,7 +53,10 @@ def subjects_of(saes: Sequence[str | Path] | Mapping[str, str | Path]) -> list[S
         ValueError: none, a damaged config, or two of one name.
     """
     if isinstance(saes, Mapping):
-        named = [(name, str(source)) for name, source in saes.items()]
+        named = [
+            (name, str(source) if _is_release(source) else str(Path(source).resolve()))
+            for name, source in saes.items()
+        ]
     else:
         sources = [inside for source in saes for inside in _expand(source)]
         named = list(zip(_short_names(sources), sources, strict=True))
@@ -90,8 +96,8 @@ def _short_names(sources: Sequence[str]) -> list[str]:
 
 
 def _read(name: str, source: str) -> Subject:
-    if "/" in name or not name.strip("."):
-        raise ValueError(f"a name must do as a file name, got {name!r}")
+    if "/" in name or not name.strip(".") or name.endswith(NONNEGATIVE):
+        raise ValueError(f"a name must do as a file name and not end in {NONNEGATIVE!r}, got {name!r}")
     if _is_release(source):
         return Subject(name, source)
     config = Path(source) / SAE_CFG_FILENAME

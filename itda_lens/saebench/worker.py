@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from sae_lens import SAE
 
 import itda_lens
@@ -39,12 +40,16 @@ def main(path: Path) -> None:
     run = runner(job)
     scratch = Path(job.work) / "results" / job.evaluation
     scratch.mkdir(parents=True, exist_ok=True)
+    parent = os.getppid()
     for entry in job.entries:
+        if os.getppid() != parent:  # killed; nobody reads what follows
+            return
         errors.message, failure = None, None
         written = None
         try:
             run(dataclasses.replace(config), entry.name, load(entry, job))
-            written = next(scratch.rglob(result_file("", entry.name).name), None)
+            expected = result_file("", entry.name).name
+            written = next((file for file in scratch.rglob("*.json") if file.name == expected), None)
         except Exception as error:
             traceback.print_exc()
             # A bare assertion says nothing but where it stands.
@@ -70,6 +75,8 @@ def load(entry: Entry, job: Job) -> SAE[Any]:
         sae = SAE.from_pretrained(release, sae_id, device=job.device)
     if entry.nonnegative and isinstance(sae, itda_lens.ITDA):
         sae = sae.nonnegative()
+    if job.evaluation == "saelens":  # SAEBench's evaluations do this themselves
+        sae = sae.to(dtype=getattr(torch, job.config["llm_dtype"]))
     # A dictionary names the folder or the name that it was built with; SAEBench takes this name to load
     # the model and puts it into paths (an absolute one would leave the folder).
     sae.cfg.metadata.model_name = job.model_name
