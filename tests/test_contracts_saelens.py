@@ -125,7 +125,7 @@ class TestFiles:
             self.check(loaded, itda, activations, dtype)
             ours = itda_lens.load(f"{REPO}/smollm2/{HOOK}", dtype=dtype)
             self.check(ours, itda, activations, dtype)
-        with pytest.raises(EntryNotFoundError):
+        with pytest.raises(FileNotFoundError, match="no dictionary .*nothing' on the hub: no "):
             itda_lens.load(f"{REPO}/smollm2/nothing")
 
     @staticmethod
