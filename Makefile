@@ -26,7 +26,7 @@ demo: $(STAMP)
 
 test: check $(HOSTS_STAMP)
 	$(BIN)/python -m pytest
-	$(HOSTS_BIN)/python -m pytest $(HOSTS_TESTS)
+	$(HOSTS_BIN)/python -m pytest -m "real or saebench" $(HOSTS_TESTS)
 
 # The tables of docs/saebench.md; stop it when you like, it goes on.
 bench: $(HOSTS_STAMP)
