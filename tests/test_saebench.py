@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import random
 import signal
 import subprocess
@@ -140,9 +141,23 @@ SAELENS = {"saelens": dict(n_eval_reconstruction_batches=1, n_eval_sparsity_vari
 
 
 class TestSAELens:
-    def test_figures_of_one_dictionary(self, run, saes, activations, tmp_path):
-        results = run(["saelens"], tmp_path / "out", settings=SAELENS)
-        assert [r.dictionary for r in results] == ["itda", "topk"]
+    def test_figures_names_and_folders(self, run, saes, activations, tmp_path, monkeypatch):
+        elsewhere = tmp_path / "elsewhere"
+        elsewhere.mkdir()
+        monkeypatch.chdir(elsewhere)
+        before = sorted(saes.rglob("*"))
+        named = {"a [1] b": saes / "itda", "itda_2": Path(os.path.relpath(saes / "topk"))}
+        results = run(["saelens"], "../out", named, settings=SAELENS)
+        assert [r.dictionary for r in results] == ["a [1] b", "itda_2"]
+        # Nothing is written elsewhere.
+        assert list(elsewhere.iterdir()) == []
+        assert sorted(saes.rglob("*")) == before
+        assert {p.name for p in (tmp_path / "out").iterdir()} == {
+            "bench.json",
+            "logs",
+            "saelens",
+            "work",
+        }
         itda = itda_lens.load(saes / "itda")
         x = activations.values
         with torch.no_grad():
@@ -160,7 +175,14 @@ class TestSAELens:
         out = tmp_path / "out"
         first = run(["saelens"], out, [saes / "itda"], settings=SAELENS)
         stamp = first[0].file.stat().st_mtime_ns
+        # What a killed run leaves is not taken for results.
+        half = out / "work" / "results" / "saelens" / "topk_custom_sae_eval_results.json"
+        half.write_text('{"eval_result_metrics": {"sparsity"')
+        (out / "work" / "artifacts").mkdir()
+        (out / "work" / "artifacts" / "half.pt").write_text("")
         second = run(["saelens"], out, settings=SAELENS)
+        assert not (out / "work" / "artifacts").exists()
+        assert second[1].metrics["L0"] > 1
         assert second[0] == first[0]
         assert second[0].file.stat().st_mtime_ns == stamp
         assert second[1].file is not None
@@ -207,39 +229,6 @@ class TestSAELens:
         assert finished.returncode == 0, finished.stderr
         for expected in ("itda", "topk", "L0", "explained", "alive"):
             assert expected in finished.stdout
-
-    def test_names_and_relative_folders(self, run, saes, tmp_path, monkeypatch):
-        monkeypatch.chdir(saes)
-        named = {"a [1] b": "itda", "itda_2": saes / "topk"}
-        results = run(["saelens"], "../relative-out", named, settings=SAELENS)
-        assert [(r.dictionary, r.failure) for r in results] == [("a [1] b", None), ("itda_2", None)]
-
-    def test_leftovers_of_a_killed_run_are_not_taken_for_results(self, run, saes, tmp_path):
-        out = tmp_path / "out"
-        first = run(["saelens"], out, [saes / "itda"], settings=SAELENS)[0]
-        scratch = out / "work" / "results" / "saelens" / first.file.name
-        scratch.write_text('{"eval_result_metrics": {"sparsity"')
-        (out / "work" / "artifacts").mkdir()
-        (out / "work" / "artifacts" / "half.pt").write_text("")
-        first.file.unlink()
-        again = run(["saelens"], out, [saes / "itda"], settings=SAELENS)[0]
-        assert again.metrics == first.metrics
-        assert not (out / "work" / "artifacts").exists()
-
-    def test_writes_nothing_elsewhere(self, run, saes, tmp_path, monkeypatch):
-        elsewhere = tmp_path / "elsewhere"
-        elsewhere.mkdir()
-        monkeypatch.chdir(elsewhere)
-        before = sorted(saes.rglob("*"))
-        run(["saelens"], tmp_path / "out", settings=SAELENS)
-        assert list(elsewhere.iterdir()) == []
-        assert sorted(saes.rglob("*")) == before
-        assert {p.name for p in (tmp_path / "out").iterdir()} == {
-            "bench.json",
-            "logs",
-            "saelens",
-            "work",
-        }
 
 
 @pytest.fixture(scope="module")
