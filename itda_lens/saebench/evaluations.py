@@ -74,7 +74,7 @@ EVALUATIONS: dict[str, Evaluation] = {
             ),
             sign_matters=True,
             datasets_setting="dataset",
-            # SAEBench's defaults leave out what its own command line switches on.
+            # Off in the configuration; the commands that SAEBench documents have them on.
             settings={
                 "compute_featurewise_density_statistics": True,
                 "compute_featurewise_weight_based_metrics": True,

@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +10,8 @@ from sae_lens.evals import EvalConfig, run_evals
 from sae_lens.training.activation_scaler import ActivationScaler
 from sae_lens.training.activations_store import ActivationsStore
 from transformer_lens import HookedTransformer
+
+from itda_lens.saebench.job import result_file
 
 
 @dataclass
@@ -79,6 +80,6 @@ def run_eval(
             "eval_result_metrics": metrics,
             "eval_result_unstructured": features,
         }
-        path = Path(output_path) / f"{name}_custom_sae_eval_results.json"
+        path = result_file(output_path, name)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(result, indent=2))
