@@ -384,6 +384,11 @@ class TestBadInput:
             (["saelens"], dict(texts=[]), "at least one text"),
             (["saelens"], dict(model="no-such-model"), "does not know 'no-such-model'; pass --model"),
             (["saelens"], dict(baselines=["pca"]), "baselines need train_texts"),
+            (
+                ["saelens"],
+                dict(texts="no/such-set"),
+                "saelens cannot .* data set 'no/such-set'",
+            ),
             (["saelens"], dict(texts=None), "saelens cannot run here; it needs data set 'Skylion007"),
         ],
     )

@@ -31,7 +31,7 @@ from itda_lens.saebench.results import Result, read_metrics
 from itda_lens.saebench.rivals import build_baselines
 from itda_lens.saebench.subjects import NONNEGATIVE, Subject, subjects_of
 from itda_lens.saebench.workarounds import ENVIRONMENT
-from itda_lens.sources import register_with_transformer_lens
+from itda_lens.sources import names_data_set, register_with_transformer_lens
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +80,8 @@ def bench(
         device: default: a GPU if there is one.
         dtype: of the model and the SAEs; sae-probes reads its activations in float32 always.
         batch_size: contexts per forward pass of the evaluations that let it be chosen.
-        text_field, split: for texts in jsonl files and data sets.
+        text_field, split: for texts in jsonl files, and for train_texts. Evaluations read the split
+            "train" of a data set, and its field "text".
         baselines: baselines to build beside the ITDAs among `saes`, in `out/baselines`: "random", "pca",
             "topk"; see `build_baselines`.
         train_texts: what to build them from: for a fair comparison what the ITDAs were built from.
@@ -110,12 +111,15 @@ def bench(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     folder = OutputFolder(Path(out).resolve(), None if data is None else Path(data).resolve())
 
-    own = folder.plan_texts(texts, text_field, split)
+    # A data set goes by its name: it may be large, and SAELens and SAEBench stream it themselves.
+    by_name = str(texts) if texts is not None and names_data_set(texts) else None
+    own = None if by_name else folder.plan_texts(texts, text_field, split)
+    plain_texts = by_name or (own and own.name)
     configs = {}
     for evaluation in evaluations:
         chosen_settings = dict((settings or {}).get(evaluation.name, {}))
-        if own is not None and evaluation.name in OWN_TEXTS:
-            chosen_settings = {str(evaluation.datasets_setting): own.name} | chosen_settings
+        if plain_texts is not None and evaluation.name in OWN_TEXTS:
+            chosen_settings = {str(evaluation.datasets_setting): plain_texts} | chosen_settings
         config = configure(evaluation, model_name, dtype, batch_size, chosen_settings)
         names = datasets_of(evaluation, config)
         local = {name for name in names if (own and name == own.name) or folder.dataset(name)}

@@ -3,7 +3,7 @@
 from itda_lens.sources.contexts import Context, ContextBatch, Tokenization
 from itda_lens.sources.models import LanguageModel, Loader, hook_is_per_head, language_model
 from itda_lens.sources.naming import register_with_transformer_lens
-from itda_lens.sources.texts import describe_texts, iterate_texts
+from itda_lens.sources.texts import describe_texts, iterate_texts, names_data_set
 
 __all__ = [
     "Context",
@@ -15,5 +15,6 @@ __all__ = [
     "hook_is_per_head",
     "iterate_texts",
     "language_model",
+    "names_data_set",
     "register_with_transformer_lens",
 ]

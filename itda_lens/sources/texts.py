@@ -21,20 +21,24 @@ def iterate_texts(
             what it should be.
         TypeError: an item is not a string.
     """
-    if isinstance(texts, str | Path):
-        if _is_file(texts):
-            return _from_file(Path(texts), text_field)
+    if names_data_set(texts):
         return _from_data_set(str(texts), text_field, split)
+    if isinstance(texts, str | Path):
+        return _from_file(Path(texts), text_field)
     return _from_iterable(texts)
+
+
+def names_data_set(texts: str | Path | Iterable[str]) -> bool:
+    """Whether `texts` is the name of a data set: a string or path that is no file."""
+    return isinstance(texts, str | Path) and not _is_file(texts)
 
 
 def describe_texts(texts: str | Path | Iterable[str], text_field: str, split: str) -> dict[str, str]:
     """What metadata should say about where the texts came from."""
     if not isinstance(texts, str | Path):
         return {"texts": type(texts).__name__}
-    if _is_file(texts):
-        return {"texts": str(texts), "text_field": text_field}
-    return {"texts": str(texts), "text_field": text_field, "split": split}
+    known = {"texts": str(texts), "text_field": text_field}
+    return known | {"split": split} if names_data_set(texts) else known
 
 
 def _is_file(name: str | Path) -> bool:
