@@ -9,6 +9,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
+from itda_lens.sae import replacing
 from itda_lens.saebench import EVALUATIONS, Metric, Result
 
 L0 = "L0"
@@ -77,9 +78,8 @@ def pareto_plot(results: Sequence[Result], path: str | Path) -> Path:
     }
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=5)
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp{path.suffix or '.png'}")
-    figure.savefig(temporary, dpi=130)
-    temporary.replace(path)
+    with replacing(path) as (temporary,):
+        figure.savefig(temporary, dpi=130)
     pyplot.close(figure)
     return path
 

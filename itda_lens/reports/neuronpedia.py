@@ -1,10 +1,8 @@
 """Atoms under the ids and field names of Neuronpedia's feature records."""
 
 import json
-import os
 import re
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from itda_lens.dictionary import Label
-from itda_lens.sae import ITDA
+from itda_lens.sae import ITDA, replacing
 
 
 def neuronpedia_id(itda: ITDA, source_set: str = "itda") -> str:
@@ -81,11 +79,6 @@ def save_neuronpedia_features(
     """
     lines = [json.dumps(record) for record in neuronpedia_features(itda, feature_density)]
     path = Path(path)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(path) as (temporary,):
         temporary.write_text("\n".join(lines) + "\n")
-        temporary.replace(path)
-    finally:
-        with suppress(FileNotFoundError):
-            temporary.unlink()
     return path

@@ -1,5 +1,6 @@
 """The thin face to SAELens."""
 
+from itda_lens.sae.files import replacing
 from itda_lens.sae.itda import ITDA, LABELS_KEY, ITDAConfig
 from itda_lens.sae.loading import dictionaries_in, is_dictionary, load
 from itda_lens.sae.registration import register
@@ -14,5 +15,6 @@ __all__ = [
     "load",
     "load_sparsity",
     "register",
+    "replacing",
     "save_sparsity",
 ]

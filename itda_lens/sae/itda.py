@@ -2,8 +2,6 @@
 
 import copy
 import json
-import os
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
@@ -18,6 +16,7 @@ from typing_extensions import override
 
 from itda_lens.dictionary import Labels
 from itda_lens.pursuit import DEFAULT_RTOL, Method, SparseCodes, encode, gram_matrix
+from itda_lens.sae.files import replacing
 
 LABELS_KEY = "itda_labels"
 """Where the labels live in `cfg.metadata`: SAELens saves, loads and uploads that, and casts no integer
@@ -326,17 +325,10 @@ class ITDA(SAE[ITDAConfig]):
         self.process_state_dict_for_saving(state_dict)
         config = json.dumps(self.cfg.to_dict())
         weights, cfg = folder / SAE_WEIGHTS_FILENAME, folder / SAE_CFG_FILENAME
-        temporary = [file.with_name(f"{file.name}.{os.getpid()}.tmp") for file in (weights, cfg)]
-        try:
-            save_file(state_dict, temporary[0])
-            temporary[1].write_text(config)
-            temporary[0].replace(weights)
-            temporary[1].replace(cfg)
-            (folder / SPARSITY_FILENAME).unlink(missing_ok=True)
-        finally:
-            for file in temporary:
-                with suppress(FileNotFoundError):
-                    file.unlink()
+        with replacing(weights, cfg) as (new_weights, new_cfg):
+            save_file(state_dict, new_weights)
+            new_cfg.write_text(config)
+        (folder / SPARSITY_FILENAME).unlink(missing_ok=True)
         return weights, cfg
 
 

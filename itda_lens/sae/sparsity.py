@@ -1,7 +1,5 @@
 """How often each atom fires, in the file in which SAELens keeps it beside the weights."""
 
-import os
-from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -10,6 +8,8 @@ from sae_lens.constants import SPARSITY_FILENAME
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from itda_lens.sae.files import replacing
 
 EPSILON = 1e-10
 """What SAELens's trainer adds to a density before it takes the logarithm: dead features read -10."""
@@ -51,11 +51,6 @@ def save_sparsity(folder: str | Path, feature_density: Float[Tensor, " d_sae"]) 
     if not ((feature_density >= 0) & (feature_density <= 1)).all():
         raise ValueError("feature_density must be between 0 and 1 for every atom")
     path = Path(folder) / SPARSITY_FILENAME
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(path) as (temporary,):
         save_file({"sparsity": torch.log10(feature_density.cpu().float() + EPSILON)}, temporary)
-        temporary.replace(path)
-    finally:
-        with suppress(FileNotFoundError):
-            temporary.unlink()
     return path

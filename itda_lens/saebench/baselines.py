@@ -1,9 +1,7 @@
 """What a dictionary has to beat: random atoms, principal components, a TopK SAE on the same tokens."""
 
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,7 @@ from torch import Tensor
 
 from itda_lens.dictionary import Label, Labels
 from itda_lens.pursuit import Method
-from itda_lens.sae import ITDA, LABELS_KEY, ITDAConfig
+from itda_lens.sae import ITDA, LABELS_KEY, ITDAConfig, replacing
 
 TOPK_LEARNING_RATE = 3e-3
 TOPK_BATCH = 1024
@@ -149,18 +147,10 @@ def save_inference(sae: SAE[Any], folder: str | Path) -> None:
     state = sae.state_dict()
     sae.process_state_dict_for_saving_inference(state)
     config = json.dumps(sae.cfg.get_inference_sae_cfg_dict() | {"metadata": sae.cfg.metadata.to_dict()})
-    names = (SAE_WEIGHTS_FILENAME, SAE_CFG_FILENAME)
-    temporary = [target / f"{name}.{os.getpid()}.tmp" for name in names]
-    try:
-        save_file({name: tensor.contiguous() for name, tensor in state.items()}, temporary[0])
-        temporary[1].write_text(config)
-        for file, name in zip(temporary, names, strict=True):
-            file.replace(target / name)
-        (target / SPARSITY_FILENAME).unlink(missing_ok=True)
-    finally:
-        for file in temporary:
-            with suppress(FileNotFoundError):
-                file.unlink()
+    with replacing(target / SAE_WEIGHTS_FILENAME, target / SAE_CFG_FILENAME) as (weights, cfg):
+        save_file({name: tensor.contiguous() for name, tensor in state.items()}, weights)
+        cfg.write_text(config)
+    (target / SPARSITY_FILENAME).unlink(missing_ok=True)
 
 
 def _itda(

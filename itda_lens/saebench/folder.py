@@ -2,13 +2,13 @@
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from itda_lens.sae import replacing
 from itda_lens.saebench.evaluations import EVALUATIONS, Evaluation
 from itda_lens.saebench.job import result_file
 from itda_lens.saebench.subjects import NONNEGATIVE, Subject
@@ -127,16 +127,14 @@ class OutputFolder:
         for evaluation in configs:
             (self.path / evaluation).mkdir(exist_ok=True)
         merged = {kind: old[kind] | new[kind] for kind in new}
-        temporary = self._manifest.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(merged, indent=2))
-        temporary.replace(self._manifest)
+        with replacing(self._manifest) as (temporary,):
+            temporary.write_text(json.dumps(merged, indent=2))
         if own is not None:
             target = self.work / own.name / "train.jsonl"
             if not target.exists():
                 target.parent.mkdir(parents=True, exist_ok=True)
-                temporary = target.with_suffix(".tmp")
-                temporary.write_text("\n".join(json.dumps({"text": text}) for text in own.texts))
-                temporary.replace(target)
+                with replacing(target) as (temporary,):
+                    temporary.write_text("\n".join(json.dumps({"text": text}) for text in own.texts))
 
     def _other(self, what: str, name: str) -> ValueError:
         return ValueError(
