@@ -18,7 +18,7 @@ from itda_lens import fit
 from itda_lens.demo import smollm2
 from itda_lens.demo.prose import reference_prose
 from itda_lens.reports import bench_table, make_console, pareto_plot
-from itda_lens.saebench import bench, principal_components, random_atoms, save_inference, train_topk
+from itda_lens.saebench import baseline, bench, save_inference
 from itda_lens.training import collect
 
 KINDS = ("itda-best", "itda-paper", "topk", "random", "pca")
@@ -52,18 +52,6 @@ SETTINGS = {
 """Sizes that two cores manage; everything else is SAEBench's default."""
 
 
-def make(kind: str, x, labels, d_sae: int, k: int, epochs: int, metadata: dict):
-    if kind == "topk":
-        return train_topk(x, d_sae=d_sae, k=k, epochs=epochs, metadata=metadata)
-    if kind == "random":
-        return random_atoms(x, d_sae=d_sae, k=k, labels=labels, metadata=metadata)
-    if kind == "pca":
-        return principal_components(x, k=k, metadata=metadata)
-    preset = kind.removeprefix("itda-")
-    # The paper's rule stops by itself; what it lacks of d_sae atoms then is part of its result.
-    return fit(x, d_sae=d_sae, k=k, preset=preset, labels=labels, metadata=metadata)
-
-
 def build_all(out: Path, options: argparse.Namespace) -> dict[str, Path]:
     """Every dictionary that is not there yet; their folders by name."""
     folder = smollm2.fetch()
@@ -87,7 +75,12 @@ def build_all(out: Path, options: argparse.Namespace) -> dict[str, Path]:
                 model_name=folder.name, hook_name=hooks[layer], context_size=128, prepend_bos=True
             )
             start = time.perf_counter()
-            sae = make(kind, x, labels, options.d_sae, k, options.epochs, metadata)
+            common = dict(d_sae=options.d_sae, k=k, labels=labels, metadata=metadata)
+            if kind.startswith("itda-"):
+                # The paper's rule stops by itself; what it lacks of d_sae atoms is part of its result.
+                sae = fit(x, preset=kind.removeprefix("itda-"), **common)
+            else:
+                sae = baseline(kind, x, epochs=options.epochs, **common)
             seconds = time.perf_counter() - start
             sae.cfg.metadata["seconds"] = round(seconds, 1)
             save_inference(sae, paths[name])

@@ -18,17 +18,14 @@ from itda_lens import ITDA, fit
 from itda_lens.demo.prose import HELD_OUT, reference_prose
 from itda_lens.demo.smollm2 import load
 from itda_lens.dictionary import RunningFVU, energy
-from itda_lens.sources import Tokenization, language_model
+from itda_lens.sources import language_model
+from itda_lens.training import collect
 
 
 def activations(lm, layers: list[int], texts: list[str]) -> dict[int, Tensor]:
-    hooks = {f"blocks.{layer}.hook_resid_post": layer for layer in layers}
-    found: dict[int, list[Tensor]] = {layer: [] for layer in layers}
-    for batch in Tokenization(lm.tokenizer).batches(texts, 16):
-        captured = lm.capture(batch.tokens, batch.attention_mask, list(hooks))
-        for hook, layer in hooks.items():
-            found[layer].append(captured[hook][batch.keep])
-    return {layer: torch.cat(rows) for layer, rows in found.items()}
+    hooks = {layer: f"blocks.{layer}.hook_resid_post" for layer in layers}
+    found = collect(lm, texts, list(hooks.values()))
+    return {layer: found[hook].values for layer, hook in hooks.items()}
 
 
 def fvu(itda: ITDA, x: Tensor, method: str) -> float:

@@ -52,13 +52,12 @@ def seeded():
     torch.manual_seed(0)
 
 
-@pytest.fixture(scope="session")
-def tokenizer() -> PreTrainedTokenizerFast:
+def word_tokenizer(words: list[str]) -> PreTrainedTokenizerFast:
     """Words are tokens; <bos>, <eos> and <pad> are special."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     special = ["<bos>", "<eos>", "<pad>", "<unk>"]
-    vocabulary = {word: i for i, word in enumerate(special + WORDS)}
+    vocabulary = {word: i for i, word in enumerate(special + words)}
     inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(
@@ -70,18 +69,25 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-@pytest.fixture(scope="session")
-def tiny_folder(tokenizer, tmp_path_factory) -> Path:
-    """A random three-layer Llama as a Hugging Face folder."""
-    # TransformerLens reads the architecture from the name, and other names it must not hold.
-    folder = tmp_path_factory.mktemp("models") / "tiny-random"
+def save_random_llama(folder: Path, tokenizer: PreTrainedTokenizerFast, **changes: int) -> Path:
+    """A random three-layer Llama and its tokenizer as a Hugging Face folder."""
     torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=1, pad_token_id=2, **TINY)
-    )
-    model.save_pretrained(folder)
+    special = dict(bos_token_id=0, eos_token_id=1, pad_token_id=2)
+    config = LlamaConfig(vocab_size=len(tokenizer), **special, **(TINY | changes))
+    LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return word_tokenizer(WORDS)
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tokenizer, tmp_path_factory) -> Path:
+    # TransformerLens reads the architecture from the name, and other names it must not hold.
+    return save_random_llama(tmp_path_factory.mktemp("models") / "tiny-random", tokenizer)
 
 
 @pytest.fixture(scope="session")

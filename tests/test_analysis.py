@@ -8,7 +8,7 @@ from sae_lens.training.activation_scaler import ActivationScaler
 
 from itda_lens import build, fit
 from itda_lens.analysis import decompose, evaluate
-from itda_lens.sources import Tokenization, language_model
+from itda_lens.sources import Tokenization, language_model, register_with_transformer_lens
 
 HOOK = "blocks.1.hook_resid_post"
 
@@ -21,10 +21,7 @@ def itda(tiny, texts):
 
 @pytest.fixture(scope="module")
 def hooked(tiny_folder, tokenizer):
-    from transformer_lens import supported_models
-
-    supported_models.OFFICIAL_MODEL_NAMES.append(str(tiny_folder))
-    supported_models.MODEL_ALIASES[str(tiny_folder)] = ["tiny-eval"]
+    register_with_transformer_lens(tiny_folder, "tiny-eval")
     return HookedSAETransformer.from_pretrained_no_processing("tiny-eval", device="cpu")
 
 

@@ -157,7 +157,7 @@ def test_interrupt_and_full_disk_leave_nothing(
     def fail(*args, **kwargs):
         raise error
 
-    monkeypatch.setattr("itda_lens.cli.save_all", fail)
+    monkeypatch.setattr("itda_lens.cli.build.save_all", fail)
     found, _, err = itda_command(*build_arguments(tiny_folder, text_file, tmp_path / "out"))
     assert found == code
     assert "Traceback" not in err

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import TINY, save_random_llama, word_tokenizer
 from sae_lens import SAE
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import itda_lens
 from itda_lens import fit
@@ -38,7 +38,7 @@ from itda_lens.training import collect
 
 HOOK = "blocks.1.hook_resid_post"
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
-D_IN = 32
+D_IN = TINY["hidden_size"]
 
 WITHOUT_SAEBENCH = pytest.mark.skipif(
     importlib.util.find_spec("sae_bench") is None, reason="sae-bench is not installed"
@@ -65,36 +65,8 @@ def words() -> list[str]:
 @pytest.fixture(scope="module")
 def model_folder(words, tmp_path_factory) -> Path:
     """A random model whose vocabulary has words of every letter."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    special = ["<bos>", "<eos>", "<pad>", "<unk>"]
-    vocabulary = {word: i for i, word in enumerate(special + words)}
-    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    inner.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=inner,
-        bos_token="<bos>",
-        eos_token="<eos>",
-        pad_token="<pad>",
-        unk_token="<unk>",
-    )
     folder = tmp_path_factory.mktemp("models") / "tiny-letters"
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=D_IN,
-        intermediate_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=1024,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=2,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return save_random_llama(folder, word_tokenizer(words), max_position_embeddings=1024)
 
 
 @pytest.fixture(scope="module")

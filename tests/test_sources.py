@@ -9,8 +9,7 @@ from transformer_lens import HookedTransformer
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoModelForCausalLM
 
-from itda_lens.sources import Tokenization, iterate_texts, language_model
-from itda_lens.sources.models import LanguageModel
+from itda_lens.sources import LanguageModel, Tokenization, iterate_texts, language_model
 
 RESID = "blocks.1.hook_resid_post"
 

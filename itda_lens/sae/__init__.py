@@ -1,5 +1,6 @@
 """The thin face to SAELens."""
 
+from itda_lens.sae.assembly import assemble
 from itda_lens.sae.files import replacing
 from itda_lens.sae.itda import ITDA, LABELS_KEY, ITDAConfig
 from itda_lens.sae.loading import dictionaries_in, is_dictionary, load
@@ -10,6 +11,7 @@ __all__ = [
     "ITDA",
     "LABELS_KEY",
     "ITDAConfig",
+    "assemble",
     "dictionaries_in",
     "is_dictionary",
     "load",

@@ -4,7 +4,7 @@ import copy
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, get_args
 
 import torch
 from jaxtyping import Float
@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from itda_lens.dictionary import Labels
-from itda_lens.pursuit import DEFAULT_RTOL, Method, SparseCodes, encode, gram_matrix
+from itda_lens.pursuit import DEFAULT_RTOL, Method, SparseCodes, encode
 from itda_lens.sae.files import replacing
+from itda_lens.sae.prepared import Prepared, prepare
 
 LABELS_KEY = "itda_labels"
 """Where the labels live in `cfg.metadata`: SAELens saves, loads and uploads that, and casts no integer
@@ -77,21 +78,6 @@ class ITDAConfig(SAEConfig):
             raise ValueError(f"rtol must be at least 0 and below 1, got {self.rtol}")
 
 
-class _Prepared(NamedTuple):
-    """What `encode` derives from `W_dec`.
-
-    Attributes:
-        key: the state of `W_dec`, and the pursuit, that the rest was derived from and for.
-        norms: of the rows, at least float32; None where all are 1 up to rounding, as they are unless
-            the dictionary is stored in half precision or was rescaled.
-        gram: of the unit rows; None over the memory budget.
-    """
-
-    key: tuple[object, ...]
-    norms: Tensor | None
-    gram: Tensor | None
-
-
 class ITDA(SAE[ITDAConfig]):
     """A dictionary of real activations that decomposes others by matching pursuit.
 
@@ -103,7 +89,7 @@ class ITDA(SAE[ITDAConfig]):
     def __init__(self, cfg: ITDAConfig, use_error_term: bool = False) -> None:
         super().__init__(cfg, use_error_term)
         # Neither buffers nor parameters: SAELens builds models on device "meta" and assigns weights.
-        self._prepared: _Prepared | None = None
+        self._prepared: Prepared | None = None
         self._labels: tuple[str, Labels] | None = None
 
     @override
@@ -201,32 +187,14 @@ class ITDA(SAE[ITDAConfig]):
             raise ValueError(f"x must have d_in={self.cfg.d_in} numbers per row, got {tuple(x.shape)}")
         return x
 
-    # What is cached in inference mode must serve later passes that need gradients.
-    @torch.inference_mode(False)
-    @torch.no_grad()
-    def _prepare(self) -> _Prepared:
+    def _prepare(self) -> Prepared:
         """Norms and Gram matrix of `W_dec`, computed anew when it has changed.
 
         Raises:
             ValueError: `W_dec` has NaN or infinite values.
         """
         weights = self.W_dec.detach()[: self.cfg.n_pursued]
-        form = (weights.data_ptr(), weights.dtype, weights.device, weights.shape)
-        key = (*form, self.cfg.method, self.cfg.signed, _fingerprint(weights))
-        if self._prepared is None or self._prepared.key != key:
-            if not torch.isfinite(weights).all():
-                raise ValueError("W_dec has NaN or infinite values")
-            if weights.is_inference():
-                weights = weights.clone()
-            unit = weights.to(torch.promote_types(weights.dtype, torch.float32))
-            norms = unit.norm(dim=-1)
-            if (norms - 1).abs().max() <= 16 * torch.finfo(norms.dtype).eps:
-                norms = None
-            else:
-                norms = norms.clamp(min=torch.finfo(norms.dtype).tiny)
-                unit = unit / norms[:, None]
-            gram = gram_matrix(unit, method=self.cfg.method, signed=self.cfg.signed)
-            self._prepared = _Prepared(key, norms, gram)
+        self._prepared = prepare(weights, self.cfg.method, self.cfg.signed, self._prepared)
         return self._prepared
 
     # labels
@@ -340,16 +308,3 @@ def _halves(weights: Tensor) -> tuple[Tensor, Tensor]:
 def _has_hooks(module: nn.Module) -> bool:
     kinds = (module._forward_hooks, module._forward_pre_hooks)
     return any(kinds) or any((module._backward_hooks, module._backward_pre_hooks))
-
-
-def _fingerprint(weights: Float[Tensor, "n d"]) -> float:
-    """A number that changes with any edit of the matrix, for the price of reading it once.
-
-    PyTorch's version counter would not do: it does not see what is written through `.data`.
-    """
-    n, d = weights.shape
-    left, right = (
-        torch.cos(torch.arange(1, size + 1, device=weights.device) ** 2 % 1009).to(weights.dtype)
-        for size in (n, d)
-    )
-    return (left @ (weights @ right)).item()

@@ -1,6 +1,8 @@
 """SAEBench and SAELens's evaluations on dictionaries, and the baselines to hold them against."""
 
 from itda_lens.saebench.baselines import (
+    Baseline,
+    baseline,
     principal_components,
     random_atoms,
     save_inference,
@@ -8,7 +10,7 @@ from itda_lens.saebench.baselines import (
 )
 from itda_lens.saebench.evaluations import EVALUATIONS, Evaluation, Metric
 from itda_lens.saebench.results import Result
-from itda_lens.saebench.rivals import Baseline, build_baselines
+from itda_lens.saebench.rivals import build_baselines
 from itda_lens.saebench.runner import CodesOption, bench
 
 __all__ = [
@@ -18,6 +20,7 @@ __all__ = [
     "Evaluation",
     "Metric",
     "Result",
+    "baseline",
     "bench",
     "build_baselines",
     "principal_components",

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -14,12 +14,40 @@ from sae_lens.training.sae_trainer import SAETrainer
 from safetensors.torch import save_file
 from torch import Tensor
 
-from itda_lens.dictionary import Label, Labels
+from itda_lens.dictionary import Label
 from itda_lens.pursuit import Method
-from itda_lens.sae import ITDA, LABELS_KEY, ITDAConfig, replacing
+from itda_lens.sae import ITDA, assemble, replacing
+
+Baseline = Literal["random", "pca", "topk"]
 
 TOPK_LEARNING_RATE = 3e-3
 TOPK_BATCH = 1024
+
+
+def baseline(
+    kind: Baseline,
+    activations: Float[Tensor, "n_tokens d_in"],
+    *,
+    d_sae: int,
+    k: int,
+    method: Method = "omp",
+    labels: Sequence[Label] | None = None,
+    epochs: int = 8,
+    seed: int = 0,
+    metadata: Mapping[str, Any] | None = None,
+) -> SAE[Any]:
+    """The baseline of this kind: `random_atoms`, `principal_components` (d_sae = d_in) or `train_topk`.
+
+    Raises:
+        ValueError: a setting is out of range.
+    """
+    if kind == "random":
+        return random_atoms(
+            activations, d_sae=d_sae, k=k, method=method, labels=labels, seed=seed, metadata=metadata
+        )
+    if kind == "pca":
+        return principal_components(activations, k=k, metadata=metadata)
+    return train_topk(activations, d_sae=d_sae, k=k, epochs=epochs, seed=seed, metadata=metadata)
 
 
 def random_atoms(
@@ -41,11 +69,15 @@ def random_atoms(
     if not 1 <= d_sae <= n:
         raise ValueError(f"d_sae must be between 1 and the {n} activations, got {d_sae}")
     drawn = torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:d_sae].sort().values
-    mean = activations.double().mean(dim=0).to(activations.dtype)
-    itda = _itda(activations[drawn] - mean, mean, k, method, metadata)
-    if labels is not None:
-        itda.cfg.metadata[LABELS_KEY] = Labels([labels[i] for i in drawn.tolist()]).to_compact()
-    return itda
+    mean = _mean(activations)
+    return assemble(
+        torch.nn.functional.normalize(activations[drawn] - mean, dim=-1),
+        mean,
+        k=k,
+        method=method,
+        labels=None if labels is None else [labels[i] for i in drawn.tolist()],
+        metadata=metadata,
+    )
 
 
 def principal_components(
@@ -61,10 +93,11 @@ def principal_components(
     Raises:
         ValueError: k is more than d_in.
     """
-    mean = activations.double().mean(dim=0)
+    mean = _mean(activations)
     centred = activations.double() - mean
     _, vectors = torch.linalg.eigh(centred.T @ centred)
-    return _itda(vectors.T.flip(0).to(activations.dtype), mean.to(activations.dtype), k, "mp", metadata)
+    atoms = vectors.T.flip(0).to(activations.dtype)
+    return assemble(atoms, mean, k=k, method="mp", metadata=metadata)
 
 
 def train_topk(
@@ -129,7 +162,7 @@ def train_topk(
         scale = d_in**0.5 / activations.norm(dim=-1).mean().item()
         trainer.activation_scaler.scaling_factor = scale
         with torch.no_grad():
-            sae.b_dec.copy_(activations.double().mean(dim=0) * scale)
+            sae.b_dec.copy_(activations.mean(dim=0, dtype=torch.float64) * scale)
         return trainer.fit()
 
 
@@ -153,25 +186,9 @@ def save_inference(sae: SAE[Any], folder: str | Path) -> None:
     (target / SPARSITY_FILENAME).unlink(missing_ok=True)
 
 
-def _itda(
-    atoms: Tensor, mean: Tensor, k: int, method: Method, metadata: Mapping[str, Any] | None
-) -> ITDA:
-    d_sae, d_in = atoms.shape
-    cfg = ITDAConfig(
-        d_in=d_in,
-        d_sae=d_sae,
-        k=k,
-        method=method,
-        dtype=str(atoms.dtype).removeprefix("torch."),
-        device=str(atoms.device),
-    )
-    for key, value in (metadata or {}).items():
-        cfg.metadata[key] = value
-    itda = ITDA(cfg)
-    with torch.no_grad():
-        itda.W_dec.copy_(torch.nn.functional.normalize(atoms, dim=-1))
-        itda.b_dec.copy_(mean)
-    return itda
+def _mean(activations: Tensor) -> Tensor:
+    """Summed in float64: float32 loses digits over many rows."""
+    return activations.mean(dim=0, dtype=torch.float64).to(activations.dtype)
 
 
 def _epochs(activations: Tensor, batch_size: int, seed: int) -> Iterator[Tensor]:

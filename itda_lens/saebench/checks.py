@@ -47,6 +47,9 @@ def check_evaluation(
         for name in datasets_of(evaluation, config)
         if name not in local_datasets and (reason := why_unavailable(name)) is not None
     ]
+    for field in ("results_path", "model_cache_path"):  # of sae-probes
+        if config.get(field) is not None and Path(config[field]).is_absolute():
+            raise ValueError(f"{field} must be relative to the output folder, got {config[field]!r}")
     if evaluation.name == "autointerp" and not os.environ.get("OPENAI_API_KEY"):
         missing.append(
             "the environment variable OPENAI_API_KEY (and OPENAI_BASE_URL for another OpenAI-compatible "

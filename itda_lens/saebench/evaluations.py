@@ -34,7 +34,8 @@ class Evaluation:
         metrics: the figures that tables show, the first one first.
         sign_matters: whether a signed dictionary is worth evaluating as its non-negative view too: the
             evaluation tests `> 0`, ranks by value or gives each latent one meaning.
-        datasets_setting: the field of the configuration that names its data sets, if it needs any.
+        datasets_setting: the field of the configuration that names its labelled data sets.
+        texts_setting: the field that names its plain text, for evaluations that any text does for.
         settings: what differs from SAEBench's defaults.
     """
 
@@ -44,6 +45,7 @@ class Evaluation:
     metrics: tuple[Metric, ...]
     sign_matters: bool = False
     datasets_setting: str | None = None
+    texts_setting: str | None = None
     settings: Mapping[str, Any] | None = None
 
 
@@ -61,7 +63,7 @@ EVALUATIONS: dict[str, Evaluation] = {
                 Metric("explained variance", "reconstruction_quality.explained_variance"),
                 Metric("alive", "sparsity.alive_fraction"),
             ),
-            datasets_setting="dataset",
+            texts_setting="dataset",
         ),
         Evaluation(
             "core",
@@ -73,7 +75,7 @@ EVALUATIONS: dict[str, Evaluation] = {
                 Metric("alive (> 0)", "misc_metrics.frac_alive"),
             ),
             sign_matters=True,
-            datasets_setting="dataset",
+            texts_setting="dataset",
             # Off in the configuration; the commands that SAEBench documents have them on.
             settings={
                 "compute_featurewise_density_statistics": True,
@@ -143,7 +145,7 @@ EVALUATIONS: dict[str, Evaluation] = {
             "AutoInterpEvalConfig",
             (Metric("autointerp", "autointerp.autointerp_score"),),
             sign_matters=True,
-            datasets_setting="dataset_name",
+            texts_setting="dataset_name",
         ),
         Evaluation(
             "ravel",
@@ -165,13 +167,10 @@ EVALUATIONS: dict[str, Evaluation] = {
             "MDLEvalConfig",
             (),
             sign_matters=True,
-            datasets_setting="dataset_name",
+            texts_setting="dataset_name",
         ),
     ]
 }
-
-OWN_TEXTS = ("saelens", "core", "autointerp", "mdl")
-"""Evaluations on plain text, which `bench(texts=...)` replaces; the others need labelled data."""
 
 
 def chosen(names: list[str]) -> list[Evaluation]:
@@ -238,9 +237,8 @@ EXTRA_DATA = {
 
 def datasets_of(evaluation: Evaluation, config: Mapping[str, Any]) -> list[str]:
     """Names of the data sets that a configured evaluation loads by name."""
-    if evaluation.datasets_setting is None:
-        return []
-    names = config[evaluation.datasets_setting]
-    names = [names] if isinstance(names, str) else names
+    if evaluation.texts_setting is not None:
+        return [config[evaluation.texts_setting]]
+    names = [] if evaluation.datasets_setting is None else config[evaluation.datasets_setting]
     # SAEBench's names of parts of a data set, such as "LabHC/bias_in_bios_class_set1".
     return sorted({name.split("_class_set")[0].removesuffix("_sentiment") for name in names})

@@ -80,36 +80,20 @@ class OutputFolder:
         for leftover in (self.work / "artifacts", self.work / "results" / evaluation):
             shutil.rmtree(leftover, ignore_errors=True)
 
-    def check_free(self) -> None:
-        """Raise ValueError if the folder holds other things than results."""
-        if self._manifest.exists() or not self.path.exists():
-            return
-        if any(inside.name != BASELINES for inside in self.path.iterdir()):
+    def check(
+        self, subjects: Sequence[Subject], configs: Mapping[str, Mapping[str, Any]], model: str
+    ) -> None:
+        """Refuse a folder of other things, or of other dictionaries, models, data or settings.
+
+        Raises:
+            ValueError: it is one.
+        """
+        inside = self.path.iterdir() if self.path.exists() else ()
+        if not self._manifest.exists() and any(found.name != BASELINES for found in inside):
             raise ValueError(
                 f"{self.path} holds other things than results; choose another output folder"
             )
-
-    def prepare(
-        self,
-        subjects: Sequence[Subject],
-        configs: Mapping[str, Mapping[str, Any]],
-        own: Texts | None,
-        model: str,
-    ) -> None:
-        """Make the folder; refuse one with results of other dictionaries, models, data or settings."""
-        source = {"model": model, "data": None if self.data is None else str(self.data)}
-        new = {
-            "dictionaries": {s.name: s.fingerprint or s.source for s in subjects},
-            "settings": {name: {**config, **source} for name, config in configs.items()},
-        }
-        old = {"dictionaries": {}, "settings": {}}
-        if self._manifest.exists():
-            try:
-                old = json.loads(self._manifest.read_text())
-            except ValueError as error:
-                raise ValueError(f"{self._manifest} is damaged: {error}") from error
-        self.check_free()
-        new = json.loads(json.dumps(new))
+        old, new = self._recorded(), self._record(subjects, configs, model)
         for name, value in new["dictionaries"].items():
             files = (
                 result_file(self.path / evaluation, name + form)
@@ -122,19 +106,46 @@ class OutputFolder:
             files = (self.path / name).glob("*_eval_results.json")
             if old["settings"].get(name, value) != value and any(files):
                 raise self._other("another model, other data or other settings of", name)
+
+    def prepare(
+        self,
+        subjects: Sequence[Subject],
+        configs: Mapping[str, Mapping[str, Any]],
+        own: Texts | None,
+        model: str,
+    ) -> None:
+        """Make the folder, once it was checked, and record what its results are of."""
         self.work.mkdir(parents=True, exist_ok=True)
         (self.path / "logs").mkdir(exist_ok=True)
         for evaluation in configs:
             (self.path / evaluation).mkdir(exist_ok=True)
-        merged = {kind: old[kind] | new[kind] for kind in new}
+        old, new = self._recorded(), self._record(subjects, configs, model)
         with replacing(self._manifest) as (temporary,):
-            temporary.write_text(json.dumps(merged, indent=2))
+            temporary.write_text(json.dumps({kind: old[kind] | new[kind] for kind in new}, indent=2))
         if own is not None:
             target = self.work / own.name / "train.jsonl"
             if not target.exists():
                 target.parent.mkdir(parents=True, exist_ok=True)
                 with replacing(target) as (temporary,):
                     temporary.write_text("\n".join(json.dumps({"text": text}) for text in own.texts))
+
+    def _recorded(self) -> dict[str, dict[str, Any]]:
+        if not self._manifest.exists():
+            return {"dictionaries": {}, "settings": {}}
+        try:
+            return json.loads(self._manifest.read_text())
+        except ValueError as error:
+            raise ValueError(f"{self._manifest} is damaged: {error}") from error
+
+    def _record(
+        self, subjects: Sequence[Subject], configs: Mapping[str, Mapping[str, Any]], model: str
+    ) -> dict[str, dict[str, Any]]:
+        source = {"model": model, "data": None if self.data is None else str(self.data)}
+        record = {
+            "dictionaries": {s.name: s.fingerprint or s.source for s in subjects},
+            "settings": {name: {**config, **source} for name, config in configs.items()},
+        }
+        return json.loads(json.dumps(record))
 
     def _other(self, what: str, name: str) -> ValueError:
         return ValueError(

@@ -4,27 +4,22 @@ import json
 import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
-from sae_lens import SAE
 from sae_lens.constants import SAE_CFG_FILENAME
 
 from itda_lens.sae import ITDA
-from itda_lens.saebench.baselines import (
-    principal_components,
-    random_atoms,
-    save_inference,
-    train_topk,
-)
+from itda_lens.saebench.baselines import Baseline, baseline, save_inference
 from itda_lens.sources import describe_texts
-from itda_lens.training import BUILD_KEY, Activations, collect
+from itda_lens.training import BUILD_KEY, collect
 
 logger = logging.getLogger(__name__)
 
-Baseline = Literal["random", "pca", "topk"]
-
 RECIPE_KEY = "itda_baseline"
 """Where a baseline's metadata keep what it was built from."""
+
+INHERITED = ("model_name", "hook_name", "context_size", "prepend_bos")
+"""Entries of its metadata that a baseline has from the dictionary that it rivals."""
 
 
 def build_baselines(
@@ -66,17 +61,15 @@ def build_baselines(
             tokens, or were built from different contexts; a baseline of other texts or settings.
         OSError: the folder cannot be written.
     """
-    for kind in kinds:
-        if kind not in get_args(Baseline):
-            raise ValueError(f"baselines must be among {', '.join(get_args(Baseline))}; got {kind!r}")
+    checked: list[Baseline] = [_kind(name) for name in kinds]
     if not itdas:
         raise ValueError("baselines need at least one ITDA to rival")
-    wanted: dict[Path, tuple[str, ITDA, str]] = {}
+    wanted: dict[Path, tuple[Baseline, ITDA, str]] = {}
     for itda in itdas:
         hook = itda.cfg.metadata.hook_name
         if not hook:
             raise ValueError("baselines need dictionaries whose metadata name their hook_name")
-        for kind in kinds:
+        for kind in checked:
             width = "" if kind == "pca" else f"-{itda.cfg.n_pursued}"
             wanted[Path(folder) / f"{kind}{width}-k{itda.cfg.k}-{hook}"] = (kind, itda, hook)
     metadata = [itda.cfg.metadata for itda in itdas]
@@ -113,10 +106,26 @@ def build_baselines(
     )
     for path, (kind, itda, hook) in missing.items():
         logger.info("building %s", path.name)
-        sae = _build(kind, itda, found[hook], epochs, seed)
-        sae.cfg.metadata[RECIPE_KEY] = recipe
+        sae = baseline(
+            kind,
+            found[hook].values,
+            d_sae=itda.cfg.n_pursued,
+            k=itda.cfg.k,
+            method=itda.cfg.method,
+            labels=found[hook].labels,
+            epochs=epochs,
+            seed=seed,
+            metadata={name: itda.cfg.metadata[name] for name in INHERITED} | {RECIPE_KEY: recipe},
+        )
         save_inference(sae, path)
     return list(wanted)
+
+
+def _kind(name: str) -> Baseline:
+    for kind in get_args(Baseline):
+        if name == kind:
+            return kind
+    raise ValueError(f"baselines must be among {', '.join(get_args(Baseline))}; got {name!r}")
 
 
 def _keeps_special_tokens(metadata: Any) -> bool:
@@ -131,17 +140,3 @@ def _is_built(path: Path, recipe: dict[str, Any]) -> bool:
     if built != json.loads(json.dumps(recipe)):
         raise ValueError(f"{path} is a baseline of other texts or settings: {built}; remove it")
     return True
-
-
-def _build(kind: str, itda: ITDA, found: Activations, epochs: int, seed: int) -> SAE[Any]:
-    names = ("model_name", "hook_name", "context_size", "prepend_bos")
-    metadata = {name: itda.cfg.metadata[name] for name in names}
-    k, d_sae = itda.cfg.k, itda.cfg.n_pursued
-    if kind == "pca":
-        return principal_components(found.values, k=k, metadata=metadata)
-    if kind == "random":
-        return random_atoms(
-            found.values, d_sae=d_sae, k=k, method=itda.cfg.method, labels=found.labels, seed=seed,
-            metadata=metadata,
-        )  # fmt: skip
-    return train_topk(found.values, d_sae=d_sae, k=k, epochs=epochs, seed=seed, metadata=metadata)

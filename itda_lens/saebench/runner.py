@@ -18,7 +18,6 @@ from itda_lens.sae import load
 from itda_lens.saebench import checks
 from itda_lens.saebench.evaluations import (
     EXTRA_DATA,
-    OWN_TEXTS,
     Codes,
     Evaluation,
     chosen,
@@ -118,14 +117,15 @@ def bench(
     configs = {}
     for evaluation in evaluations:
         chosen_settings = dict((settings or {}).get(evaluation.name, {}))
-        if plain_texts is not None and evaluation.name in OWN_TEXTS:
-            chosen_settings = {str(evaluation.datasets_setting): plain_texts} | chosen_settings
+        if plain_texts is not None and evaluation.texts_setting is not None:
+            chosen_settings = {evaluation.texts_setting: plain_texts} | chosen_settings
         config = configure(evaluation, model_name, dtype, batch_size, chosen_settings)
         names = datasets_of(evaluation, config)
         local = {name for name in names if (own and name == own.name) or folder.dataset(name)}
         checks.check_evaluation(evaluation, config, model_name, device, local, folder.data)
-        configs[evaluation.name] = _relocated(config)
-    folder.check_free()
+        configs[evaluation.name] = config
+    source = str(model_folder or model_name)
+    folder.check(subjects, configs, source)
     if baselines:
         assert train_texts is not None  # checked above
         built = build_baselines(
@@ -133,7 +133,7 @@ def bench(
             baselines,
             folder.path / BASELINES,
             texts=train_texts,
-            model=str(model_folder or model_name),
+            model=source,
             batch_size=batch_size,
             text_field=text_field,
             split=split,
@@ -141,15 +141,16 @@ def bench(
             progress=progress,
         )
         subjects += subjects_of({path.name: path for path in built})
-    folder.prepare(subjects, configs, own, str(model_folder or model_name))
+        folder.check(subjects, configs, source)
+    folder.prepare(subjects, configs, own, source)
 
     results = []
     for evaluation in evaluations:
-        entries = _entries(subjects, evaluation, codes)
+        planned = _entries(subjects, evaluation, codes)
         job = Job(
             evaluation=evaluation.name,
             config=configs[evaluation.name],
-            entries=[e for e in entries if not folder.is_done(evaluation, e.name)],
+            entries=[e for e, _ in planned if not folder.is_done(evaluation, e.name)],
             model_name=model_name,
             model_folder=None if model_folder is None else str(model_folder),
             device=device,
@@ -159,8 +160,7 @@ def bench(
         for name in (*datasets_of(evaluation, job.config), *EXTRA_DATA.get(evaluation.name, ())):
             folder.link_dataset(name)
         failures = _run(job, folder, progress) if job.entries else {}
-        by_name = {subject.name: subject for subject in subjects}
-        results += [_result(entry, evaluation, folder, failures, by_name) for entry in entries]
+        results += [_result(entry, subject, evaluation, folder, failures) for entry, subject in planned]
     return results
 
 
@@ -182,22 +182,18 @@ def _model_of(subjects: Sequence[Subject], model: str | Path | None) -> tuple[st
     return Path(name).name if folders else name, Path(folders.pop()).resolve() if folders else None
 
 
-def _relocated(config: dict[str, Any]) -> dict[str, Any]:
-    """sae-probes' folders, which default to `artifacts/...`, are relative to the work folder already."""
-    for field in ("results_path", "model_cache_path"):
-        if config.get(field) is not None and Path(config[field]).is_absolute():
-            raise ValueError(f"{field} must be relative to the output folder, got {config[field]!r}")
-    return config
-
-
-def _entries(subjects: Sequence[Subject], evaluation: Evaluation, codes: CodesOption) -> list[Entry]:
+def _entries(
+    subjects: Sequence[Subject], evaluation: Evaluation, codes: CodesOption
+) -> list[tuple[Entry, Subject]]:
+    """What to evaluate, and whose form each entry is."""
     entries = []
     for subject in subjects:
         splits = subject.signed and evaluation.sign_matters
         if not splits or codes in ("both", "signed"):
-            entries.append(Entry(subject.name, subject.source))
+            entries.append((Entry(subject.name, subject.source), subject))
         if splits and codes in ("both", "nonnegative"):
-            entries.append(Entry(subject.name + NONNEGATIVE, subject.source, nonnegative=True))
+            entry = Entry(subject.name + NONNEGATIVE, subject.source, nonnegative=True)
+            entries.append((entry, subject))
     return entries
 
 
@@ -213,7 +209,13 @@ def _run(job: Job, folder: OutputFolder, progress: bool) -> dict[str, str]:
     outcomes: dict[str, str | None] = {}
     with (
         log.open("a") as output,
-        tqdm(total=len(job.entries), unit="SAE", desc=job.evaluation, disable=not progress) as bar,
+        tqdm(
+            total=len(job.entries),
+            unit="SAE",
+            desc=job.evaluation,
+            mininterval=1.0,
+            disable=not progress,
+        ) as bar,
         _process(command, environment, output) as process,
     ):
         ended = False
@@ -261,13 +263,12 @@ def _last_line(log: Path) -> str:
 
 def _result(
     entry: Entry,
+    subject: Subject,
     evaluation: Evaluation,
     folder: OutputFolder,
     failures: Mapping[str, str],
-    subjects: Mapping[str, Subject],
 ) -> Result:
     codes: Codes = "nonnegative" if entry.nonnegative else "signed"
-    subject = subjects[entry.name.removesuffix(NONNEGATIVE)]
     known = {"hook_name": subject.hook_name, "d_sae": subject.d_sae}
     file = result_file(folder.results(evaluation), entry.name)
     if not file.exists():

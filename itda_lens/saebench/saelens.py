@@ -41,11 +41,13 @@ def run_eval(
     config: SAELensEvalConfig, saes: list[tuple[str, SAE[Any]]], device: str, output_path: str
 ) -> None:
     """Evaluate each SAE with `sae_lens.evals.run_evals`; one result file each."""
+    dtype = getattr(torch, config.llm_dtype)
     model = HookedTransformer.from_pretrained_no_processing(
-        config.model_name, device=device, dtype=getattr(torch, config.llm_dtype)
+        config.model_name, device=device, dtype=dtype
     )
     losses = config.n_eval_reconstruction_batches > 0
     for name, sae in saes:
+        sae = sae.to(dtype=dtype)
         store = ActivationsStore.from_sae(
             model,
             sae,

@@ -15,7 +15,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from sae_lens import SAE
 
 import itda_lens
@@ -75,8 +74,6 @@ def load(entry: Entry, job: Job) -> SAE[Any]:
         sae = SAE.from_pretrained(release, sae_id, device=job.device)
     if entry.nonnegative and isinstance(sae, itda_lens.ITDA):
         sae = sae.nonnegative()
-    if job.evaluation == "saelens":  # SAEBench's evaluations do this themselves
-        sae = sae.to(dtype=getattr(torch, job.config["llm_dtype"]))
     # A dictionary names the folder or the name that it was built with; SAEBench takes this name to load
     # the model and puts it into paths (an absolute one would leave the folder).
     sae.cfg.metadata.model_name = job.model_name

@@ -20,7 +20,6 @@ from itda_lens.sources import (
     ContextBatch,
     LanguageModel,
     Loader,
-    Tokenization,
     describe_texts,
     hook_is_per_head,
     iterate_texts,
@@ -28,7 +27,7 @@ from itda_lens.sources import (
 )
 from itda_lens.training.presets import Preset, Recipe
 from itda_lens.training.record import BUILD_KEY, versions
-from itda_lens.training.stream import stream_activations
+from itda_lens.training.stream import stream_activations, tokenization_for
 
 logger = logging.getLogger(__name__)
 
@@ -115,13 +114,7 @@ def build(
 
     lm = language_model(model, tokenizer=tokenizer, name=model_name, loader=loader, device=device)
     lm.check_hooks(names)
-    if prepend_bos is None:
-        prepend_bos = lm.tokenizer.bos_token_id is not None
-    tokenization = Tokenization(lm.tokenizer, context_size, prepend_bos, keep_special_tokens)
-    if lm.max_context is not None and context_size > lm.max_context:
-        raise ValueError(
-            f"context_size must be at most the model's {lm.max_context} tokens, got {context_size}"
-        )
+    tokenization = tokenization_for(lm, context_size, prepend_bos, keep_special_tokens)
 
     read = hashlib.sha256()
     run = _Run(lm, names, recipe, max_tokens, progress)
@@ -132,7 +125,7 @@ def build(
         "texts_fingerprint": fingerprint.hexdigest(),
         "texts_read_sha256": read.hexdigest(),
         "context_size": context_size,
-        "prepend_bos": prepend_bos,
+        "prepend_bos": tokenization.prepend_bos,
         "keep_special_tokens": keep_special_tokens,
         "batch_size": batch_size,
         "max_tokens": max_tokens,
@@ -147,16 +140,15 @@ def build(
             "AutoModelForCausalLM" if lm.loader == "huggingface" else "HookedTransformer"
         ),
         "context_size": context_size,
-        "prepend_bos": prepend_bos,
+        "prepend_bos": tokenization.prepend_bos,
         "dataset_path": str(texts) if isinstance(texts, str | Path) else None,
         BUILD_KEY: dataclasses.asdict(recipe) | source | versions(),
     }
     return {
         name: recipe.assemble(
             dictionary,
-            dtype="float32",
+            metadata | {"hook_name": name},
             reshape_activations="hook_z" if hook_is_per_head(name) else "none",
-            metadata=metadata | {"hook_name": name},
         )
         for name, dictionary in dictionaries.items()
     }

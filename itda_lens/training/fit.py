@@ -72,12 +72,7 @@ def fit(
             bar.update(len(rows))
         dictionary = selector.finish(progress)
     settings = dataclasses.asdict(recipe) | {"batch_size": batch_size, "n_tokens": n}
-    return recipe.assemble(
-        dictionary,
-        dtype=str(dtype).removeprefix("torch."),
-        reshape_activations="none",
-        metadata={**(metadata or {}), BUILD_KEY: settings | versions()},
-    )
+    return recipe.assemble(dictionary, {**(metadata or {}), BUILD_KEY: settings | versions()})
 
 
 def _check(activations: Tensor, d_sae: int | None, batch_size: int) -> None:

@@ -1,5 +1,6 @@
 """The presets: a rule for choosing atoms and the encoder that goes with it."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -10,11 +11,10 @@ from itda_lens.dictionary import (
     Dictionary,
     EnergySelector,
     GreedySelector,
-    Labels,
     Selector,
 )
 from itda_lens.pursuit import Method
-from itda_lens.sae import ITDA, LABELS_KEY, ITDAConfig
+from itda_lens.sae import ITDA, assemble
 
 Preset = Literal["best", "paper"]
 
@@ -78,25 +78,16 @@ class Recipe:
         )
 
     def assemble(
-        self, dictionary: Dictionary, dtype: str, reshape_activations: str, metadata: dict[str, Any]
+        self, dictionary: Dictionary, metadata: Mapping[str, Any], reshape_activations: str = "none"
     ) -> ITDA:
-        """The chosen atoms as an ITDA."""
-        d_sae, d_in = dictionary.atoms.shape
-        cfg = ITDAConfig(
-            d_in=d_in,
-            d_sae=d_sae,
-            k=min(self.k, d_sae),
-            signed=self.signed,
+        """The chosen atoms as an ITDA, in their dtype."""
+        return assemble(
+            dictionary.atoms,
+            dictionary.mean,
+            k=min(self.k, len(dictionary.atoms)),
             method=self.method or ENCODER[self.preset],
-            dtype=dtype,
-            device=str(dictionary.atoms.device),
-            reshape_activations=reshape_activations,  # pyright: ignore[reportArgumentType]
+            signed=self.signed,
+            labels=dictionary.labels,
+            metadata=metadata,
+            reshape_activations=reshape_activations,
         )
-        for key, value in metadata.items():
-            cfg.metadata[key] = value
-        cfg.metadata[LABELS_KEY] = Labels(dictionary.labels).to_compact()
-        itda = ITDA(cfg)
-        with torch.no_grad():
-            itda.W_dec.copy_(dictionary.atoms)
-            itda.b_dec.copy_(dictionary.mean)
-        return itda

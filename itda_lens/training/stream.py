@@ -38,7 +38,7 @@ def collect(
     texts: str | Path | Iterable[str],
     hook_names: Sequence[str],
     *,
-    max_tokens: int,
+    max_tokens: int | None = None,
     context_size: int = 128,
     prepend_bos: bool | None = None,
     keep_special_tokens: bool = False,
@@ -53,19 +53,17 @@ def collect(
     """The activations that `build` would look at, held in memory, for `fit` and for baselines.
 
     Args:
-        max_tokens: how many; memory is max_tokens * d_in * 4 bytes per hook point.
+        max_tokens: how many, default all; memory is d_in * 4 bytes for each and per hook point.
         model, texts, hook_names, and the other arguments: as in `build`.
 
     Raises:
         ValueError, TypeError: as `build`.
     """
-    if max_tokens < 1:
+    if max_tokens is not None and max_tokens < 1:
         raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
     lm = language_model(model, tokenizer=tokenizer, loader=loader, device=device)
     lm.check_hooks(list(hook_names))
-    if prepend_bos is None:
-        prepend_bos = lm.tokenizer.bos_token_id is not None
-    tokenization = Tokenization(lm.tokenizer, context_size, prepend_bos, keep_special_tokens)
+    tokenization = tokenization_for(lm, context_size, prepend_bos, keep_special_tokens)
     batches = tokenization.batches(iterate_texts(texts, text_field=text_field, split=split), batch_size)
     values: dict[str, list[Tensor]] = {name: [] for name in hook_names}
     labels: list[Label] = []
@@ -78,6 +76,23 @@ def collect(
                 values[name].append(x)
             bar.update(len(found))
     return {name: Activations(torch.cat(rows), labels) for name, rows in values.items()}
+
+
+def tokenization_for(
+    lm: LanguageModel, context_size: int, prepend_bos: bool | None, keep_special_tokens: bool
+) -> Tokenization:
+    """How to cut texts into contexts for a model; it starts them with BOS by default if it has one.
+
+    Raises:
+        ValueError: a setting is out of range, or contexts are longer than the model's.
+    """
+    if prepend_bos is None:
+        prepend_bos = lm.tokenizer.bos_token_id is not None
+    if lm.max_context is not None and context_size > lm.max_context:
+        raise ValueError(
+            f"context_size must be at most the model's {lm.max_context} tokens, got {context_size}"
+        )
+    return Tokenization(lm.tokenizer, context_size, prepend_bos, keep_special_tokens)
 
 
 @torch.no_grad()

@@ -1,0 +1,7 @@
+"""The commands of `itda` for the user's own model, a module for each few."""
+
+from itda_lens.cli.bench import bench_command
+from itda_lens.cli.build import build_command
+from itda_lens.cli.look import decompose_command, eval_command, info_command
+
+__all__ = ["bench_command", "build_command", "decompose_command", "eval_command", "info_command"]
