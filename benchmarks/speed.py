@@ -68,7 +68,7 @@ def compare(unit: Callable[[], object], contenders: dict, rounds: int) -> dict[s
 def equal(x: Tensor, atoms: Tensor, gram: Tensor | None, k: int, method: str) -> float:
     module = matching if method == "mp" else orthogonal
     rows = x[:CHECKED]
-    expected, coefficients = module.search(rows.double(), atoms.double(), None, k, True, 1e-3)
+    expected, coefficients = module.search(rows.double(), atoms.double(), None, k, True, 1e-3, 0.0)
     dense = torch.zeros(len(rows), len(atoms), dtype=torch.float64)
     dense.scatter_add_(1, expected.clamp(min=0), coefficients)
     found = encode(rows, atoms, k, method=method, gram=gram).to_dense(len(atoms))  # pyright: ignore

@@ -54,6 +54,18 @@ def test_build_writes_a_loadable_dictionary(built, tiny_folder):
     assert itda.cfg.metadata.itda_build["model"] == str(tiny_folder)
 
 
+def test_build_with_a_mean_l0_and_an_update(itda_command, tiny_folder, text_file, tmp_path):
+    arguments = build_arguments(tiny_folder, text_file, tmp_path / "out", k=6, l0=2.5)
+    code, _, _ = itda_command(*arguments, "--update")
+    assert code == 0
+    itda = itda_lens.load(tmp_path / "out" / HOOK)
+    assert (itda.cfg.k, itda.cfg.l0) == (6, 2.5)
+    assert itda.cfg.threshold > 0
+    assert min(label.cosine for label in itda.labels) < 0.999
+    _, out, _ = itda_command("info", tmp_path / "out")
+    assert "2.5, by threshold" in out
+
+
 def test_info(itda_command, built):
     code, out, _ = itda_command("info", built)
     assert code == 0

@@ -11,6 +11,7 @@ from itda_lens.dictionary import EnergySelector, GreedySelector, Label, Labels, 
 from itda_lens.dictionary.rows import RowStore
 from itda_lens.dictionary.sampling import StreamSample
 from itda_lens.dictionary.selection import first_of_direction, normalize_rows, prune_by_energy
+from itda_lens.dictionary.update import RIDGE, least_squares_atoms, update_atoms
 from itda_lens.pursuit import encode
 
 CPU = torch.device("cpu")
@@ -20,8 +21,10 @@ def rows(n=500, d=16, seed=0):
     return torch.randn(n, d, generator=torch.Generator().manual_seed(seed))
 
 
-def energy(d_sae=40, k=4, seed=0, d=16):
-    return EnergySelector(d, d_sae, k, signed=True, seed=seed, dtype=torch.float32, device=CPU)
+def energy(d_sae=40, k=4, seed=0, d=16, update=False):
+    return EnergySelector(
+        d, d_sae, k, signed=True, update=update, seed=seed, dtype=torch.float32, device=CPU
+    )
 
 
 def greedy(max_atoms, k=4, tau=0.2, d=16):
@@ -236,6 +239,70 @@ class TestEnergySelector:
         selector.update(rows(300, seed=1), RowLabels(90, 390))
         assert selector.n_atoms == 100
         assert 0 < selector.running_fvu() < 1
+
+
+class TestUpdate:
+    def test_solves_the_ridge_problem(self):
+        x, atoms = rows(400).double(), normalize_rows(rows(30, seed=1).double())[0]
+        codes = encode(x, atoms, 4)
+        found = least_squares_atoms(x, codes, atoms, steps=60)
+        dense = codes.to_dense(30)
+        ridge = RIDGE * dense.square().sum(dim=0).mean()
+        normal = dense.T @ dense + ridge * torch.eye(30)
+        expected = torch.linalg.solve(normal, dense.T @ x + ridge * atoms)
+        torch.testing.assert_close(found, expected, atol=1e-8, rtol=0)
+
+    def test_few_steps_already_lower_the_error(self):
+        x, atoms = rows(400), normalize_rows(rows(30, seed=1))[0]
+        codes = encode(x, atoms, 4)
+        errors = [
+            (x - codes.decode(least_squares_atoms(x, codes, atoms, steps))).square().sum()
+            for steps in (0, 1, 4)
+        ]
+        assert errors[0] > errors[1] > errors[2]
+
+    def test_an_unused_atom_stays(self):
+        x, atoms = rows(500), normalize_rows(rows(30, seed=1))[0]
+        codes = encode(x, atoms[:29], 3)
+        found = least_squares_atoms(x, codes, atoms)
+        assert torch.equal(found[29], atoms[29])
+        assert not torch.isclose(found[:29], atoms[:29]).all(dim=1).any()
+
+    def test_no_code_at_all(self):
+        atoms = normalize_rows(rows(5))[0]
+        nothing = encode(torch.zeros(3, 16), atoms, 2)
+        assert torch.equal(least_squares_atoms(torch.zeros(3, 16), nothing, atoms), atoms)
+
+    def test_recovers_what_made_the_data(self):
+        generator = torch.Generator().manual_seed(0)
+        true = normalize_rows(rows(24, 32))[0]
+        code = torch.zeros(4000, 24)
+        picked = torch.rand(4000, 24, generator=generator).topk(2).indices
+        code.scatter_(1, picked, 2 * torch.randn(4000, 2, generator=generator))
+        x = code @ true + 0.02 * rows(4000, 32, seed=3)
+        start = normalize_rows(true + 0.15 * rows(24, 32, seed=2))[0]
+        found = update_atoms(x.split(1000), start, 2, signed=True, progress=False)
+        before, after = ((atoms * true).sum(dim=1).min() for atoms in (start, found))
+        assert before < 0.9
+        assert after > 0.995
+
+    def test_selector_starts_from_the_pure_atoms_and_says_how_far_they_moved(self):
+        x = torch.cat([rows(2000), 3 * rows(20, seed=5).repeat(40, 1) + 0.3 * rows(800, seed=6)]) + 1
+        pure, moved = feed(energy(), x), feed(energy(update=True), x)
+        assert [a.key for a in moved.labels] == [a.key for a in pure.labels]
+        assert all(label.cosine == 1 for label in pure.labels)
+        cosines = (pure.atoms * moved.atoms).sum(dim=1)
+        expected = torch.tensor([label.cosine for label in moved.labels])
+        torch.testing.assert_close(cosines, expected, atol=1e-5, rtol=0)
+        assert 0 < cosines.min() < 0.99
+        assert torch.equal(moved.atoms, feed(energy(update=True), x, batch=7).atoms)
+
+    def test_sample_has_none_of_the_atoms(self):
+        x = rows(300)
+        found = feed(energy(), x)
+        own = x[[label.row for label in found.labels]]
+        assert len(found.sample) == 260
+        assert torch.cdist(found.sample, own).min() > 0
 
 
 class TestGreedySelector:

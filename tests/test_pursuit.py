@@ -10,6 +10,7 @@ from sklearn.linear_model import orthogonal_mp_gram
 
 from itda_lens.pursuit import (
     SparseCodes,
+    calibrate_threshold,
     compiled,
     encode,
     gram_matrix,
@@ -184,6 +185,72 @@ def test_relative_residual_stops_early_and_independently_of_scale(method):
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize("form", FORMS)
+def test_threshold_ends_a_row_before_the_first_small_correlation(method, signed, form):
+    x, atoms = problem(rows=30)
+    threshold = 1.2
+    found = run(x, atoms, 16, form, method=method, signed=signed, rtol=0, threshold=threshold)
+    lengths = []
+    for row in range(len(x)):
+        one = x[row : row + 1]
+        expected = torch.zeros(1, len(atoms), dtype=x.dtype)
+        for steps in range(1, 17):
+            correlations = (one - expected @ atoms) @ atoms.T
+            if (correlations.abs() if signed else correlations).max() < threshold:
+                break
+            expected = run(one, atoms, steps, "gemm", method=method, signed=signed, rtol=0)
+            expected = expected.to_dense(len(atoms))
+        code = found.to_dense(len(atoms))[row]
+        torch.testing.assert_close(code, expected[0], atol=FLOAT64_ATOL, rtol=0)
+        lengths.append(int(found.l0()[row]))
+    assert min(lengths) < max(lengths)  # the threshold ended some rows, not others
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize("l0", [0.5, 4.0, 9.3])
+def test_calibration_meets_the_mean(method, signed, l0):
+    x, atoms = problem(n=300, d=40, rows=800, dtype=torch.float32)
+    x = x * torch.linspace(0.2, 5, len(x))[:, None]  # some rows are worth more than others
+    options = dict(method=method, signed=signed)
+    gram = gram_matrix(atoms, **options)
+    threshold = calibrate_threshold(x, atoms, l0, 30, gram=gram, **options)
+    codes = encode(x, atoms, 30, threshold=threshold, gram=gram, **options)
+    assert codes.l0().double().mean().item() == pytest.approx(l0, rel=0.01)
+    fixed = encode(x, atoms, max(1, round(l0)), gram=gram, **options)
+    if l0 > 1:  # what the rule is for: less error from as many nonzeros
+        error, before = ((x - c.decode(atoms)).square().sum() for c in (codes, fixed))
+        assert error < before
+    assert threshold == calibrate_threshold(x, atoms, l0, 30, gram=gram, **options)
+
+
+def test_calibration_without_need():
+    x, atoms = problem()
+    assert calibrate_threshold(x, atoms, 5, 5) == 0
+    # Rows that are atoms never need more than one.
+    assert calibrate_threshold(3 * atoms, atoms, 4, 8) == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(l0=0), "l0 must be above 0 and at most k=8, got 0"),
+        (dict(l0=9), "at most k=8, got 9"),
+        (dict(l0=float("nan")), "got nan"),
+        (dict(x=torch.zeros(0, 16)), "x must have at least one row"),
+        (dict(x=torch.zeros(2, 16)), "x must have a row that is not zero"),
+        (dict(x=torch.full((2, 16), torch.inf)), "NaN or infinite"),
+    ],
+)
+def test_calibration_of_bad_input(change, message):
+    x, atoms = problem(dtype=torch.float32)
+    arguments = dict(x=x, atoms=atoms, l0=4, k=8) | change
+    with pytest.raises(ValueError, match=message):
+        calibrate_threshold(**arguments)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("signed", [True, False])
 def test_k_equal_to_the_number_of_atoms_and_more_atoms_than_dimensions(method, signed):
     x, atoms = problem(n=30, d=6, rows=5)
     codes = run(x, atoms, 30, method=method, signed=signed, rtol=0)
@@ -244,7 +311,7 @@ def test_gradients_given_the_support(method, signed):
 def float64_search(x, atoms, k, method, signed=True, rtol=1e-3):
     """Picks and coefficients of the torch loops in float64, without a Gram matrix."""
     module = matching if method == "mp" else orthogonal
-    return module.search(x.double(), atoms.double(), None, k, signed, rtol)
+    return module.search(x.double(), atoms.double(), None, k, signed, rtol, 0.0)
 
 
 @pytest.mark.parametrize(("method", "signed"), [("mp", True), ("mp", False), ("omp", True)])
@@ -257,7 +324,7 @@ def test_compiled_picks_are_those_of_float64(method, signed, dtype, n):
     k = min(n, 20)
     gram = gram_matrix(atoms, method=method, signed=signed)
     assert gram.dtype == torch.int16
-    picks, values = compiled.search(x, atoms, gram, k, method, signed, 1e-3)
+    picks, values = compiled.search(x, atoms, gram, k, method, signed, 1e-3, 0.0)
     expected, coefficients = float64_search(x, atoms, k, method, signed)
     assert torch.equal(picks, expected)
     atol = FLOAT64_ATOL if dtype == torch.float64 else FLOAT32_ATOL
@@ -269,7 +336,7 @@ def test_compiled_pursuit_follows_a_residual_far_below_the_precision_of_its_gram
     x, atoms = problem(n=700, d=12, rows=20)
     gram = gram_matrix(atoms)
     k = 120 if method == "mp" else 12
-    picks, values = compiled.search(x, atoms, gram, k, method, True, 1e-10)
+    picks, values = compiled.search(x, atoms, gram, k, method, True, 1e-10, 0.0)
     expected, coefficients = float64_search(x, atoms, k, method, rtol=1e-10)
     assert torch.equal(picks, expected)
     torch.testing.assert_close(values, coefficients, atol=FLOAT64_ATOL, rtol=0)
@@ -356,6 +423,8 @@ def test_gram_respects_its_budget():
         (dict(k=61), ValueError, r"\(60\), got 61"),
         (dict(method="lasso"), ValueError, "method must be one of .* got 'lasso'"),
         (dict(rtol=-0.1), ValueError, "rtol must be at least 0"),
+        (dict(threshold=-1.0), ValueError, "threshold must be at least 0 and finite, got -1"),
+        (dict(threshold=float("nan")), ValueError, "threshold must be at least 0 and finite, got nan"),
         (dict(x=torch.zeros(3, 17)), ValueError, "16 numbers per row .* got \\(3, 17\\)"),
         (dict(x=torch.zeros(3, 16, dtype=torch.long)), TypeError, "x must be floating point"),
         (dict(x=torch.full((3, 16), torch.nan)), ValueError, "NaN or infinite values, first in row 0"),

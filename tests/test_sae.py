@@ -215,6 +215,50 @@ def test_folding_a_scaling_factor_keeps_the_function(itda):
     torch.testing.assert_close(4 * itda(x), output, atol=1e-4, rtol=1e-4)
 
 
+class TestCalibrate:
+    def test_sets_the_mean_of_any_dictionary(self, itda):
+        x = torch.randn(2000, D_IN) + 2
+        before = itda.encode_sparse(x)
+        threshold = itda.calibrate(x, 3.3, k=9)
+        assert (itda.cfg.k, itda.cfg.threshold, itda.cfg.l0) == (9, threshold, 3.3)
+        codes = itda.encode_sparse(x)
+        assert codes.indices.shape == (2000, 9)
+        assert codes.l0().double().mean() == pytest.approx(3.3, rel=0.01)
+        assert itda.calibrate(x, 5, k=5) == 0
+        assert torch.equal(itda.encode_sparse(x).indices, before.indices)
+
+    def test_survives_files_views_and_scaling(self, itda, tmp_path):
+        x = torch.randn(200, D_IN) + 2
+        itda.calibrate(x.reshape(2, 100, D_IN), 2.5)
+        codes = itda.encode(x)
+        itda.save_model(tmp_path)
+        assert torch.equal(SAE.load_from_disk(tmp_path).encode(x), codes)
+        view = itda.nonnegative()
+        torch.testing.assert_close(view.decode(view.encode(x)), itda(x))
+        itda.fold_activation_norm_scaling_factor(4.0)
+        torch.testing.assert_close(itda.encode_sparse(x / 4).to_dense(D_SAE), codes)
+
+    def test_a_row_does_not_depend_on_its_batch(self, itda):
+        x = torch.randn(200, D_IN) + 2
+        itda.calibrate(x, 2.5)
+        assert torch.equal(itda.encode(x)[7], itda.encode(x[7]))
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ((torch.ones(4, D_IN), 0), "l0 must be above 0 and at most k=5, got 0"),
+            ((torch.ones(4, D_IN), 6), "at most k=5, got 6"),
+            ((torch.ones(4, D_IN), 3, D_SAE + 1), "k must be between 1 and the number of atoms"),
+            ((torch.ones(4, 3), 3), "d_in=16 numbers per row"),
+            ((torch.full((4, D_IN), torch.nan), 3), "NaN or infinite"),
+        ],
+    )
+    def test_bad_input_changes_nothing(self, itda, arguments, message):
+        with pytest.raises(ValueError, match=message):
+            itda.calibrate(*arguments)
+        assert (itda.cfg.k, itda.cfg.threshold, itda.cfg.l0) == (K, 0, None)
+
+
 @pytest.mark.parametrize("method", ["mp", "omp"])
 def test_gradients_given_the_support(method):
     itda = make(method, torch.float64)
@@ -462,6 +506,9 @@ class TestFiles:
         (dict(k=41), "k must be between 1 and d_sae=40, got 41"),
         (dict(method="lasso"), "method must be one of"),
         (dict(rtol=1.0), "rtol must be"),
+        (dict(l0=6.0), "l0 must be above 0 and at most k=5, got 6"),
+        (dict(threshold=-1.0), "threshold must be at least 0 and finite, got -1"),
+        (dict(threshold=float("inf")), "threshold must be at least 0 and finite, got inf"),
         (dict(d_in=0), "d_in must be at least 1"),
         (dict(d_sae=41, mirrored=True), "d_sae must be even for mirrored=True, got 41"),
         (dict(k=21, mirrored=True), "k must be between 1 and d_sae / 2=20, got 21"),

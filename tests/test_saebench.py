@@ -497,6 +497,21 @@ class TestBaselines:
         again = train_topk(x, d_sae=60, k=4, epochs=6, batch_size=256)
         save_inference(again, tmp_path / "again")
         assert torch.equal(SAE.load_from_disk(tmp_path / "again").W_dec, sae.W_dec)
+
+    def test_topk_over_the_batch_has_k_on_average(self, activations, tmp_path):
+        x = activations.values
+        trained = train_topk(x, d_sae=60, k=4, over_batch=True, epochs=8, batch_size=256)
+        save_inference(trained, tmp_path)
+        sae = SAE.load_from_disk(tmp_path)
+        assert sae.cfg.architecture() == "jumprelu"
+        with torch.no_grad():
+            l0 = (sae.encode(x) != 0).sum(dim=-1).double()
+            assert l0.mean() == pytest.approx(4, rel=0.35)
+            assert l0.min() < l0.max()
+            assert (x - sae(x)).square().sum() < (x - x.mean(dim=0)).square().sum()
+
+    def test_topk_bad_input(self, activations):
+        x = activations.values
         for change, message in ((dict(k=61), "k must be"), (dict(epochs=0), "epochs must be")):
             with pytest.raises(ValueError, match=message):
                 train_topk(x, **dict(d_sae=60, k=4) | change)
@@ -534,9 +549,20 @@ class TestBaselinesLike:
             )
         assert {f: f.stat().st_mtime_ns for f in stamps} == stamps
 
+    def test_of_a_calibrated_dictionary_have_its_mean(self, model_folder, texts, tmp_path):
+        options = dict(d_sae=40, k=9, l0=3, context_size=16, device="cpu", progress=False)
+        itda = itda_lens.build(str(model_folder), texts, HOOK, **options)[HOOK]
+        (path,) = build_baselines(
+            [itda], ["random"], tmp_path, texts=texts, model=str(model_folder), progress=False
+        )
+        assert path.name == f"random-40-k3-{HOOK}"
+        assert itda_lens.load(path).cfg.k == 3
+
     def test_bad_input(self, saes, activations, tmp_path):
         itda = itda_lens.load(saes / "itda")
-        with pytest.raises(ValueError, match="baselines must be among random, pca, topk; got 'sae'"):
+        with pytest.raises(
+            ValueError, match="must be among random, pca, topk, batchtopk; got 'sae'"
+        ):
             build_baselines([itda], ["sae"], tmp_path, texts="t", model=None)
         bare = fit(activations.values, d_sae=20, k=2)
         with pytest.raises(ValueError, match="name their hook_name"):

@@ -51,6 +51,43 @@ class TestFit:
         assert torch.equal(first.W_dec, second.W_dec)
         assert first.labels == second.labels
 
+    @pytest.mark.parametrize("method", ["mp", "omp"])
+    def test_l0_is_a_mean(self, method):
+        x = activations(3000)
+        itda = fit(x, d_sae=50, k=12, l0=4, method=method)
+        assert itda.cfg.k == 12
+        assert itda.cfg.threshold > 0
+        others = torch.ones(len(x), dtype=torch.bool)
+        others[[label.row for label in itda.labels]] = False
+        l0 = itda.encode_sparse(x[others]).l0().double()
+        assert l0.mean() == pytest.approx(4, rel=0.02)
+        assert l0.min() < 4 < l0.max()
+        fixed = fit(x, d_sae=50, k=4, method=method)
+        assert torch.equal(fixed.W_dec, itda.W_dec)  # the same atoms
+        errors = [(x - d(x))[others].square().sum() for d in (itda, fixed)]
+        assert errors[0] < errors[1]
+
+    def test_update_reconstructs_better_with_the_same_labels(self):
+        x = activations(3000) @ torch.diag(torch.linspace(0.2, 3, 16))
+        pure, updated = (fit(x, d_sae=50, k=3, update=update) for update in (False, True))
+        assert (x - updated(x)).square().sum() < 0.95 * (x - pure(x)).square().sum()
+        assert [a.key for a in updated.labels] == [a.key for a in pure.labels]
+        for atom, label in zip(updated.W_dec.detach(), updated.labels, strict=True):
+            origin = x[label.row] - updated.b_dec.detach()
+            cosine = torch.nn.functional.cosine_similarity(atom, origin, dim=0)
+            assert cosine.item() == pytest.approx(label.cosine, abs=1e-4)
+
+    @pytest.mark.parametrize("options", [dict(l0=2.5), dict(update=True), dict(l0=2.5, update=True)])
+    def test_l0_and_update_are_bit_equal_again_whatever_the_batches(self, options):
+        first = fit(activations(), d_sae=50, k=6, **options)
+        second = fit(activations(), d_sae=50, k=6, batch_size=9, **options)
+        assert torch.equal(first.W_dec, second.W_dec)
+        assert first.cfg.threshold == second.cfg.threshold
+
+    def test_nothing_left_to_calibrate_on(self):
+        with pytest.raises(ValueError, match="l0=2 needs activations besides those that became atoms"):
+            fit(torch.eye(20), d_sae=20, k=4, l0=2)
+
     def test_paper_preset(self):
         itda = fit(activations(), d_sae=None, k=4, preset="paper", loss_threshold=0.3)
         assert itda.cfg.method == "mp"
@@ -90,6 +127,10 @@ class TestFit:
             (dict(batch_size=0), ValueError, "batch_size must be at least 1"),
             (dict(loss_threshold=0.1), ValueError, "preset='paper' only"),
             (dict(preset="paper", loss_threshold=1.5), ValueError, "loss_threshold must be between"),
+            (dict(l0=0), ValueError, "l0 must be above 0 and at most k=4, got 0"),
+            (dict(l0=4.5), ValueError, "at most k=4, got 4.5"),
+            (dict(preset="paper", l0=2), ValueError, "l0 is a setting of preset='best' only"),
+            (dict(preset="paper", update=True), ValueError, "update is a setting of preset='best' only"),
             (dict(labels=[(0, 0, 0)]), ValueError, "1 labels for 400 rows"),
             (dict(labels=["x"] * 400), TypeError, "got 'x'"),
         ],

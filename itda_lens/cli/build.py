@@ -31,6 +31,13 @@ def build_command(
     loss_threshold: Annotated[
         float | None, typer.Option(help="For paper: relative error that admits an activation.")
     ] = None,
+    l0: Annotated[
+        float | None,
+        typer.Option(help="Mean nonzeros per code, k at most; default: k in every code."),
+    ] = None,
+    update: Annotated[
+        bool, typer.Option("--update", help="Move the atoms by least squares: better, no longer pure.")
+    ] = False,
     seed: Annotated[int, typer.Option(help="Seed of the samples.")] = 0,
     max_tokens: Annotated[
         int | None, typer.Option(help="Stop after so many tokens; default: all of the texts.")
@@ -64,6 +71,8 @@ def build_command(
             preset=_preset(preset),
             method=method,  # pyright: ignore[reportArgumentType] (checked by build)
             loss_threshold=loss_threshold,
+            l0=l0,
+            update=update,
             seed=seed,
             max_tokens=max_tokens,
             context_size=context_size,

@@ -1,6 +1,7 @@
 """The "best" rule: of a uniform sample of activations, keep those that carry the most energy."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float
@@ -15,6 +16,7 @@ from itda_lens.dictionary.selection import (
     normalize_rows,
     prune_by_energy,
 )
+from itda_lens.dictionary.update import update_atoms
 from itda_lens.dictionary.variance import RunningFVU
 from itda_lens.pursuit import encode
 
@@ -33,27 +35,38 @@ NEAR_DUPLICATE = 0.85
 RELAXED = (0.9, 0.95, 0.99, SAME_DIRECTION)
 """What counts as a repetition instead, in turn, while fewer candidates than atoms are left."""
 
+UPDATE_ROUNDS = 3
+"""Rounds of least-squares update, each on a sample of its own; see docs/quality.md for more of them."""
+
+CALIBRATION_ROWS = 4096
+"""Activations to calibrate a threshold on: the mean L0 of so many is known to about one percent."""
+
 GUIDE_ROWS = 64
 """Activations per update on which the progress bar's FVU is measured."""
 
 
 class EnergySelector:
-    """Centre, sample, drop near-duplicates, prune by energy.
+    """Centre, sample, drop near-duplicates, prune by energy; with `update`, then least squares.
 
     One pass over the stream keeps its exact mean and two uniform samples of it: candidates, distinct
-    ones, and activations to score them on. Memory is bounded by the samples; neither the samples nor
-    the result depend on how the stream is cut into batches.
+    ones, and activations to score them on (more of these for an update). Memory is bounded by the
+    samples; neither the samples nor the result depend on how the stream is cut into batches. An update
+    begins at the atoms that would be chosen without one, and labels keep their cosine to them.
     """
 
     def __init__(
-        self, d_in: int, d_sae: int, k: int, *, signed: bool, seed: int, dtype: torch.dtype,
-        device: torch.device,
+        self, d_in: int, d_sae: int, k: int, *, signed: bool, update: bool, seed: int,
+        dtype: torch.dtype, device: torch.device,
     ) -> None:  # fmt: skip
         self._d_sae, self._k, self._signed = d_sae, k, signed
         n_candidates = CANDIDATES_PER_ATOM * d_sae
         n_scored = max(MIN_SCORED, n_candidates)
         self._candidates = StreamSample(d_in, n_candidates, seed, dtype, device, distinct=True)
-        self._scored = StreamSample(d_in, n_scored, seed + 1, dtype, device, distinct=False)
+        self._scored, *self._parts = [
+            StreamSample(d_in, n_scored, seed + 1 + i, dtype, device, distinct=False)
+            for i in range(UPDATE_ROUNDS if update else 1)
+        ]
+        self._update = update
         self._sum = torch.zeros(d_in, dtype=torch.float64, device=device)
 
     @property
@@ -68,7 +81,8 @@ class EnergySelector:
         # Row by row: a sum by batches would depend, in its last bits, on the batches.
         self._sum = torch.cat([self._sum[None], x.double()]).cumsum(dim=0)[-1]
         self._candidates.update(x, labels)
-        self._scored.update(x, labels)
+        for sample in (self._scored, *self._parts):
+            sample.update(x, labels)
 
     def running_fvu(self) -> float:
         """FVU of a random dictionary from the candidates so far: what selection starts from.
@@ -100,7 +114,23 @@ class EnergySelector:
         )  # fmt: skip
         atoms = candidates[chosen].clone()
         origin = keep.nonzero().flatten()[chosen].tolist()
-        return Dictionary(atoms, mean, [labels[i] for i in origin])
+        labels = [labels[i] for i in origin]
+        sample = self._others(labels)
+        if self._update:
+            parts = [x, *(part.rows() - mean for part in self._parts)]
+            updated = update_atoms(parts, atoms, self._k, signed=self._signed, progress=progress)
+            cosines = (updated * atoms).sum(dim=-1).tolist()
+            # Six digits: a label is text, and an atom that did not move has exactly 1.
+            labels = [replace(a, cosine=round(c, 6)) for a, c in zip(labels, cosines, strict=True)]
+            atoms = updated
+        return Dictionary(atoms, mean, labels, sample)
+
+    def _others(self, labels: Sequence[Label]) -> Tensor:
+        """Up to `CALIBRATION_ROWS` of the scored rows, evenly spread, that are not the atoms' own."""
+        own = {label.key for label in labels}
+        kept = [i for i, label in enumerate(self._scored.labels()) if label.key not in own]
+        spread = torch.linspace(0, len(kept) - 1, min(len(kept), CALIBRATION_ROWS)).round().long()
+        return self._scored.rows()[torch.tensor(kept, dtype=torch.long)[spread]]
 
     def _mean(self) -> Float[Tensor, " d"]:
         return (self._sum / max(1, self._candidates.n_seen)).to(self._candidates.held.dtype)

@@ -24,11 +24,14 @@ class Dictionary:
         atoms: unit rows.
         mean: what is subtracted from an activation before it is decomposed (`b_dec`).
         labels: where each atom came from.
+        sample: activations of the stream other than the atoms' own, not centred, to calibrate a
+            threshold on; None where the rule keeps none.
     """
 
     atoms: Float[Tensor, "d_sae d_in"]
     mean: Float[Tensor, " d_in"]
     labels: list[Label]
+    sample: Float[Tensor, "m d_in"] | None = None
 
 
 class Selector(Protocol):

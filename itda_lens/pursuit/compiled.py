@@ -56,6 +56,7 @@ def search(
     method: str,
     signed: bool,
     rtol: float,
+    threshold: float,
 ) -> tuple[Int[Tensor, "b k"], Float[Tensor, "b k"]]:
     """What `matching.search` and `orthogonal.search` do, with picks exact to float64 rounding.
 
@@ -83,7 +84,7 @@ def search(
             correlations = torch.mm(unit[chunk], atoms_32.T, out=buffer[: len(unit[chunk])])
             arguments = (correlations, rows[chunk], energies[chunk], atoms, gram)
             results = (picks[chunk], coefficients[chunk])
-            _run(pool, n_threads, method, signed, rtol, arguments, results)
+            _run(pool, n_threads, method, signed, rtol, threshold, arguments, results)
     return picks, coefficients.to(x.dtype)
 
 
@@ -93,17 +94,19 @@ def _run(
     method: str,
     signed: bool,
     rtol: float,
+    threshold: float,
     arguments: tuple[Tensor, ...],
     results: tuple[Tensor, ...],
 ) -> None:
     kernels = _kernels()
     atoms = arguments[3]
+    tolerance = dependence_tolerance(atoms.dtype)
     rounding = _product_error(atoms.shape[1])
     errors = (rounding, rounding + 0.5 / kernels.GRAM_SCALE + FLOAT32_UNIT)
     if method == "mp":
-        kernel, options = kernels.matching_rows, (signed, rtol, *errors)
+        kernel, options = kernels.matching_rows, (signed, rtol, threshold, *errors)
     else:
-        kernel, options = kernels.orthogonal_rows, (rtol, dependence_tolerance(atoms.dtype), *errors)
+        kernel, options = kernels.orthogonal_rows, (rtol, threshold, tolerance, *errors)
     arrays = [tensor.numpy() for tensor in (*arguments, *results)]
     inputs, outputs = arrays[: len(arguments)], arrays[len(arguments) :]
     b = len(arguments[0])

@@ -1,5 +1,6 @@
 """The pursuits as functions of whole tensors: checks, chunks, dtypes and gradients."""
 
+import math
 from typing import Literal, get_args
 
 import torch
@@ -32,6 +33,7 @@ def encode(
     method: Method = "mp",
     signed: bool = True,
     rtol: float = DEFAULT_RTOL,
+    threshold: float = 0.0,
     gram: GramMatrix | None = None,
 ) -> SparseCodes:
     """Sparse codes of `x` over unit-norm `atoms`, at most `k` nonzeros a row.
@@ -50,15 +52,20 @@ def encode(
             coefficients at each step: better codes, slower.
         signed: False restricts coefficients to >= 0.
         rtol: stop a row at |residual| <= rtol |x|; 0 never stops early.
+        threshold: a row stops before it picks an atom whose correlation with the residual is smaller,
+            in the units of x: `k` is the most then, and rows that need few atoms take few. The next
+            pick of MP removes the square of its correlation, that of OMP at least as much. See
+            `calibrate_threshold`.
         gram: `gram_matrix(atoms, method=method, signed=signed)`. In int16 it selects the compiled loops,
             whose result for a row does not depend, bit for bit, on the rows beside it; in floating
             point, torch's Gram form; None, torch's GEMM form.
 
     Raises:
-        ValueError: shapes do not fit, k or rtol out of range, unknown method, NaN or infinity in x.
+        ValueError: shapes do not fit, k, rtol or threshold is out of range, an unknown method, NaN or
+            infinity in x.
         TypeError: x or atoms are not floating point.
     """
-    _check(x, atoms, k, method, signed, rtol, gram)
+    _check(x, atoms, k, method, signed, rtol, threshold, gram)
     dtype = torch.promote_types(torch.promote_types(x.dtype, atoms.dtype), torch.float32)
     rows = x.reshape(-1, x.shape[-1]).to(dtype)
     atoms = atoms.to(dtype)
@@ -68,7 +75,7 @@ def encode(
         empty = torch.zeros(*x.shape[:-1], k, device=x.device)
         return SparseCodes(empty.long(), empty.to(dtype))
     chunks = [
-        _encode_chunk(chunk, atoms, gram, k, method, signed, float(rtol))
+        _encode_chunk(chunk, atoms, gram, k, method, signed, float(rtol), float(threshold))
         for chunk in rows.split(_chunk_rows(rows, gram))
     ]
     shape = (*x.shape[:-1], k)
@@ -86,14 +93,15 @@ def _encode_chunk(
     method: Method,
     signed: bool,
     rtol: float,
+    threshold: float,
 ) -> SparseCodes:
     """Search without gradients; then, where gradients are wanted, the coefficients once more."""
     module = matching if method == "mp" else orthogonal
     with torch.no_grad():
         if gram is not None and gram.dtype == torch.int16:
-            picks, coefficients = compiled.search(x, atoms, gram, k, method, signed, rtol)
+            picks, coefficients = compiled.search(x, atoms, gram, k, method, signed, rtol, threshold)
         else:
-            picks, coefficients = module.search(x, atoms, gram, k, signed, rtol)
+            picks, coefficients = module.search(x, atoms, gram, k, signed, rtol, threshold)
     if torch.is_grad_enabled() and (x.requires_grad or atoms.requires_grad):
         coefficients = module.replay(x, atoms, picks)
     return _merge(picks, coefficients)
@@ -126,6 +134,7 @@ def _check(
     method: str,
     signed: bool,
     rtol: float,
+    threshold: float,
     gram: Tensor | None,
 ) -> None:
     for name, tensor in (("x", x), ("atoms", atoms)):
@@ -142,6 +151,8 @@ def _check(
         raise ValueError(f"method must be one of {get_args(Method)}, got {method!r}")
     if not 0 <= rtol < 1:
         raise ValueError(f"rtol must be at least 0 and below 1, got {rtol}")
+    if not 0 <= threshold < math.inf:
+        raise ValueError(f"threshold must be at least 0 and finite, got {threshold}")
     if gram is not None and gram.shape != (n, n):
         raise ValueError(f"gram must have shape {(n, n)}, got {tuple(gram.shape)}")
     if (

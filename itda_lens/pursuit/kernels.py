@@ -150,6 +150,7 @@ def matching_rows(
     gram,
     signed,
     rtol,
+    threshold,
     error_0,
     error_g,
     picks,
@@ -163,6 +164,7 @@ def matching_rows(
         energies: float64 [b], squared norms of x.
         atoms: [n, d].
         gram: int16 [n, >= n], fixed point.
+        threshold: a row stops before it picks an atom whose correlation is smaller.
         error_0: bound on the error of `correlations`.
         error_g: bound on the error of an entry of `gram`.
         picks: int64 [b, k], filled with -1; receives the atom of each step.
@@ -187,7 +189,7 @@ def matching_rows(
                 error = 1e-7  # one rounding to float32
                 _tops(bits, mask, tops)
             atom, c = _pick(bits, mask, tops, error, residual, atoms, nobody)
-            if atom < 0:
+            if atom < 0 or abs(c) < threshold:
                 break
             picks[row, t] = atom
             coefficients[row, t] = c
@@ -204,8 +206,8 @@ def matching_rows(
 
 @_jit
 def orthogonal_rows(
-    first, last, correlations, x, energies, atoms, gram, rtol, tolerance, error_0, error_g, picks,
-    coefficients
+    first, last, correlations, x, energies, atoms, gram, rtol, threshold, tolerance, error_0, error_g,
+    picks, coefficients
 ):  # fmt: skip
     """Orthogonal matching pursuit (signed) of rows `first` to `last`; arguments as in `matching_rows`.
 
@@ -239,7 +241,7 @@ def orthogonal_rows(
                 error = 1e-7
                 _tops(bits, MAGNITUDE, tops)
             atom, best = _pick(bits, MAGNITUDE, tops, error, residual, atoms, support[:t])
-            if atom < 0:
+            if atom < 0 or abs(best) < threshold:
                 break
             distance = _dot(atoms[atom], atoms[atom])
             for i in range(t):

@@ -14,12 +14,13 @@ def search(
     k: int,
     signed: bool,
     rtol: float,
+    threshold: float,
 ) -> tuple[Int[Tensor, "b k"], Float[Tensor, "b k"]]:
     """Pick up to `k` atoms per row, greedily; an atom may be picked again.
 
     Each step takes j = argmax |<r, d_j>| (without the modulus, and only while positive, if not
     `signed`), c = <r, d_j>, r -= c d_j. With `gram` the correlations <r, d_j> are updated by its
-    rows and the residual is never formed.
+    rows and the residual is never formed. A row stops before a |c| below `threshold`.
 
     Returns:
         picks: the atom of each step, -1 once the row has stopped.
@@ -35,7 +36,7 @@ def search(
     for step in range(k):
         score = correlations.abs() if signed else correlations
         best, j = score.max(dim=-1)  # the first of equal maxima
-        active = active & (best > 0)
+        active = active & (best > 0) & (best >= threshold)
         c = correlations.gather(-1, j[:, None]).squeeze(-1).masked_fill(~active, 0)
         picks[:, step] = j.masked_fill(~active, -1)
         coefficients[:, step] = c

@@ -23,15 +23,18 @@ def search(
     k: int,
     signed: bool,
     rtol: float,
+    threshold: float,
 ) -> tuple[Int[Tensor, "b k"], Float[Tensor, "b k"]]:
     """Pick up to `k` atoms per row, re-solving for all coefficients after each pick.
+
+    A row stops before it picks an atom whose correlation with the residual is below `threshold`.
 
     Returns:
         picks: the atom of each slot, -1 where the slot is unused.
         coefficients: least-squares coefficients on the picks (non-negative ones if not `signed`).
     """
     run = _signed if signed else _non_negative
-    return run(x, atoms, gram, k, rtol)
+    return run(x, atoms, gram, k, rtol, threshold)
 
 
 def replay(
@@ -44,7 +47,9 @@ def replay(
     return torch.linalg.solve(inner, (support @ x[..., None])).squeeze(-1)
 
 
-def _signed(x: Tensor, atoms: Tensor, gram: Tensor | None, k: int, rtol: float) -> tuple[Tensor, Tensor]:
+def _signed(
+    x: Tensor, atoms: Tensor, gram: Tensor | None, k: int, rtol: float, threshold: float
+) -> tuple[Tensor, Tensor]:
     """Batch OMP by progressive Cholesky (Rubinstein, Zibulevsky & Elad, 2008).
 
     L is the Cholesky factor of the support's Gram matrix; L y = D_S x is solved by one more row a
@@ -66,7 +71,7 @@ def _signed(x: Tensor, atoms: Tensor, gram: Tensor | None, k: int, rtol: float) 
         w = torch.linalg.solve_triangular(factor[:, :t, :t], cross[..., None], upper=False)
         w = w.squeeze(-1)
         distance = 1 - w.square().sum(dim=-1)
-        active = active & (best > 0) & (distance > tolerance)
+        active = active & (best > 0) & (best >= threshold) & (distance > tolerance)
         diagonal = distance.clamp(min=tolerance).sqrt()
         target = initial.gather(-1, j[:, None]).squeeze(-1) - (w * y[:, :t]).sum(dim=-1)
         y[:, t] = (target / diagonal).masked_fill(~active, 0)
@@ -87,7 +92,7 @@ def _signed(x: Tensor, atoms: Tensor, gram: Tensor | None, k: int, rtol: float) 
 
 
 def _non_negative(
-    x: Tensor, atoms: Tensor, gram: Tensor | None, k: int, rtol: float
+    x: Tensor, atoms: Tensor, gram: Tensor | None, k: int, rtol: float, threshold: float
 ) -> tuple[Tensor, Tensor]:
     """The first `k` outer steps of non-negative least squares (Lawson & Hanson, 1974).
 
@@ -104,7 +109,7 @@ def _non_negative(
     for t in range(k):
         j, best = _best_new(correlations, picks[:, :t])
         # Rounding leaves correlations of this size on atoms that the optimum does not want.
-        active = active & (best > dependence_tolerance(x.dtype) * start.sqrt())
+        active = active & (best > dependence_tolerance(x.dtype) * start.sqrt()) & (best >= threshold)
         picks[:, t] = j.masked_fill(~active, -1)
         passive, solved = _constrained_fit(x, atoms, picks[:, : t + 1], coefficients[:, : t + 1])
         # A row whose new atom lies in the span of the others keeps what it had and stops.

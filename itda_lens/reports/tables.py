@@ -88,13 +88,14 @@ def info_table(itda: ITDA, name: str) -> Table:
     table = Table(title=escape(name), show_header=False)
     table.add_column(no_wrap=True)
     table.add_column()
-    metadata = itda.cfg.metadata
+    metadata, l0 = itda.cfg.metadata, itda.cfg.l0
     rows = {
         "model": metadata.model_name,
         "hook": metadata.hook_name,
         "atoms (d_sae)": f"{itda.cfg.d_sae:,}",
         "width (d_in)": itda.cfg.d_in,
         "k": itda.cfg.k,
+        "mean L0": "k" if l0 is None else f"{l0:g}, by threshold {itda.cfg.threshold:.4g}",
         "encoder": f"{itda.cfg.method}, {'signed' if itda.cfg.signed else 'non-negative'}",
         "context size": metadata.context_size,
         "BOS prepended": metadata.prepend_bos,

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from itda_lens.dictionary import Labels
-from itda_lens.pursuit import DEFAULT_RTOL, Method, SparseCodes, encode
+from itda_lens.pursuit import DEFAULT_RTOL, Method, SparseCodes, calibrate_threshold, encode
 from itda_lens.sae.files import replacing
 from itda_lens.sae.prepared import Prepared, prepare
 
@@ -34,6 +35,10 @@ class ITDAConfig(SAEConfig):
         method: "mp" (matching pursuit) or "omp" (orthogonal matching pursuit).
         rtol: a row stops once |residual| <= rtol * |x|. Where the atoms are stored in half
             precision, their rounding error (`torch.finfo(dtype).eps`) is used if it is larger.
+        threshold: a row stops before it picks an atom whose correlation with the residual is smaller,
+            in the units of the activations; with one above 0 easy rows take fewer than k atoms. What
+            `ITDA.calibrate` sets.
+        l0: mean nonzeros that `threshold` was calibrated for; None: it was not, and codes have k.
         mirrored: whether the second half of the atoms are the negatives of the first half. Pursuits run
             on the first half; a negative coefficient goes, with its sign changed, to the mirror image
             of its atom. What `ITDA.nonnegative` sets.
@@ -49,6 +54,8 @@ class ITDAConfig(SAEConfig):
     signed: bool = True
     method: Method = "mp"
     rtol: float = DEFAULT_RTOL
+    threshold: float = 0.0
+    l0: float | None = None
     mirrored: bool = False
 
     @property
@@ -76,6 +83,10 @@ class ITDAConfig(SAEConfig):
             raise ValueError(f"method must be one of {get_args(Method)}, got {self.method!r}")
         if not 0 <= self.rtol < 1:
             raise ValueError(f"rtol must be at least 0 and below 1, got {self.rtol}")
+        if not 0 <= self.threshold < math.inf:
+            raise ValueError(f"threshold must be at least 0 and finite, got {self.threshold}")
+        if self.l0 is not None and not 0 < self.l0 <= self.k:
+            raise ValueError(f"l0 must be above 0 and at most k={self.k}, got {self.l0}")
 
 
 class ITDA(SAE[ITDAConfig]):
@@ -126,23 +137,38 @@ class ITDA(SAE[ITDAConfig]):
             ValueError: `x` has the wrong width, NaN or infinite values.
         """
         sae_in = self.process_sae_in(self._check_width(x))
-        prepared = self._prepare()
-        norms = prepared.norms
-        atoms = self.W_dec[: self.cfg.n_pursued]
-        if norms is not None:
-            atoms = atoms.to(norms.dtype) / norms[:, None]
-        codes = encode(
-            sae_in,
-            atoms,
-            self.cfg.k,
-            method=self.cfg.method,
-            signed=self.cfg.signed,
-            rtol=max(self.cfg.rtol, torch.finfo(self.W_dec.dtype).eps),
-            gram=prepared.gram,
-        )
+        atoms, norms, pursuit = self._pursuit()
+        codes = encode(sae_in, atoms, self.cfg.k, threshold=self.cfg.threshold, **pursuit)
         if norms is not None:
             codes = codes._replace(values=codes.values / norms[codes.indices])
         return codes.mirrored(self.cfg.n_pursued) if self.cfg.mirrored else codes
+
+    @torch.no_grad()
+    def calibrate(self, x: Float[Tensor, "*batch d_in"], l0: float, k: int | None = None) -> float:
+        """Let codes have `l0` nonzeros on average instead of `cfg.k` each.
+
+        A row then stops at the first atom that would explain too little, whatever its batch: as many
+        nonzeros as with k = l0, spent on the rows that need them.
+
+        Args:
+            x: activations like those to encode, some thousands, not the atoms' own. The mean is met on
+                these.
+            l0: mean number of nonzeros, 0 < l0 <= k.
+            k: most nonzeros of a code from now on; default: `cfg.k` stays.
+
+        Returns:
+            `cfg.threshold`, as it is now; 0 where codes of at most k nonzeros have no more than l0 on
+            average anyway.
+
+        Raises:
+            ValueError: l0 or k is out of range; `x` is empty, of another width, NaN or infinite.
+        """
+        most = self.cfg.k if k is None else k
+        sae_in = self.process_sae_in(self._check_width(x)).reshape(-1, self.cfg.d_in)
+        atoms, _, pursuit = self._pursuit()
+        threshold = calibrate_threshold(sae_in, atoms, l0, most, **pursuit)
+        self.cfg.k, self.cfg.threshold, self.cfg.l0 = most, threshold, float(l0)
+        return threshold
 
     @override
     def decode(self, feature_acts: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_in"]:
@@ -186,6 +212,20 @@ class ITDA(SAE[ITDAConfig]):
         if width != self.cfg.d_in:
             raise ValueError(f"x must have d_in={self.cfg.d_in} numbers per row, got {tuple(x.shape)}")
         return x
+
+    def _pursuit(self) -> tuple[Tensor, Tensor | None, dict[str, Any]]:
+        """Unit atoms, their norms where those were not 1, and the options of `encode`."""
+        prepared = self._prepare()
+        atoms, norms = self.W_dec[: self.cfg.n_pursued], prepared.norms
+        if norms is not None:
+            atoms = atoms.to(norms.dtype) / norms[:, None]
+        options = dict(
+            method=self.cfg.method,
+            signed=self.cfg.signed,
+            rtol=max(self.cfg.rtol, torch.finfo(self.W_dec.dtype).eps),
+            gram=prepared.gram,
+        )
+        return atoms, norms, options
 
     def _prepare(self) -> Prepared:
         """Norms and Gram matrix of `W_dec`, computed anew when it has changed.
@@ -247,6 +287,7 @@ class ITDA(SAE[ITDAConfig]):
     def fold_activation_norm_scaling_factor(self, scaling_factor: float) -> None:
         self.W_dec.div_(scaling_factor)
         self.b_dec.div_(scaling_factor)
+        self.cfg.threshold /= scaling_factor
         self.cfg.normalize_activations = "none"
 
     @override

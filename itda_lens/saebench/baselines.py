@@ -1,4 +1,4 @@
-"""What a dictionary has to beat: random atoms, principal components, a TopK SAE on the same tokens."""
+"""What a dictionary has to beat: random atoms, principal components, TopK SAEs on the same tokens."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -7,7 +7,13 @@ from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
-from sae_lens import SAE, TopKTrainingSAE, TopKTrainingSAEConfig
+from sae_lens import (
+    SAE,
+    BatchTopKTrainingSAE,
+    BatchTopKTrainingSAEConfig,
+    TopKTrainingSAE,
+    TopKTrainingSAEConfig,
+)
 from sae_lens.config import SAETrainerConfig
 from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, SPARSITY_FILENAME
 from sae_lens.training.sae_trainer import SAETrainer
@@ -18,7 +24,7 @@ from itda_lens.dictionary import Label
 from itda_lens.pursuit import Method
 from itda_lens.sae import ITDA, assemble, replacing
 
-Baseline = Literal["random", "pca", "topk"]
+Baseline = Literal["random", "pca", "topk", "batchtopk"]
 
 TOPK_LEARNING_RATE = 3e-3
 TOPK_BATCH = 1024
@@ -38,6 +44,8 @@ def baseline(
 ) -> SAE[Any]:
     """The baseline of this kind: `random_atoms`, `principal_components` (d_sae = d_in) or `train_topk`.
 
+    "batchtopk" is `train_topk(over_batch=True)`.
+
     Raises:
         ValueError: a setting is out of range.
     """
@@ -47,7 +55,15 @@ def baseline(
         )
     if kind == "pca":
         return principal_components(activations, k=k, metadata=metadata)
-    return train_topk(activations, d_sae=d_sae, k=k, epochs=epochs, seed=seed, metadata=metadata)
+    return train_topk(
+        activations,
+        d_sae=d_sae,
+        k=k,
+        over_batch=kind == "batchtopk",
+        epochs=epochs,
+        seed=seed,
+        metadata=metadata,
+    )
 
 
 def random_atoms(
@@ -105,6 +121,7 @@ def train_topk(
     *,
     d_sae: int,
     k: int,
+    over_batch: bool = False,
     epochs: int = 8,
     learning_rate: float = TOPK_LEARNING_RATE,
     batch_size: int = TOPK_BATCH,
@@ -117,6 +134,8 @@ def train_topk(
     at the mean, a warm-up over the first 5 % of the steps and a linear decay over the last 20 %.
 
     Args:
+        over_batch: SAELens's BatchTopK instead: k nonzeros a row on average over each batch, and a
+            threshold in their place afterwards (`save_inference` writes a JumpReLU SAE).
         epochs: passes over the activations.
         learning_rate, batch_size: the defaults were chosen on a validation split; see docs/saebench.md.
             A batch is no larger than the activations.
@@ -133,20 +152,25 @@ def train_topk(
     if epochs < 1:
         raise ValueError(f"epochs must be at least 1, got {epochs}")
     batch_size = min(batch_size, n)
-    total = epochs * (n // batch_size) * batch_size
+    steps = epochs * (n // batch_size)
     device = str(activations.device)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        cfg = TopKTrainingSAEConfig(
+        common: dict[str, Any] = dict(
             d_in=d_in, d_sae=d_sae, k=k, device=device, normalize_activations="expected_average_only_in"
         )
+        if over_batch:
+            # A running mean that begins at 0: with few steps SAELens's rate, 0.01, does not get there.
+            rate = max(0.01, min(1.0, 10 / steps))
+            cfg = BatchTopKTrainingSAEConfig(**common, topk_threshold_lr=rate)
+        else:
+            cfg = TopKTrainingSAEConfig(**common)
         for key, value in (metadata or {}).items():
             cfg.metadata[key] = value
-        sae = TopKTrainingSAE(cfg)
-        steps = total // batch_size
+        sae = (BatchTopKTrainingSAE if over_batch else TopKTrainingSAE)(cfg)  # pyright: ignore
         trainer = SAETrainer(
             cfg=SAETrainerConfig(
-                total_training_samples=total,
+                total_training_samples=steps * batch_size,
                 train_batch_size_samples=batch_size,
                 device=device,
                 lr=learning_rate,

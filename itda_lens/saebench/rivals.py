@@ -45,7 +45,7 @@ def build_baselines(
     Args:
         itdas: the dictionaries to rival.
         kinds: "random" (activations drawn at random), "pca" (principal components), "topk" (SAELens's
-            TopK SAE, trained by SAELens on the same activations).
+            TopK SAE, trained by SAELens on the same activations), "batchtopk" (its BatchTopK).
         folder: where to save them, a subfolder each.
         texts: what to build them from; for a fair comparison what the dictionaries were built from.
         model: as in `build`; one that the dictionaries belong to.
@@ -71,7 +71,7 @@ def build_baselines(
             raise ValueError("baselines need dictionaries whose metadata name their hook_name")
         for kind in checked:
             width = "" if kind == "pca" else f"-{itda.cfg.n_pursued}"
-            wanted[Path(folder) / f"{kind}{width}-k{itda.cfg.k}-{hook}"] = (kind, itda, hook)
+            wanted[Path(folder) / f"{kind}{width}-k{_nonzeros(itda)}-{hook}"] = (kind, itda, hook)
     metadata = [itda.cfg.metadata for itda in itdas]
     contexts = {(m.context_size or 128, m.prepend_bos, _keeps_special_tokens(m)) for m in metadata}
     if len(contexts) > 1:
@@ -110,7 +110,7 @@ def build_baselines(
             kind,
             found[hook].values,
             d_sae=itda.cfg.n_pursued,
-            k=itda.cfg.k,
+            k=_nonzeros(itda),
             method=itda.cfg.method,
             labels=found[hook].labels,
             epochs=epochs,
@@ -126,6 +126,11 @@ def _kind(name: str) -> Baseline:
         if name == kind:
             return kind
     raise ValueError(f"baselines must be among {', '.join(get_args(Baseline))}; got {name!r}")
+
+
+def _nonzeros(itda: ITDA) -> int:
+    """What a rival spends on every code: k, or the mean that the dictionary was calibrated for."""
+    return itda.cfg.k if itda.cfg.l0 is None else max(1, round(itda.cfg.l0))
 
 
 def _keeps_special_tokens(metadata: Any) -> bool:

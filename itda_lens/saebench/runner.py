@@ -82,7 +82,7 @@ def bench(
         text_field, split: for texts in jsonl files, and for train_texts. Evaluations read the split
             "train" of a data set, and its field "text".
         baselines: baselines to build beside the ITDAs among `saes`, in `out/baselines`: "random", "pca",
-            "topk"; see `build_baselines`.
+            "topk", "batchtopk"; see `build_baselines`.
         train_texts: what to build them from: for a fair comparison what the ITDAs were built from.
         progress: show a progress bar.
 

@@ -51,6 +51,8 @@ def build(
     method: Method | None = None,
     signed: bool = True,
     loss_threshold: float | None = None,
+    l0: float | None = None,
+    update: bool = False,
     context_size: int = 128,
     prepend_bos: bool | None = None,
     keep_special_tokens: bool = False,
@@ -76,6 +78,11 @@ def build(
             `itda_lens.sources.iterate_texts`.
         hook_names: one hook point or several, by TransformerLens's names.
         d_sae, k, preset, seed, method, signed, loss_threshold: as in `fit`.
+        l0: mean nonzeros per code. Codes then have as many as their activation needs, at most k, by a
+            threshold calibrated on activations that are not atoms; give k three or four times `l0`.
+            Default: k nonzeros in every code.
+        update: move the atoms by three rounds of least squares. They reconstruct far better, and are no
+            longer activations themselves: each keeps its label with its cosine to that activation.
         context_size: tokens per context, the BOS token included; longer texts are cut.
         prepend_bos: begin each context with the BOS token; default: if the tokenizer has one.
         keep_special_tokens: let position 0 and special tokens count; padding never does.
@@ -93,7 +100,7 @@ def build(
             never fires, NaN or infinite activations, or fewer distinct activations than d_sae.
         TypeError: a model or text of the wrong kind.
     """
-    recipe = Recipe(d_sae, k, preset, seed, method, signed, loss_threshold)
+    recipe = Recipe(d_sae, k, preset, seed, method, signed, loss_threshold, l0, update)
     names = [hook_names] if isinstance(hook_names, str) else list(hook_names)
     if not names or len(set(names)) != len(names):
         raise ValueError(f"hook_names must be one or more different names, got {names}")

@@ -27,6 +27,8 @@ def fit(
     method: Method | None = None,
     signed: bool = True,
     loss_threshold: float | None = None,
+    l0: float | None = None,
+    update: bool = False,
     batch_size: int = 4096,
     metadata: dict[str, Any] | None = None,
     progress: bool = False,
@@ -48,6 +50,11 @@ def fit(
         method: "mp" or "omp"; default: "omp" for "best", "mp" for "paper".
         signed: whether coefficients may be negative.
         loss_threshold: relative squared error over which "paper" admits an activation; default 0.2.
+        l0: mean nonzeros per code. Codes then have as many as their activation needs, at most k, by a
+            threshold calibrated on activations that are not atoms; give k three or four times `l0`.
+            Default: k nonzeros in every code.
+        update: move the atoms by three rounds of least squares. They reconstruct far better, and are no
+            longer activations themselves: each keeps its label with its cosine to that activation.
         batch_size: rows looked at together. Changes nothing for "best"; the paper's rule depends on it.
         metadata: entries for `cfg.metadata`, such as model_name and hook_name.
         progress: show a progress bar.
@@ -57,7 +64,7 @@ def fit(
             ones than d_sae; labels of the wrong number.
         TypeError: `activations` is no floating-point tensor, or a label is none.
     """
-    recipe = Recipe(d_sae, k, preset, seed, method, signed, loss_threshold)
+    recipe = Recipe(d_sae, k, preset, seed, method, signed, loss_threshold, l0, update)
     _check(activations, d_sae, batch_size)
     n, d_in = activations.shape
     if labels is not None and len(labels) != n:

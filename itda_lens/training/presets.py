@@ -34,6 +34,8 @@ class Recipe:
         method: encoder, "mp" or "omp"; None takes the preset's.
         signed: whether coefficients may be negative.
         loss_threshold: tau of preset "paper"; None takes its default.
+        l0: mean nonzeros per code, met by a threshold; None gives every code k. Of preset "best".
+        update: whether a least-squares update moves the chosen atoms. Of preset "best".
     """
 
     d_sae: int | None
@@ -43,6 +45,8 @@ class Recipe:
     method: Method | None = None
     signed: bool = True
     loss_threshold: float | None = None
+    l0: float | None = None
+    update: bool = False
 
     def __post_init__(self) -> None:
         if self.preset not in get_args(Preset):
@@ -61,6 +65,11 @@ class Recipe:
             raise ValueError(
                 f"loss_threshold must be between 0 and 1 (both excluded), got {self.loss_threshold}"
             )
+        for name, given in (("l0", self.l0 is not None), ("update", self.update)):
+            if given and self.preset != "best":
+                raise ValueError(f"{name} is a setting of preset='best' only")
+        if self.l0 is not None and not 0 < self.l0 <= self.k:
+            raise ValueError(f"l0 must be above 0 and at most k={self.k}, got {self.l0}")
         if self.seed < 0:
             raise ValueError(f"seed must be at least 0, got {self.seed}")
 
@@ -74,14 +83,25 @@ class Recipe:
             )  # fmt: skip
         assert self.d_sae is not None  # checked on construction
         return EnergySelector(
-            d_in, self.d_sae, self.k, signed=self.signed, seed=self.seed, dtype=dtype, device=device
+            d_in,
+            self.d_sae,
+            self.k if self.l0 is None else max(1, round(self.l0)),
+            signed=self.signed,
+            update=self.update,
+            seed=self.seed,
+            dtype=dtype,
+            device=device,
         )
 
     def assemble(
         self, dictionary: Dictionary, metadata: Mapping[str, Any], reshape_activations: str = "none"
     ) -> ITDA:
-        """The chosen atoms as an ITDA, in their dtype."""
-        return assemble(
+        """The chosen atoms as an ITDA, in their dtype.
+
+        Raises:
+            ValueError: `l0` is set, and no activation but the atoms' own is there to calibrate on.
+        """
+        itda = assemble(
             dictionary.atoms,
             dictionary.mean,
             k=min(self.k, len(dictionary.atoms)),
@@ -91,3 +111,11 @@ class Recipe:
             metadata=metadata,
             reshape_activations=reshape_activations,
         )
+        if self.l0 is not None:
+            if dictionary.sample is None or not len(dictionary.sample):
+                raise ValueError(
+                    f"l0={self.l0} needs activations besides those that became atoms; give more than "
+                    f"{len(dictionary.atoms)}"
+                )
+            itda.calibrate(dictionary.sample, self.l0)
+        return itda

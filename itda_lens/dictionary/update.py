@@ -1,0 +1,96 @@
+"""Least-squares update of chosen atoms: no longer real activations, but near them and better."""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from itda_lens.pursuit import SparseCodes, encode, gram_matrix
+
+CG_STEPS = 4
+"""Steps of conjugate gradients per round; 8 and 16 gain nothing, since codes change with the atoms."""
+
+RIDGE = 1e-3
+"""Pull towards the atoms as they are, in multiples of an average atom's energy: rare atoms move less."""
+
+
+def update_atoms(
+    parts: Sequence[Float[Tensor, "m d"]],
+    atoms: Float[Tensor, "n d"],
+    k: int,
+    *,
+    signed: bool,
+    progress: bool,
+) -> Float[Tensor, "n d"]:
+    """Unit atoms that reconstruct activations better: for each part, code it, then solve for the atoms.
+
+    The method of optimal directions (Engan, Aase & Husoy, 1999) on codes of matching pursuit, a round a
+    part, by conjugate gradients from the atoms as they are: memory for the codes and a few copies of the
+    atoms, none for atoms by atoms. An atom that no code uses stays as it is.
+
+    Args:
+        parts: activations, centred; other ones in each round fit the atoms to none of them too closely.
+        atoms: rows of unit norm.
+        k: nonzeros per code.
+        signed: whether coefficients may be negative.
+    """
+    for x in tqdm(parts, desc="updating", unit="round", disable=not progress, leave=False):
+        codes = encode(x, atoms, k, signed=signed, gram=gram_matrix(atoms, signed=signed))
+        atoms = torch.nn.functional.normalize(least_squares_atoms(x, codes, atoms), dim=-1)
+    return atoms
+
+
+def least_squares_atoms(
+    x: Float[Tensor, "m d"], codes: SparseCodes, atoms: Float[Tensor, "n d"], steps: int = CG_STEPS
+) -> Float[Tensor, "n d"]:
+    """`steps` steps from `atoms` to the D that minimises |x - C D|^2 + ridge |D - atoms|^2.
+
+    C is the sparse matrix of `codes`; columns of D are solved for side by side, with the diagonal of
+    the normal equations as preconditioner.
+    """
+    transposed = _Transposed(codes, len(atoms))
+    energy = transposed.energy()
+    ridge = RIDGE * energy.mean()
+    diagonal = (energy + ridge).clamp(min=torch.finfo(x.dtype).tiny)[:, None]
+    change = torch.zeros_like(atoms)
+    residual = transposed.times(x - codes.decode(atoms))
+    direction = residual / diagonal
+    size = (residual * direction).sum(dim=0)
+    for _ in range(steps):
+        image = transposed.times(codes.decode(direction)) + ridge * direction
+        curvature = (direction * image).sum(dim=0)
+        step = torch.where(curvature > 0, size / curvature, 0)
+        change += step * direction
+        residual -= step * image
+        conditioned = residual / diagonal
+        old, size = size, (residual * conditioned).sum(dim=0)
+        direction = conditioned + torch.where(old > 0, size / old, 0) * direction
+    return atoms + change
+
+
+class _Transposed:
+    """The sparse matrix of codes, read by atoms instead of by rows."""
+
+    def __init__(self, codes: SparseCodes, n_atoms: int) -> None:
+        k = codes.indices.shape[-1]
+        used = (codes.values != 0).flatten().nonzero().flatten()
+        atom = codes.indices.flatten()[used]
+        order = atom.argsort(stable=True)
+        self._rows = (used // k)[order]
+        self._values = codes.values.flatten()[used][order]
+        count = torch.bincount(atom, minlength=n_atoms)
+        self._starts = count.cumsum(dim=0) - count
+
+    def times(self, rows: Float[Tensor, "m d"]) -> Float[Tensor, "n d"]:
+        return torch.nn.functional.embedding_bag(
+            self._rows, rows, self._starts, per_sample_weights=self._values, mode="sum"
+        )
+
+    def energy(self) -> Float[Tensor, " n"]:
+        """Sum of each atom's squared coefficients."""
+        ones = self._values.new_ones(int(self._rows.max()) + 1 if len(self._rows) else 1, 1)
+        return torch.nn.functional.embedding_bag(
+            self._rows, ones, self._starts, per_sample_weights=self._values.square(), mode="sum"
+        ).squeeze(-1)
