@@ -560,9 +560,7 @@ class TestBaselinesLike:
 
     def test_bad_input(self, saes, activations, tmp_path):
         itda = itda_lens.load(saes / "itda")
-        with pytest.raises(
-            ValueError, match="must be among random, pca, topk, batchtopk; got 'sae'"
-        ):
+        with pytest.raises(ValueError, match="must be among random, pca, topk, batchtopk; got 'sae'"):
             build_baselines([itda], ["sae"], tmp_path, texts="t", model=None)
         bare = fit(activations.values, d_sae=20, k=2)
         with pytest.raises(ValueError, match="name their hook_name"):
