@@ -2,10 +2,12 @@
 #   make demo    a real model, real text, two dictionaries, one sentence taken apart
 #   make test    ruff, the type checker, the tests (real model included), the notebook, the docs;
 #                then the host libraries' contracts again, with the oldest SAELens and with SAEBench
-# Options: PYTHON=python3.12, TORCH=torch==2.14.0 (any pip requirement), VENV=another/folder
+# Options: PYTHON=python3.12, TORCH=torch==2.14.0 (any pip requirement), VENV=another/folder,
+#          WORKERS=4 (processes that run tests, each on its share of the processors)
 
 PYTHON ?= python3
 VENV ?= .venv
+WORKERS ?= 2
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 CONSTRAINTS := constraints.txt
@@ -19,14 +21,16 @@ HOSTS_FILES := constraints-saebench.txt requirements-saebench.txt
 HOSTS_STAMP := $(HOSTS)/.installed-$(subst /,_,$(TORCH))
 HOSTS_TESTS := tests/test_contracts_saelens.py tests/test_contracts_transformerlens.py tests/test_saebench.py
 
+PARALLEL := --numprocesses $(WORKERS) --dist loadfile
+
 .PHONY: demo test bench check format docs clean
 
 demo: $(STAMP)
 	$(BIN)/itda demo --overwrite
 
 test: check $(HOSTS_STAMP)
-	$(BIN)/python -m pytest
-	$(HOSTS_BIN)/python -m pytest -m "real or saebench" $(HOSTS_TESTS)
+	$(BIN)/python -m pytest $(PARALLEL)
+	$(HOSTS_BIN)/python -m pytest $(PARALLEL) -m "real or saebench" $(HOSTS_TESTS)
 
 # The tables of docs/saebench.md; stop it when you like, it goes on.
 bench: $(HOSTS_STAMP)

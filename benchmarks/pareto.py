@@ -32,6 +32,7 @@ from itda_lens.training import Activations, collect
 KINDS = {
     "itda": "ITDA",
     "itda-l0": "ITDA, mean L0",
+    "prefix": "ITDA, first half of one twice as wide",
     "updated": "ITDA updated",
     "updated-l0": "ITDA updated, mean L0",
     "paper": "ITDA, preset paper",
@@ -54,6 +55,8 @@ def k_for(l0: int) -> int:
 
 def make(kind: str, x: Activations, d_sae: int, l0: int, epochs: int | None, seed: int) -> SAE[Any]:
     common: dict[str, Any] = dict(d_sae=d_sae, seed=seed, labels=x.labels)
+    if kind == "prefix":
+        return fit(x.values, k=l0, **common | {"d_sae": 2 * d_sae}).prefix(d_sae)
     if kind in ("itda", "updated"):
         return fit(x.values, k=l0, update=kind == "updated", **common)
     if kind in ("itda-l0", "updated-l0"):

@@ -5,6 +5,11 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub, which reads it once
 
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
+    # Before torch is imported: workers with as many threads as there are processors each would spend
+    # their time waiting for one another. Processes that tests start inherit it.
+    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // workers))
+
 from jaxtyping import install_import_hook
 
 # Shapes and types are checked at run time in the tests, but not where bad input is the user's: there

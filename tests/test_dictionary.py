@@ -10,7 +10,12 @@ import torch
 from itda_lens.dictionary import EnergySelector, GreedySelector, Label, Labels, RowLabels, RunningFVU
 from itda_lens.dictionary.rows import RowStore
 from itda_lens.dictionary.sampling import StreamSample
-from itda_lens.dictionary.selection import first_of_direction, normalize_rows, prune_by_energy
+from itda_lens.dictionary.selection import (
+    first_of_direction,
+    normalize_rows,
+    order_by_energy,
+    prune_by_energy,
+)
 from itda_lens.dictionary.update import RIDGE, least_squares_atoms, update_atoms
 from itda_lens.pursuit import encode
 
@@ -168,6 +173,15 @@ class TestPieces:
         kept = prune_by_energy(code @ true, candidates, 10, 4, signed=True, drop=0.2, progress=False)
         assert kept.tolist() == list(range(25, 35))
 
+    def test_order_nests_what_pruning_leaves(self):
+        x, atoms = rows(500), normalize_rows(rows(40, seed=1))[0]
+        options = dict(signed=True, drop=0.5)
+        order = order_by_energy(x, atoms, 4, **options)
+        assert order.sort().values.tolist() == list(range(40))
+        for size in (20, 10, 5, 2, 1):
+            left = prune_by_energy(x, atoms, size, 4, progress=False, **options)
+            assert order[:size].sort().values.tolist() == left.tolist()
+
     def test_running_fvu(self):
         x, y = rows(100) + 5, rows(100, seed=1) + 5
         running = RunningFVU()
@@ -195,6 +209,16 @@ class TestEnergySelector:
         assert torch.equal(first.atoms, second.atoms)
         assert torch.equal(first.mean, second.mean)
         assert first.labels == second.labels
+
+    def test_first_atoms_matter_most(self):
+        centres = rows(64, 32, seed=3)
+        weights = torch.linspace(3, 0.3, 64)[
+            torch.randperm(64, generator=torch.Generator().manual_seed(1))
+        ]
+        x = (weights[:, None] * centres).repeat_interleave(40, 0) + 0.05 * rows(64 * 40, 32, seed=4)
+        found = feed(energy(d_sae=64, k=1, d=32), x)
+        strength = [float(weights[label.row // 40]) for label in found.labels]
+        assert sum(strength[:32]) > 2 * sum(strength[32:])
 
     def test_seed_matters(self):
         x = rows(2000)

@@ -215,6 +215,36 @@ def test_folding_a_scaling_factor_keeps_the_function(itda):
     torch.testing.assert_close(4 * itda(x), output, atol=1e-4, rtol=1e-4)
 
 
+class TestPrefix:
+    @pytest.mark.parametrize("method", ["mp", "omp"])
+    def test_is_the_dictionary_of_the_first_atoms(self, method, tmp_path):
+        itda = make(method)
+        first = itda.prefix(12)
+        assert torch.equal(first.W_dec, itda.W_dec[:12])
+        assert first.labels == itda.labels[:12]
+        x = torch.randn(5, D_IN) + 2
+        expected = encode(x - itda.b_dec, itda.W_dec[:12], K, method=method)
+        torch.testing.assert_close(first.encode(x), expected.to_dense(12), atol=1e-4, rtol=1e-4)
+        first.save_model(tmp_path)
+        assert torch.equal(SAE.load_from_disk(tmp_path).encode(x), first.encode(x))
+
+    def test_is_a_copy_with_no_more_nonzeros_than_atoms(self, itda):
+        itda.calibrate(torch.randn(300, D_IN) + 2, 3.5)
+        first = itda.prefix(3)
+        assert (first.cfg.k, first.cfg.l0, first.cfg.d_sae) == (3, 3, 3)
+        with torch.no_grad():
+            first.W_dec.zero_()
+        assert itda.W_dec[0].norm() > 0.9
+        assert (itda.cfg.k, itda.cfg.d_sae) == (K, D_SAE)
+
+    @pytest.mark.parametrize("m", [0, D_SAE + 1])
+    def test_bad_input(self, itda, m):
+        with pytest.raises(ValueError, match=f"m must be between 1 and d_sae=40, got {m}"):
+            itda.prefix(m)
+        with pytest.raises(ValueError, match="take the prefix first"):
+            itda.nonnegative().prefix(5)
+
+
 class TestCalibrate:
     def test_sets_the_mean_of_any_dictionary(self, itda):
         x = torch.randn(2000, D_IN) + 2

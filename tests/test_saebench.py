@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -182,7 +183,10 @@ class TestSAELens:
         out = tmp_path / "out"
         settings = tmp_path / "settings.json"
         settings.write_text(json.dumps(SAELENS))
-        command = [sys.executable, "-m", "itda_lens", "bench", str(saes), "--out", str(out)]
+        shutil.copytree(saes / "itda", tmp_path / "saes" / "itda")
+        for i in range(8):  # enough work after the first result for an interrupt to fall into
+            shutil.copytree(saes / "topk", tmp_path / "saes" / f"topk{i}")
+        command = [sys.executable, "-m", "itda_lens", "bench", str(tmp_path / "saes"), "--out", str(out)]
         command += ["--texts", str(tmp_path / "texts.txt"), "--model", str(model_folder)]
         command += ["--evals", "saelens", "--device", "cpu", "--settings", str(settings)]
         with subprocess.Popen(

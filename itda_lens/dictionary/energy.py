@@ -14,6 +14,7 @@ from itda_lens.dictionary.selection import (
     Dictionary,
     first_of_direction,
     normalize_rows,
+    order_by_energy,
     prune_by_energy,
 )
 from itda_lens.dictionary.update import update_atoms
@@ -35,6 +36,9 @@ NEAR_DUPLICATE = 0.85
 RELAXED = (0.9, 0.95, 0.99, SAME_DIRECTION)
 """What counts as a repetition instead, in turn, while fewer candidates than atoms are left."""
 
+ORDERED_ON = 4096
+"""Activations, about, that decide the order of the chosen atoms."""
+
 UPDATE_ROUNDS = 3
 """Rounds of least-squares update, each on a sample of its own; see docs/quality.md for more of them."""
 
@@ -46,7 +50,7 @@ GUIDE_ROWS = 64
 
 
 class EnergySelector:
-    """Centre, sample, drop near-duplicates, prune by energy; with `update`, then least squares.
+    """Centre, sample, drop near-duplicates, prune and order by energy; with `update`, least squares.
 
     One pass over the stream keeps its exact mean and two uniform samples of it: candidates, distinct
     ones, and activations to score them on (more of these for an update). Memory is bounded by the
@@ -112,6 +116,11 @@ class EnergySelector:
             x, candidates, self._d_sae, self._k,
             signed=self._signed, drop=DROP_PER_ROUND, progress=progress,
         )  # fmt: skip
+        spread = x[:: max(1, len(x) // ORDERED_ON)]
+        order = order_by_energy(
+            spread, candidates[chosen], self._k, signed=self._signed, drop=DROP_PER_ROUND
+        )
+        chosen = chosen[order]
         atoms = candidates[chosen].clone()
         origin = keep.nonzero().flatten()[chosen].tolist()
         labels = [labels[i] for i in origin]

@@ -135,18 +135,36 @@ def prune_by_energy(
     least (never below `n_keep`), again. What a dropped atom carried falls to its neighbours, so
     several small rounds choose better than one large one.
     """
+    kept, _ = _prune(x, candidates, n_keep, k, signed, drop, progress)
+    return kept
+
+
+def order_by_energy(
+    x: Float[Tensor, "n d"], atoms: Float[Tensor, "m d"], k: int, *, signed: bool, drop: float
+) -> Int[Tensor, " m"]:
+    """Indices of `atoms`, the most important first: the first of them are what pruning would leave."""
+    last, dropped = _prune(x, atoms, 1, k, signed, drop, progress=False)
+    return torch.cat([last, *reversed(dropped)])
+
+
+def _prune(
+    x: Tensor, candidates: Tensor, n_keep: int, k: int, signed: bool, drop: float, progress: bool
+) -> tuple[Tensor, list[Tensor]]:
+    """What is left, ascending, and what each round dropped, those of most energy first."""
     kept = torch.arange(len(candidates), device=candidates.device)
+    dropped = []
     gram = gram_matrix(candidates, signed=signed)
     with tqdm(
         total=len(candidates) - n_keep, desc="selecting", unit="atom", disable=not progress, leave=False
     ) as bar:
         while len(kept) > n_keep:
             codes = encode(x, candidates, min(k, len(kept)), signed=signed, gram=gram)
-            energy = energy_by_atom(codes, len(kept))
+            order = energy_by_atom(codes, len(kept)).argsort(descending=True, stable=True)
             size = max(n_keep, int(len(kept) * (1 - drop)))
-            best = energy.argsort(descending=True, stable=True)[:size].sort().values
+            dropped.append(kept[order[size:]])
+            best = order[:size].sort().values
             bar.update(len(kept) - size)
             kept, candidates = kept[best], candidates[best]
             # Candidates that were too many for a Gram matrix may have become few enough.
             gram = gram_matrix(candidates, signed=signed) if gram is None else gram[best][:, best]
-    return kept
+    return kept, dropped

@@ -256,6 +256,33 @@ class ITDA(SAE[ITDAConfig]):
             self._labels = (compact, labels)
         return self._labels[1]
 
+    def prefix(self, m: int) -> "ITDA":
+        """The dictionary of the first `m` atoms, a copy.
+
+        Preset "best" orders atoms by importance, so that a prefix is about as good as a dictionary that
+        was built with `m` atoms; preset "paper" orders them as they were admitted. `cfg.k` becomes `m`
+        where it was more; a calibrated threshold stays as it is.
+
+        Raises:
+            ValueError: `m` is not between 1 and d_sae, or this is a non-negative view.
+        """
+        if self.cfg.mirrored:
+            raise ValueError(
+                "take the prefix first, then its non-negative view: here the signs come in halves"
+            )
+        if not 1 <= m <= self.cfg.d_sae:
+            raise ValueError(f"m must be between 1 and d_sae={self.cfg.d_sae}, got {m}")
+        cfg = copy.deepcopy(self.cfg)
+        cfg.d_sae, cfg.k = m, min(m, self.cfg.k)
+        cfg.l0 = None if cfg.l0 is None else min(cfg.l0, cfg.k)
+        if self.cfg.metadata[LABELS_KEY] is not None:
+            cfg.metadata[LABELS_KEY] = self.labels[:m].to_compact()
+        first = ITDA(cfg)
+        with torch.no_grad():
+            first.W_dec.copy_(self.W_dec[:m])
+            first.b_dec.copy_(self.b_dec)
+        return first
+
     # non-negative codes
 
     def nonnegative(self) -> "ITDA":

@@ -14,4 +14,6 @@ def register_with_transformer_lens(folder: Path, name: str) -> None:
     path = str(folder)
     if path not in supported_models.OFFICIAL_MODEL_NAMES:
         supported_models.OFFICIAL_MODEL_NAMES.append(path)
-        supported_models.MODEL_ALIASES[path] = [name]
+    names = supported_models.MODEL_ALIASES.setdefault(path, [])
+    if name not in names:
+        names.append(name)
