@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from itda_lens.dictionary import EnergySelector, GreedySelector, Label, Labels, RowLabels, RunningFVU
+from itda_lens.dictionary.outliers import OUTLIER, limit_outliers, robust_centre
 from itda_lens.dictionary.rows import RowStore
 from itda_lens.dictionary.sampling import StreamSample
 from itda_lens.dictionary.selection import (
@@ -263,6 +264,49 @@ class TestEnergySelector:
         selector.update(rows(300, seed=1), RowLabels(90, 390))
         assert selector.n_atoms == 100
         assert 0 < selector.running_fvu() < 1
+
+
+class TestOutliers:
+    def test_ordinary_rows_are_left_alone(self):
+        x = rows(2000) + 3
+        mean = x.mean(dim=0)
+        assert robust_centre(x, mean) is mean
+        assert torch.equal(limit_outliers(x - mean), x - mean)
+
+    @pytest.mark.parametrize("share", [1, 40, 400])
+    def test_the_centre_is_that_of_the_others(self, share):
+        x = rows(2000) + 3
+        x[:share] = 500 * torch.sign(rows(share, seed=1).abs())  # all on one side
+        found = robust_centre(x, x.mean(dim=0))
+        distance = (found - x[share:].mean(dim=0)).norm()
+        assert distance < 1e-5
+
+    def test_a_long_row_counts_as_one_at_the_limit(self):
+        x = rows(99)
+        x[7] *= 1000
+        limited = limit_outliers(x)
+        assert torch.equal(limited[8:], x[8:])
+        assert limited[7].norm() == pytest.approx(OUTLIER * x.norm(dim=1).median().item(), rel=1e-5)
+        assert torch.nn.functional.cosine_similarity(limited[7], x[7], dim=0) > 0.9999
+
+    def test_more_than_half_of_the_rows_at_the_centre(self):
+        x = torch.cat([torch.zeros(30, 4), torch.eye(4)])
+        assert torch.equal(limit_outliers(x), x)
+
+    @pytest.mark.parametrize("update", [False, True])
+    def test_selection_serves_the_other_activations(self, update):
+        x = rows(3000, 32) @ torch.diag(torch.linspace(2, 0.1, 32)) + 1
+        spoiled = x.clone()
+        spoiled[::100] = 300 * (1 + 0.1 * rows(30, 32, seed=9))
+        others = torch.ones(3000, dtype=torch.bool)
+        others[::100] = False
+
+        def error(data):
+            found = feed(energy(d_sae=60, d=32, update=update), data)
+            centred = x[others] - found.mean
+            return (centred - encode(centred, found.atoms, 4).decode(found.atoms)).square().sum()
+
+        assert error(spoiled) < 1.15 * error(x)
 
 
 class TestUpdate:

@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from itda_lens.dictionary.labels import Label
+from itda_lens.dictionary.outliers import limit_outliers, robust_centre
 from itda_lens.dictionary.sampling import StreamSample
 from itda_lens.dictionary.selection import (
     SAME_DIRECTION,
@@ -106,12 +107,12 @@ class EnergySelector:
         return guide.value()
 
     def finish(self, progress: bool) -> Dictionary:
-        mean = self._mean()
+        mean = robust_centre(self._scored.rows(), self._mean())
         unit, usable = normalize_rows(self._candidates.rows() - mean)
         keep = self._distinct(unit, usable)
         labels = self._candidates.labels()
         candidates = unit[keep]
-        x = self._scored.rows() - mean
+        x = limit_outliers(self._scored.rows() - mean)
         chosen = prune_by_energy(
             x, candidates, self._d_sae, self._k,
             signed=self._signed, drop=DROP_PER_ROUND, progress=progress,
@@ -126,7 +127,7 @@ class EnergySelector:
         labels = [labels[i] for i in origin]
         sample = self._others(labels)
         if self._update:
-            parts = [x, *(part.rows() - mean for part in self._parts)]
+            parts = [x, *(limit_outliers(part.rows() - mean) for part in self._parts)]
             updated = update_atoms(parts, atoms, self._k, signed=self._signed, progress=progress)
             cosines = (updated * atoms).sum(dim=-1).tolist()
             # Six digits: a label is text, and an atom that did not move has exactly 1.
