@@ -1,6 +1,8 @@
 """How many atoms a code has on average, by the threshold at which pursuits stop."""
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -12,7 +14,13 @@ from itda_lens.pursuit.gram import GramMatrix
 CLOSE_ENOUGH = 0.002
 """Relative distance from the mean L0 asked for at which calibration stops."""
 
-MOST_TRIALS = 40
+FIRST_ROWS = 512
+"""Rows, about, on which the search begins."""
+
+FASTER = 1.3
+"""Exponent by which the factor grows: a start that is far off is left behind soon."""
+
+MOST_TRIALS = 60
 """Thresholds tried at most: mean L0 is a step function, which may jump over what was asked for."""
 
 
@@ -57,24 +65,42 @@ def calibrate_threshold(
     if scale == 0:
         raise ValueError("x must have a row that is not zero")
 
-    def mean_l0(threshold: float) -> float:
+    def mean_l0(rows: Tensor, threshold: float) -> float:
         codes = encode(
-            x, atoms, k, method=method, signed=signed, rtol=rtol, threshold=threshold, gram=gram
+            rows, atoms, k, method=method, signed=signed, rtol=rtol, threshold=threshold, gram=gram
         )
         return codes.l0().double().mean().item()
 
-    # From above, where codes are short and cheap, down to a threshold that gives too many nonzeros.
-    high = low = scale
-    while (found := mean_l0(low)) < l0:
-        high, low = low, low / 2
-        if low < 1e-6 * scale:
+    # From above, where codes are short and cheap; first on few rows, then near what they say.
+    least = 1e-6 * scale
+    few = x[:: max(1, len(x) // FIRST_ROWS)]
+    threshold = _solve(partial(mean_l0, few), l0, scale, 2.0, least)
+    return _solve(partial(mean_l0, x), l0, max(threshold, least), 1.05, least)
+
+
+def _solve(
+    mean_l0: Callable[[float], float], l0: float, start: float, factor: float, least: float
+) -> float:
+    """Where `mean_l0`, which falls with the threshold, is `l0`; 0 if it is lower at `least` still.
+
+    Thresholds from `start` on, by `factor` and faster, until two of them enclose it; then by
+    interpolation of their logarithms.
+    """
+    trials = {start: mean_l0(start)}
+    low = high = start
+    while trials[low] < l0:
+        if low < least:
             return 0.0
-    best = (abs(found - l0), low)
-    for _ in range(MOST_TRIALS):
-        if best[0] <= CLOSE_ENOUGH * l0 or high <= low * (1 + 1e-9):
+        high, low, factor = low, low / factor, factor**FASTER
+        trials[low] = mean_l0(low)
+    while trials[high] > l0:
+        low, high, factor = high, high * factor, factor**FASTER
+        trials[high] = mean_l0(high)
+    while len(trials) < MOST_TRIALS and high > low * (1 + 1e-9):
+        if min(abs(found - l0) for found in trials.values()) <= CLOSE_ENOUGH * l0:
             break
-        middle = math.sqrt(low * high)
-        found = mean_l0(middle)
-        best = min(best, (abs(found - l0), middle))
+        share = (trials[low] - l0) / (trials[low] - trials[high])
+        middle = low * (high / low) ** min(max(share, 0.05), 0.95)
+        trials[middle] = found = mean_l0(middle)
         low, high = (middle, high) if found > l0 else (low, middle)
-    return best[1]
+    return min(trials, key=lambda threshold: (abs(trials[threshold] - l0), threshold))
