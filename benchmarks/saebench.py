@@ -47,7 +47,7 @@ SETTINGS = {
         batch_size_prompts=8,
     ),
     "sparse_probing_sae_probes": dict(dataset_names=PROBED, reg_type="l2"),
-    "absorption": dict(max_k_value=5, precalc_k_sparse_probe_sae_acts=True),
+    "absorption": dict(words=6000, max_k_value=5, precalc_k_sparse_probe_sae_acts=True),
 }
 """Sizes that two cores manage; everything else is SAEBench's default."""
 

@@ -254,6 +254,7 @@ SMALL = {
         min_GT_probe_f1=-1.0,
         min_feats_for_eval=1,
         precalc_k_sparse_probe_sae_acts=True,
+        words=330,
     ),
     "meta_structure": dict(train_steps=5, train_batch_size=32),
     "autointerp": dict(
@@ -284,6 +285,7 @@ class TestSAEBench:
             written = json.loads(result.file.read_text())
             assert written["eval_config"].get("model_name", "tiny-letters") == "tiny-letters"
             assert written["sae_lens_id"] == "custom_sae"
+            assert written["eval_config"].get("words", 330) == 330
         if name == "core":
             # Reconstruction does not depend on the sign.
             for figure in ("CE-loss score", "KL score"):

@@ -106,8 +106,8 @@ EVALUATIONS: dict[str, Evaluation] = {
         ),
         Evaluation(
             "absorption",
-            f"{_EVALS}.absorption.main",
-            "AbsorptionEvalConfig",
+            "itda_lens.saebench.absorption",
+            "AbsorptionConfig",
             (
                 Metric("absorption", "mean.mean_absorption_fraction_score", False),
                 Metric("full absorption", "mean.mean_full_absorption_score", False),
@@ -216,7 +216,9 @@ def configure(
     try:
         config = config_class(**values | dict(settings))
     except (TypeError, ValueError) as error:
-        raise ValueError(f"settings of {evaluation.name} are not valid: {error}") from error
+        lines = [line.strip() for line in str(error).splitlines()]
+        reason = ", ".join(line for line in lines if not line.startswith("For further information"))
+        raise ValueError(f"settings of {evaluation.name} are not valid: {reason}") from error
     return asdict(config)
 
 

@@ -106,7 +106,6 @@ def runner(job: Job) -> Run:
     if job.evaluation == "absorption":
         workarounds.keep_absorption_in(Path(job.work) / "artifacts" / "absorption")
         workarounds.stop_at_the_last_hook()
-        # With force_rerun it would train the probes of the model again for every dictionary.
         options = {}
     if job.evaluation == "autointerp":
         options["api_key"] = os.environ["OPENAI_API_KEY"]

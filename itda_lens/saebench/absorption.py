@@ -1,0 +1,48 @@
+"""SAEBench's absorption, on as many words of the vocabulary as a machine manages."""
+
+import random
+from typing import Any
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+from sae_bench.evals.absorption import (  # pyright: ignore[reportMissingImports]
+    common,
+    feature_absorption,
+    main,
+    vocab,
+)
+from sae_bench.evals.absorption.eval_config import (  # pyright: ignore[reportMissingImports]
+    AbsorptionEvalConfig,
+)
+from sae_lens import SAE
+
+
+@dataclass
+class AbsorptionConfig(AbsorptionEvalConfig):
+    """SAEBench's configuration, and what it lacks: without it every word costs a prompt of ten examples.
+
+    Attributes:
+        words: how many words of the model's vocabulary, drawn at random; None takes them all.
+    """
+
+    words: int | None = Field(default=None, ge=1)
+
+
+def run_eval(
+    config: AbsorptionConfig, saes: list[tuple[str, SAE[Any]]], device: str, output_path: str
+) -> None:
+    """Run SAEBench's evaluation. Prompts are drawn from `config.random_seed`, which SAEBench reads only
+    in its own command (evals/absorption/main.py:345)."""
+
+    def get_alpha_tokens(*args: Any, **options: Any) -> list[str]:
+        found = vocab.get_alpha_tokens(*args, **options)
+        if config.words is None or config.words >= len(found):
+            return found
+        # Sorted: the order of a tokenizer's vocabulary may differ between processes.
+        return random.Random(config.random_seed).sample(sorted(found), config.words)
+
+    for module in (common, feature_absorption):
+        module.get_alpha_tokens = get_alpha_tokens
+    random.seed(config.random_seed)
+    # Not with force_rerun: it would train the probes of the model again for every dictionary.
+    main.run_eval(config, saes, device, output_path=output_path)
