@@ -83,8 +83,9 @@ def measure(sae: SAE[Any], x: Activations) -> dict[str, float]:
     own = sae.labels if isinstance(sae, ITDA) and sae.cfg.metadata["itda_labels"] else None
     names = [label.token for label in own] if own is not None else []
     number = {token: i for i, token in enumerate({*names, *(label.token for label in x.labels)})}
-    of_atom = torch.tensor([number[name] for name in names])
-    of_row = torch.tensor([number[label.token] for label in x.labels])
+    device = x.values.device
+    of_atom = torch.tensor([number[name] for name in names], device=device)
+    of_row = torch.tensor([number[label.token] for label in x.labels], device=device)
     order = torch.randperm(len(names), generator=torch.Generator().manual_seed(0))
     for start in range(0, len(x.values), ROWS):
         rows = x.values[start : start + ROWS]
@@ -182,7 +183,7 @@ def run(setting: dict[str, Any], data: Splits, out: Path) -> dict[str, float]:
     seconds = time.perf_counter() - start
     if kind in TRAINED:  # as it is used, not as it is trained
         save_inference(sae, out / "trained")
-        sae = SAE.load_from_disk(out / "trained")
+        sae = SAE.load_from_disk(out / "trained", device=str(data.test.values.device))
     at_equal_l0(sae, kind, l0, data.validation)
     return {"seconds": seconds} | measure(sae, data.test)
 

@@ -14,7 +14,7 @@ ROOMS = [
     {"cli", "demo"},
     {"reports"},
     {"saebench"},
-    {"compare", "analysis", "control"},
+    {"compare", "analysis"},
     {"training"},
     {"sources"},
     {"sae"},
@@ -23,7 +23,7 @@ ROOMS = [
 ]
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
 HOSTS = {"sae_lens", "transformer_lens", "transformers", "datasets"}
-MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE or path.stem == "cli")
+MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE)
 
 
 def room_of(path: Path) -> str:

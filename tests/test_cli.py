@@ -63,7 +63,8 @@ def test_build_with_a_mean_l0_and_an_update(itda_command, tiny_folder, text_file
     assert itda.cfg.threshold > 0
     assert min(label.cosine for label in itda.labels) < 0.999
     _, out, _ = itda_command("info", tmp_path / "out")
-    assert "2.5, by threshold" in out
+    assert "mean L0" in out
+    assert f"{itda.cfg.threshold:.4g}" in out
 
 
 def test_info(itda_command, built):

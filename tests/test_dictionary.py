@@ -372,6 +372,22 @@ class TestUpdate:
         assert len(found.sample) == 260
         assert torch.cdist(found.sample, own).min() > 0
 
+    def test_sample_has_no_copies_of_atoms_whatever_the_labels(self):
+        x = rows(300).repeat(3, 1)
+        selector = energy()
+        selector.update(x, [Label(0)] * 900)
+        found = selector.finish(progress=False)
+        assert len(found.sample) == 900 - 3 * 40
+        unit = normalize_rows(found.sample - found.mean)[0]
+        assert (unit @ found.atoms.T).abs().max() < 1 - 1e-6
+
+    def test_an_unused_atom_stays_through_all_rounds(self):
+        atoms = normalize_rows(rows(30, seed=1))[0]
+        x = 3 * atoms[:20] + 0.01 * rows(20, seed=2)
+        found = update_atoms([x, x], atoms, 1, signed=True, progress=False)
+        assert torch.equal(found[20:], atoms[20:])
+        assert not torch.equal(found[:20], atoms[:20])
+
 
 class TestGreedySelector:
     def test_equals_a_slow_loop(self):

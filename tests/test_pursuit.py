@@ -224,11 +224,12 @@ def test_calibration_meets_the_mean(method, signed, l0):
     assert threshold == calibrate_threshold(x, atoms, l0, 30, gram=gram, **options)
 
 
-def test_calibration_without_need():
+@pytest.mark.parametrize("method", METHODS)
+def test_calibration_without_need(method):
     x, atoms = problem()
-    assert calibrate_threshold(x, atoms, 5, 5) == 0
+    assert calibrate_threshold(x, atoms, 5, 5, method=method) == 0
     # Rows that are atoms never need more than one.
-    assert calibrate_threshold(3 * atoms, atoms, 4, 8) == 0
+    assert calibrate_threshold(3 * atoms, atoms, 4, 8, method=method) == 0
 
 
 @pytest.mark.parametrize(

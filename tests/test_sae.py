@@ -231,7 +231,8 @@ class TestPrefix:
     def test_is_a_copy_with_no_more_nonzeros_than_atoms(self, itda):
         itda.calibrate(torch.randn(300, D_IN) + 2, 3.5)
         first = itda.prefix(3)
-        assert (first.cfg.k, first.cfg.l0, first.cfg.d_sae) == (3, 3, 3)
+        assert (first.cfg.k, first.cfg.l0, first.cfg.d_sae) == (3, None, 3)
+        assert first.cfg.threshold == itda.cfg.threshold > 0
         with torch.no_grad():
             first.W_dec.zero_()
         assert itda.W_dec[0].norm() > 0.9
@@ -267,6 +268,12 @@ class TestCalibrate:
         torch.testing.assert_close(view.decode(view.encode(x)), itda(x))
         itda.fold_activation_norm_scaling_factor(4.0)
         torch.testing.assert_close(itda.encode_sparse(x / 4).to_dense(D_SAE), codes)
+
+    def test_k_may_be_lowered_afterwards(self, itda, tmp_path):
+        itda.calibrate(torch.randn(300, D_IN) + 2, 3.5)
+        itda.cfg.k = 2
+        itda.save_model(tmp_path)
+        assert itda_lens.load(tmp_path).cfg.k == 2
 
     def test_a_row_does_not_depend_on_its_batch(self, itda):
         x = torch.randn(200, D_IN) + 2
@@ -536,7 +543,7 @@ class TestFiles:
         (dict(k=41), "k must be between 1 and d_sae=40, got 41"),
         (dict(method="lasso"), "method must be one of"),
         (dict(rtol=1.0), "rtol must be"),
-        (dict(l0=6.0), "l0 must be above 0 and at most k=5, got 6"),
+        (dict(l0=0.0), "l0 must be above 0, got 0"),
         (dict(threshold=-1.0), "threshold must be at least 0 and finite, got -1"),
         (dict(threshold=float("inf")), "threshold must be at least 0 and finite, got inf"),
         (dict(d_in=0), "d_in must be at least 1"),

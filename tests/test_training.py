@@ -236,6 +236,14 @@ class TestBuild:
         assert itda.cfg.reshape_activations == "hook_z"
         assert itda(torch.randn(2, 3, 4, 8)).shape == (2, 3, 4, 8)
 
+    def test_per_head_hook_with_a_mean_l0(self, tiny, texts):
+        hook = "blocks.1.attn.hook_z"
+        options = dict(d_sae=40, k=8, l0=3, context_size=12, progress=False)
+        itda = build(tiny, texts, hook, **options)[hook]
+        assert itda.cfg.threshold > 0
+        assert itda.hook_z_reshaping_mode
+        assert itda.encode_sparse(torch.randn(5, 4, 8)).indices.shape == (5, 8)
+
     def test_special_tokens_only_when_asked_for(self, tiny, texts):
         options = dict(d_sae=60, k=4, context_size=16, progress=False)
         texts = [f"<eos> {text}" for text in texts]

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import chain
 
 import torch
 from jaxtyping import Float
@@ -13,6 +14,7 @@ from itda_lens.dictionary.sampling import StreamSample
 from itda_lens.dictionary.selection import (
     SAME_DIRECTION,
     Dictionary,
+    alike,
     first_of_direction,
     normalize_rows,
     order_by_energy,
@@ -38,13 +40,16 @@ RELAXED = (0.9, 0.95, 0.99, SAME_DIRECTION)
 """What counts as a repetition instead, in turn, while fewer candidates than atoms are left."""
 
 ORDERED_ON = 4096
-"""Activations, about, that decide the order of the chosen atoms."""
+"""Activations, at most, that decide the order of the chosen atoms."""
 
 UPDATE_ROUNDS = 3
-"""Rounds of least-squares update, each on a sample of its own; see docs/quality.md for more of them."""
+"""Rounds of least-squares update, each on a sample of its own (all of it, where a stream is short)."""
 
 CALIBRATION_ROWS = 4096
 """Activations to calibrate a threshold on: the mean L0 of so many is known to about one percent."""
+
+BLOCK = 512
+"""Activations compared with the atoms at once; does not change the result."""
 
 GUIDE_ROWS = 64
 """Activations per update on which the progress bar's FVU is measured."""
@@ -117,17 +122,17 @@ class EnergySelector:
             x, candidates, self._d_sae, self._k,
             signed=self._signed, drop=DROP_PER_ROUND, progress=progress,
         )  # fmt: skip
-        spread = x[:: max(1, len(x) // ORDERED_ON)]
         order = order_by_energy(
-            spread, candidates[chosen], self._k, signed=self._signed, drop=DROP_PER_ROUND
-        )
+            _spread(x, ORDERED_ON), candidates[chosen], self._k,
+            signed=self._signed, drop=DROP_PER_ROUND,
+        )  # fmt: skip
         chosen = chosen[order]
         atoms = candidates[chosen].clone()
         origin = keep.nonzero().flatten()[chosen].tolist()
         labels = [labels[i] for i in origin]
-        sample = self._others(labels)
+        sample = self._others(atoms, mean)
         if self._update:
-            parts = [x, *(limit_outliers(part.rows() - mean) for part in self._parts)]
+            parts = chain([x], (limit_outliers(part.rows() - mean) for part in self._parts))
             updated = update_atoms(parts, atoms, self._k, signed=self._signed, progress=progress)
             cosines = (updated * atoms).sum(dim=-1).tolist()
             # Six digits: a label is text, and an atom that did not move has exactly 1.
@@ -135,12 +140,17 @@ class EnergySelector:
             atoms = updated
         return Dictionary(atoms, mean, labels, sample)
 
-    def _others(self, labels: Sequence[Label]) -> Tensor:
-        """Up to `CALIBRATION_ROWS` of the scored rows, evenly spread, that are not the atoms' own."""
-        own = {label.key for label in labels}
-        kept = [i for i, label in enumerate(self._scored.labels()) if label.key not in own]
-        spread = torch.linspace(0, len(kept) - 1, min(len(kept), CALIBRATION_ROWS)).round().long()
-        return self._scored.rows()[torch.tensor(kept, dtype=torch.long)[spread]]
+    def _others(self, atoms: Tensor, mean: Tensor) -> Tensor:
+        """Up to `CALIBRATION_ROWS` of the scored rows, evenly spread, that point as no atom does.
+
+        By direction, since what equals an atom need not come from the atom's own place.
+        """
+        rows = _spread(self._scored.rows(), 2 * CALIBRATION_ROWS)
+        unit, _ = normalize_rows(rows - mean)
+        own = [
+            alike(part, atoms, SAME_DIRECTION, self._signed).any(dim=-1) for part in unit.split(BLOCK)
+        ]
+        return _spread(rows[~torch.cat(own)], CALIBRATION_ROWS)
 
     def _mean(self) -> Float[Tensor, " d"]:
         return (self._sum / max(1, self._candidates.n_seen)).to(self._candidates.held.dtype)
@@ -158,3 +168,10 @@ class EnergySelector:
             f"{self._candidates.n_seen} activations point in only {int(keep.sum())} directions "
             "from their mean"
         )
+
+
+def _spread(rows: Float[Tensor, "n d"], at_most: int) -> Float[Tensor, "m d"]:
+    """All rows, or `at_most` of them in equal distances."""
+    if len(rows) <= at_most:
+        return rows
+    return rows[torch.linspace(0, len(rows) - 1, at_most, device=rows.device).round().long()]

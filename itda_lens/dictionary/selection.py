@@ -74,6 +74,14 @@ def normalize_rows(
     return x / norm.masked_fill(~usable, 1)[:, None] * usable[:, None], usable
 
 
+def alike(
+    rows: Float[Tensor, "n d"], others: Float[Tensor, "m d"], cosine: float, signed: bool
+) -> Bool[Tensor, "n m"]:
+    """Which unit rows have at least this cosine to which others; d and -d too, if codes are signed."""
+    similarity = rows @ others.T
+    return (similarity.abs() if signed else similarity) >= cosine
+
+
 def first_of_direction(
     unit: Float[Tensor, "n d"],
     cosine: float,
@@ -93,16 +101,12 @@ def first_of_direction(
     kept, n_kept = torch.empty_like(unit), 0
     marks = torch.zeros(len(unit), dtype=torch.bool, device=unit.device)
 
-    def alike(rows: Tensor, others: Tensor) -> Tensor:
-        similarity = rows @ others.T
-        return (similarity.abs() if signed else similarity) >= cosine
-
     for start in range(0, len(unit), block):
         rows = unit[start : start + block]
-        keep = ~alike(rows, kept[:n_kept]).any(dim=-1)
+        keep = ~alike(rows, kept[:n_kept], cosine, signed).any(dim=-1)
         if known is not None:
-            keep &= ~alike(rows, known).any(dim=-1)
-        clashes = alike(rows, rows).tril(diagonal=-1)
+            keep &= ~alike(rows, known, cosine, signed).any(dim=-1)
+        clashes = alike(rows, rows, cosine, signed).tril(diagonal=-1)
         for i in clashes.any(dim=-1).nonzero().flatten().tolist():
             keep[i] &= not (clashes[i] & keep).any()
         marks[start : start + block] = keep

@@ -1,6 +1,6 @@
 """Least-squares update of chosen atoms: no longer real activations, but near them and better."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import torch
 from jaxtyping import Float
@@ -17,7 +17,7 @@ RIDGE = 1e-3
 
 
 def update_atoms(
-    parts: Sequence[Float[Tensor, "m d"]],
+    parts: Iterable[Float[Tensor, "m d"]],
     atoms: Float[Tensor, "n d"],
     k: int,
     *,
@@ -28,7 +28,7 @@ def update_atoms(
 
     The method of optimal directions (Engan, Aase & Husoy, 1999) on codes of matching pursuit, a round a
     part, by conjugate gradients from the atoms as they are: memory for the codes and a few copies of the
-    atoms, none for atoms by atoms. An atom that no code uses stays as it is.
+    atoms, none for atoms by atoms. An atom that no code uses stays as it is, bit for bit.
 
     Args:
         parts: activations, centred; other ones in each round fit the atoms to none of them too closely.
@@ -38,7 +38,9 @@ def update_atoms(
     """
     for x in tqdm(parts, desc="updating", unit="round", disable=not progress, leave=False):
         codes = encode(x, atoms, k, signed=signed, gram=gram_matrix(atoms, signed=signed))
-        atoms = torch.nn.functional.normalize(least_squares_atoms(x, codes, atoms), dim=-1)
+        found = least_squares_atoms(x, codes, atoms)
+        moved = (found != atoms).any(dim=-1, keepdim=True)
+        atoms = torch.where(moved, torch.nn.functional.normalize(found, dim=-1), atoms)
     return atoms
 
 

@@ -1,6 +1,6 @@
 """Pure tensor functions: activations and atoms in, sparse codes out."""
 
-from itda_lens.pursuit.calibration import calibrate_threshold
+from itda_lens.pursuit.calibration import calibrate_threshold, check_l0
 from itda_lens.pursuit.codes import SparseCodes
 from itda_lens.pursuit.encode import DEFAULT_RTOL, Method, encode
 from itda_lens.pursuit.gram import GRAM_BUDGET_BYTES, gram_dtype, gram_fits, gram_matrix, inner_products
@@ -11,6 +11,7 @@ __all__ = [
     "Method",
     "SparseCodes",
     "calibrate_threshold",
+    "check_l0",
     "encode",
     "gram_dtype",
     "gram_fits",

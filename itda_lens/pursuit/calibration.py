@@ -49,14 +49,13 @@ def calibrate_threshold(
         atoms, method, signed, rtol, gram: as in `encode`.
 
     Returns:
-        The threshold, in the units of x; 0 where codes of at most `k` nonzeros have no more than `l0`
-        on average anyway.
+        The threshold, in the units of x; 0 where `l0` is `k`, or where no threshold, however small,
+        gives codes of as many as `l0` nonzeros on average.
 
     Raises:
         ValueError: `x` is empty or zero, `l0` or `k` is out of range; what `encode` raises.
     """
-    if not 0 < l0 <= k:
-        raise ValueError(f"l0 must be above 0 and at most k={k}, got {l0}")
+    check_l0(l0, k)
     if not len(x):
         raise ValueError("x must have at least one row, got none")
     scale = x.double().square().sum(dim=-1).mean().sqrt().item()
@@ -64,6 +63,9 @@ def calibrate_threshold(
         raise ValueError("x has NaN or infinite values")
     if scale == 0:
         raise ValueError("x must have a row that is not zero")
+
+    if l0 == k:
+        return 0.0
 
     def mean_l0(rows: Tensor, threshold: float) -> float:
         codes = encode(
@@ -76,6 +78,12 @@ def calibrate_threshold(
     few = x[:: max(1, len(x) // FIRST_ROWS)]
     threshold = _solve(partial(mean_l0, few), l0, scale, 2.0, least)
     return _solve(partial(mean_l0, x), l0, max(threshold, least), 1.05, least)
+
+
+def check_l0(l0: float, k: int) -> None:
+    """Raise ValueError unless codes of at most `k` nonzeros can have `l0` on average."""
+    if not 0 < l0 <= k:
+        raise ValueError(f"l0 must be above 0 and at most k={k}, got {l0}")
 
 
 def _solve(

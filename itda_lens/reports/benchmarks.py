@@ -79,7 +79,7 @@ def pareto_plot(results: Sequence[Result], path: str | Path) -> Path:
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=5)
     path = Path(path)
     with replacing(path) as (temporary,):
-        figure.savefig(temporary, dpi=130)
+        figure.savefig(temporary, dpi=130, format=path.suffix.removeprefix(".") or "png")
     pyplot.close(figure)
     return path
 

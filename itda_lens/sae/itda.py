@@ -38,7 +38,7 @@ class ITDAConfig(SAEConfig):
         threshold: a row stops before it picks an atom whose correlation with the residual is smaller,
             in the units of the activations; with one above 0 easy rows take fewer than k atoms. What
             `ITDA.calibrate` sets.
-        l0: mean nonzeros that `threshold` was calibrated for; None: it was not, and codes have k.
+        l0: a record: the mean nonzeros that `threshold` was calibrated for; None if it was not.
         mirrored: whether the second half of the atoms are the negatives of the first half. Pursuits run
             on the first half; a negative coefficient goes, with its sign changed, to the mirror image
             of its atom. What `ITDA.nonnegative` sets.
@@ -85,8 +85,8 @@ class ITDAConfig(SAEConfig):
             raise ValueError(f"rtol must be at least 0 and below 1, got {self.rtol}")
         if not 0 <= self.threshold < math.inf:
             raise ValueError(f"threshold must be at least 0 and finite, got {self.threshold}")
-        if self.l0 is not None and not 0 < self.l0 <= self.k:
-            raise ValueError(f"l0 must be above 0 and at most k={self.k}, got {self.l0}")
+        if self.l0 is not None and not self.l0 > 0:
+            raise ValueError(f"l0 must be above 0, got {self.l0}")
 
 
 class ITDA(SAE[ITDAConfig]):
@@ -157,8 +157,7 @@ class ITDA(SAE[ITDAConfig]):
             k: most nonzeros of a code from now on; default: `cfg.k` stays.
 
         Returns:
-            `cfg.threshold`, as it is now; 0 where codes of at most k nonzeros have no more than l0 on
-            average anyway.
+            `cfg.threshold`, as it is now; 0 where l0 is k, or where no threshold gives as many as l0.
 
         Raises:
             ValueError: l0 or k is out of range; `x` is empty, of another width, NaN or infinite.
@@ -261,7 +260,7 @@ class ITDA(SAE[ITDAConfig]):
 
         Preset "best" orders atoms by importance, so that a prefix is about as good as a dictionary that
         was built with `m` atoms; preset "paper" orders them as they were admitted. `cfg.k` becomes `m`
-        where it was more; a calibrated threshold stays as it is.
+        where it was more. A threshold stays as it is, and gives another mean L0: calibrate again.
 
         Raises:
             ValueError: `m` is not between 1 and d_sae, or this is a non-negative view.
@@ -272,16 +271,8 @@ class ITDA(SAE[ITDAConfig]):
             )
         if not 1 <= m <= self.cfg.d_sae:
             raise ValueError(f"m must be between 1 and d_sae={self.cfg.d_sae}, got {m}")
-        cfg = copy.deepcopy(self.cfg)
-        cfg.d_sae, cfg.k = m, min(m, self.cfg.k)
-        cfg.l0 = None if cfg.l0 is None else min(cfg.l0, cfg.k)
-        if self.cfg.metadata[LABELS_KEY] is not None:
-            cfg.metadata[LABELS_KEY] = self.labels[:m].to_compact()
-        first = ITDA(cfg)
-        with torch.no_grad():
-            first.W_dec.copy_(self.W_dec[:m])
-            first.b_dec.copy_(self.b_dec)
-        return first
+        labels = None if self.cfg.metadata[LABELS_KEY] is None else self.labels[:m]
+        return self._with_atoms(self.W_dec[:m], labels, k=min(m, self.cfg.k), l0=None)
 
     # non-negative codes
 
@@ -296,16 +287,24 @@ class ITDA(SAE[ITDAConfig]):
         """
         if self.cfg.mirrored or not self.cfg.signed:
             return self
-        cfg = copy.deepcopy(self.cfg)
-        cfg.d_sae, cfg.mirrored = 2 * self.cfg.d_sae, True
+        labels = None
         if self.cfg.metadata[LABELS_KEY] is not None:
-            mirrored = [replace(label, cosine=-label.cosine) for label in self.labels]
-            cfg.metadata[LABELS_KEY] = Labels([*self.labels, *mirrored]).to_compact()
-        view = ITDA(cfg)
-        with torch.no_grad():
-            view.W_dec.copy_(torch.cat([self.W_dec, -self.W_dec]))
-            view.b_dec.copy_(self.b_dec)
-        return view
+            opposite = [replace(label, cosine=-label.cosine) for label in self.labels]
+            labels = Labels([*self.labels, *opposite])
+        return self._with_atoms(torch.cat([self.W_dec, -self.W_dec]), labels, mirrored=True)
+
+    @torch.no_grad()
+    def _with_atoms(self, atoms: Tensor, labels: Labels | None, **changes: Any) -> "ITDA":
+        """A copy with other atoms and their labels, and some fields of the configuration changed."""
+        cfg = copy.deepcopy(self.cfg)
+        for name, value in {"d_sae": len(atoms), **changes}.items():
+            setattr(cfg, name, value)
+        if labels is not None:
+            cfg.metadata[LABELS_KEY] = labels.to_compact()
+        made = ITDA(cfg)
+        made.W_dec.copy_(atoms)
+        made.b_dec.copy_(self.b_dec)
+        return made
 
     # what SAELens does to weights and files
 

@@ -5,12 +5,6 @@ from typing import Any
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
-from sae_bench.evals.absorption import (  # pyright: ignore[reportMissingImports]
-    common,
-    feature_absorption,
-    main,
-    vocab,
-)
 from sae_bench.evals.absorption.eval_config import (  # pyright: ignore[reportMissingImports]
     AbsorptionEvalConfig,
 )
@@ -32,17 +26,25 @@ def run_eval(
     config: AbsorptionConfig, saes: list[tuple[str, SAE[Any]]], device: str, output_path: str
 ) -> None:
     """Run SAEBench's evaluation. Prompts are drawn from `config.random_seed`, which SAEBench reads only
-    in its own command (evals/absorption/main.py:345)."""
+    in its own command (evals/absorption/main.py:345): the same ones for every dictionary."""
+    # Here, and not above: the user's process reads the configuration only.
+    from sae_bench.evals.absorption import (  # pyright: ignore[reportMissingImports]
+        common,
+        feature_absorption,
+        main,
+        vocab,
+    )
 
     def get_alpha_tokens(*args: Any, **options: Any) -> list[str]:
-        found = vocab.get_alpha_tokens(*args, **options)
+        """What SAEBench calls just before it draws prompts: for the probes, and for each dictionary."""
+        random.seed(config.random_seed)
+        # Sorted: the order of a tokenizer's vocabulary may differ between processes.
+        found = sorted(vocab.get_alpha_tokens(*args, **options))
         if config.words is None or config.words >= len(found):
             return found
-        # Sorted: the order of a tokenizer's vocabulary may differ between processes.
-        return random.Random(config.random_seed).sample(sorted(found), config.words)
+        return random.Random(config.random_seed).sample(found, config.words)
 
     for module in (common, feature_absorption):
         module.get_alpha_tokens = get_alpha_tokens
-    random.seed(config.random_seed)
     # Not with force_rerun: it would train the probes of the model again for every dictionary.
     main.run_eval(config, saes, device, output_path=output_path)

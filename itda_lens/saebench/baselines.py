@@ -187,7 +187,12 @@ def train_topk(
         trainer.activation_scaler.scaling_factor = scale
         with torch.no_grad():
             sae.b_dec.copy_(activations.mean(dim=0, dtype=torch.float64) * scale)
-        return trainer.fit()
+        trained = trainer.fit()
+        folds = "fold_activation_norm_scaling_factor" in vars(BatchTopKTrainingSAE)
+        if isinstance(trained, BatchTopKTrainingSAE) and not folds:
+            # SAELens 6.54.0 leaves the threshold in scaled units (its issue #763).
+            trained.topk_threshold /= scale
+        return trained
 
 
 def save_inference(sae: SAE[Any], folder: str | Path) -> None:

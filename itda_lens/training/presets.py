@@ -13,7 +13,7 @@ from itda_lens.dictionary import (
     GreedySelector,
     Selector,
 )
-from itda_lens.pursuit import Method
+from itda_lens.pursuit import Method, check_l0
 from itda_lens.sae import ITDA, assemble
 
 Preset = Literal["best", "paper"]
@@ -68,8 +68,8 @@ class Recipe:
         for name, given in (("l0", self.l0 is not None), ("update", self.update)):
             if given and self.preset != "best":
                 raise ValueError(f"{name} is a setting of preset='best' only")
-        if self.l0 is not None and not 0 < self.l0 <= self.k:
-            raise ValueError(f"l0 must be above 0 and at most k={self.k}, got {self.l0}")
+        if self.l0 is not None:
+            check_l0(self.l0, self.k)
         if self.seed < 0:
             raise ValueError(f"seed must be at least 0, got {self.seed}")
 
@@ -117,5 +117,11 @@ class Recipe:
                     f"l0={self.l0} needs activations besides those that became atoms; give more than "
                     f"{len(dictionary.atoms)}"
                 )
+            # The sample is flat: heads side by side, as the atoms are.
+            per_head = itda.hook_z_reshaping_mode
+            if per_head:
+                itda.turn_off_forward_pass_hook_z_reshaping()
             itda.calibrate(dictionary.sample, self.l0)
+            if per_head:
+                itda.turn_on_forward_pass_hook_z_reshaping()
         return itda
