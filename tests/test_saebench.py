@@ -191,7 +191,12 @@ class TestSAELens:
         command += ["--texts", str(tmp_path / "texts.txt"), "--model", str(model_folder)]
         command += ["--evals", "saelens", "--device", "cpu", "--settings", str(settings)]
         with subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            # Tests that run in the background of a shell have interrupts ignored, and pass that on.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         ) as process:
             done = out / "saelens" / "itda_custom_sae_eval_results.json"
             while process.poll() is None and not done.exists():
