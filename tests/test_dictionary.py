@@ -29,7 +29,7 @@ def rows(n=500, d=16, seed=0):
 
 def energy(d_sae=40, k=4, seed=0, d=16, update=False):
     return EnergySelector(
-        d, d_sae, k, signed=True, update=update, seed=seed, dtype=torch.float32, device=CPU
+        d, d_sae, k, signed=True, update=update, sample=True, seed=seed, dtype=torch.float32, device=CPU
     )
 
 

@@ -46,7 +46,7 @@ UPDATE_ROUNDS = 3
 """Rounds of least-squares update, each on a sample of its own (all of it, where a stream is short)."""
 
 CALIBRATION_ROWS = 4096
-"""Activations to calibrate a threshold on: the mean L0 of so many is known to about one percent."""
+"""Activations to calibrate a threshold on: their mean L0 is off by a 64th of its standard deviation."""
 
 BLOCK = 512
 """Activations compared with the atoms at once; does not change the result."""
@@ -65,7 +65,7 @@ class EnergySelector:
     """
 
     def __init__(
-        self, d_in: int, d_sae: int, k: int, *, signed: bool, update: bool, seed: int,
+        self, d_in: int, d_sae: int, k: int, *, signed: bool, update: bool, sample: bool, seed: int,
         dtype: torch.dtype, device: torch.device,
     ) -> None:  # fmt: skip
         self._d_sae, self._k, self._signed = d_sae, k, signed
@@ -76,7 +76,7 @@ class EnergySelector:
             StreamSample(d_in, n_scored, seed + 1 + i, dtype, device, distinct=False)
             for i in range(UPDATE_ROUNDS if update else 1)
         ]
-        self._update = update
+        self._sample = sample
         self._sum = torch.zeros(d_in, dtype=torch.float64, device=device)
 
     @property
@@ -112,12 +112,13 @@ class EnergySelector:
         return guide.value()
 
     def finish(self, progress: bool) -> Dictionary:
-        mean = robust_centre(self._scored.rows(), self._mean())
+        scored = self._scored.rows()
+        mean = robust_centre(scored, self._mean())
         unit, usable = normalize_rows(self._candidates.rows() - mean)
         keep = self._distinct(unit, usable)
         labels = self._candidates.labels()
         candidates = unit[keep]
-        x = limit_outliers(self._scored.rows() - mean)
+        x = limit_outliers(scored - mean)
         chosen = prune_by_energy(
             x, candidates, self._d_sae, self._k,
             signed=self._signed, drop=DROP_PER_ROUND, progress=progress,
@@ -130,8 +131,8 @@ class EnergySelector:
         atoms = candidates[chosen].clone()
         origin = keep.nonzero().flatten()[chosen].tolist()
         labels = [labels[i] for i in origin]
-        sample = self._others(atoms, mean)
-        if self._update:
+        sample = self._others(scored, atoms, mean) if self._sample else None
+        if self._parts:
             parts = chain([x], (limit_outliers(part.rows() - mean) for part in self._parts))
             updated = update_atoms(parts, atoms, self._k, signed=self._signed, progress=progress)
             cosines = (updated * atoms).sum(dim=-1).tolist()
@@ -140,12 +141,12 @@ class EnergySelector:
             atoms = updated
         return Dictionary(atoms, mean, labels, sample)
 
-    def _others(self, atoms: Tensor, mean: Tensor) -> Tensor:
+    def _others(self, scored: Tensor, atoms: Tensor, mean: Tensor) -> Tensor:
         """Up to `CALIBRATION_ROWS` of the scored rows, evenly spread, that point as no atom does.
 
         By direction, since what equals an atom need not come from the atom's own place.
         """
-        rows = _spread(self._scored.rows(), 2 * CALIBRATION_ROWS)
+        rows = _spread(scored, 2 * CALIBRATION_ROWS)
         unit, _ = normalize_rows(rows - mean)
         own = [
             alike(part, atoms, SAME_DIRECTION, self._signed).any(dim=-1) for part in unit.split(BLOCK)

@@ -19,6 +19,8 @@ def assemble(
     k: int,
     method: Method,
     signed: bool = True,
+    threshold: float = 0.0,
+    l0: float | None = None,
     labels: Sequence[Label] | None = None,
     metadata: Mapping[str, Any] | None = None,
     reshape_activations: str = "none",
@@ -28,7 +30,7 @@ def assemble(
     Args:
         atoms: rows of `W_dec`, of unit norm.
         mean: `b_dec`.
-        k, method, signed, reshape_activations: fields of `ITDAConfig`.
+        k, method, signed, threshold, l0, reshape_activations: fields of `ITDAConfig`.
         labels: where each atom came from; default: the dictionary carries none.
         metadata: entries for `cfg.metadata`.
 
@@ -41,6 +43,8 @@ def assemble(
         d_sae=d_sae,
         k=k,
         signed=signed,
+        threshold=threshold,
+        l0=l0,
         method=method,
         dtype=str(atoms.dtype).removeprefix("torch."),
         device=str(atoms.device),

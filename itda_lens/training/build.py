@@ -77,12 +77,7 @@ def build(
         texts: strings, a text or jsonl file, or the name of a `datasets` data set; see
             `itda_lens.sources.iterate_texts`.
         hook_names: one hook point or several, by TransformerLens's names.
-        d_sae, k, preset, seed, method, signed, loss_threshold: as in `fit`.
-        l0: mean nonzeros per code. Codes then have as many as their activation needs, at most k, by a
-            threshold calibrated on activations that are not atoms; give k three or four times `l0`.
-            Default: k nonzeros in every code.
-        update: move the atoms by three rounds of least squares. They reconstruct far better, and are no
-            longer activations themselves: each keeps its label with its cosine to that activation.
+        d_sae, k, preset, seed, method, signed, loss_threshold, l0, update: as in `fit`.
         context_size: tokens per context, the BOS token included; longer texts are cut.
         prepend_bos: begin each context with the BOS token; default: if the tokenizer has one.
         keep_special_tokens: let position 0 and special tokens count; padding never does.

@@ -13,7 +13,7 @@ from itda_lens.dictionary import (
     GreedySelector,
     Selector,
 )
-from itda_lens.pursuit import Method, check_l0
+from itda_lens.pursuit import Method, calibrate_threshold, check_l0, gram_matrix
 from itda_lens.sae import ITDA, assemble
 
 Preset = Literal["best", "paper"]
@@ -88,6 +88,7 @@ class Recipe:
             self.k if self.l0 is None else max(1, round(self.l0)),
             signed=self.signed,
             update=self.update,
+            sample=self.l0 is not None,
             seed=self.seed,
             dtype=dtype,
             device=device,
@@ -101,27 +102,32 @@ class Recipe:
         Raises:
             ValueError: `l0` is set, and no activation but the atoms' own is there to calibrate on.
         """
-        itda = assemble(
-            dictionary.atoms,
-            dictionary.mean,
-            k=min(self.k, len(dictionary.atoms)),
-            method=self.method or ENCODER[self.preset],
-            signed=self.signed,
-            labels=dictionary.labels,
-            metadata=metadata,
-            reshape_activations=reshape_activations,
-        )
+        atoms, method = dictionary.atoms, self.method or ENCODER[self.preset]
+        k, threshold = min(self.k, len(atoms)), 0.0
         if self.l0 is not None:
             if dictionary.sample is None or not len(dictionary.sample):
                 raise ValueError(
                     f"l0={self.l0} needs activations besides those that became atoms; give more than "
                     f"{len(dictionary.atoms)}"
                 )
-            # The sample is flat: heads side by side, as the atoms are.
-            per_head = itda.hook_z_reshaping_mode
-            if per_head:
-                itda.turn_off_forward_pass_hook_z_reshaping()
-            itda.calibrate(dictionary.sample, self.l0)
-            if per_head:
-                itda.turn_on_forward_pass_hook_z_reshaping()
-        return itda
+            threshold = calibrate_threshold(
+                dictionary.sample - dictionary.mean,
+                atoms,
+                self.l0,
+                k,
+                method=method,
+                signed=self.signed,
+                gram=gram_matrix(atoms, method=method, signed=self.signed),
+            )
+        return assemble(
+            atoms,
+            dictionary.mean,
+            k=k,
+            method=method,
+            signed=self.signed,
+            threshold=threshold,
+            l0=self.l0,
+            labels=dictionary.labels,
+            metadata=metadata,
+            reshape_activations=reshape_activations,
+        )
