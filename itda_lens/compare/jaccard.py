@@ -1,28 +1,145 @@
-"""Label similarity of two dictionaries."""
+"""Label similarity: of dictionaries, and of models by the unions over their layers."""
 
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from itda_lens.compare.places import Match, Place, n_shared, places, resolve_match
+from itda_lens.dictionary import energy_by_atom
 from itda_lens.sae import ITDA
-from itda_lens.training import BUILD_KEY
 
 
-def jaccard(a: ITDA, b: ITDA) -> float:
-    """|A n B| / |A u B| of the sets of (row, chunk, position) labels (Leask et al. 2025).
+def jaccard(a: ITDA | Sequence[ITDA], b: ITDA | Sequence[ITDA], match: Match = "auto") -> float:
+    """|A n B| / |A u B| of the sets of labels (Leask et al. 2025).
 
     Needs no map between the two models' spaces: it compares which tokens were chosen as atoms. Both
-    dictionaries must come from the same texts, cut into contexts in the same way.
+    sides must come from the same texts.
+
+    Args:
+        a, b: a dictionary each; or several, whose labels are united (the similarity of whole models, of
+            the dictionaries of all their layers).
+        match: when two labels are the same; see `Match`. By "overlap" |A n B| counts pairs of tokens.
 
     Returns:
-        Between 0 (no atom in common) and 1 (the same labels).
+        Between 0 (no label in common) and 1 (the same labels).
 
     Raises:
-        ValueError: a dictionary has no labels, or the two record different texts or contexts.
+        ValueError: a side is empty, a dictionary has no labels, the texts differ, or the labels cannot
+            be matched as asked for.
     """
-    records = [dict(itda.cfg.metadata[BUILD_KEY] or {}) for itda in (a, b)]
-    for key in ("texts_fingerprint", "context_size", "prepend_bos"):
-        values = [record.get(key) for record in records]
-        if None not in values and values[0] != values[1]:
-            raise ValueError(
-                f"labels of different texts or contexts cannot be compared: {key} is {values[0]} for "
-                f"one dictionary and {values[1]} for the other"
-            )
-    labels_a, labels_b = ({label.key for label in itda.labels} for itda in (a, b))
-    return len(labels_a & labels_b) / len(labels_a | labels_b)
+    left, right = _several(a, "a"), _several(b, "b")
+    how = resolve_match([*left, *right], match)
+    return jaccard_of_sets(place_set(left, how), place_set(right, how), how)
+
+
+def weighted_jaccard(
+    a: ITDA | Sequence[ITDA],
+    b: ITDA | Sequence[ITDA],
+    usage_a: Float[Tensor, " d_sae"] | Sequence[Float[Tensor, " d_sae"]],
+    usage_b: Float[Tensor, " d_sae"] | Sequence[Float[Tensor, " d_sae"]],
+    match: Match = "auto",
+) -> float:
+    """sum min(u, v) / sum max(u, v) over labels, u and v their shares of use (Ruzicka's similarity).
+
+    An atom that is hardly used counts little. With equal use of all atoms, and as many of them on either
+    side, this is `jaccard`.
+
+    Args:
+        a, b: as for `jaccard`.
+        usage_a, usage_b: how much each atom is used (`usage`, or a feature density), not negative; one
+            tensor for each dictionary. Each is divided by its sum; those of a union are averaged.
+        match: as for `jaccard`; "overlap" has no weighted form.
+
+    Raises:
+        ValueError: as `jaccard`; or usages of the wrong number, negative, not finite or all zero.
+    """
+    if match == "overlap":
+        raise ValueError("match='overlap' has no weighted form; use 'span'")
+    left, right = _several(a, "a"), _several(b, "b")
+    how = resolve_match([*left, *right], match)
+    u = place_shares(left, _one_each(left, usage_a, "usage_a"), how)
+    v = place_shares(right, _one_each(right, usage_b, "usage_b"), how)
+    return jaccard_of_shares(u, v)
+
+
+@torch.no_grad()
+def usage(itda: ITDA, x: Float[Tensor, "n d_in"], batch_size: int = 4096) -> Float[Tensor, " d_sae"]:
+    """Share of each atom in the energy of the codes of `x`: its squared coefficients over all of them.
+
+    Args:
+        x: activations of the dictionary's own model and hook point.
+        batch_size: activations encoded at once.
+
+    Returns:
+        float64, sum 1 (0 if all codes are zero), on the CPU.
+
+    Raises:
+        ValueError: `x` has no row, another width, or NaN or infinite values.
+    """
+    if x.ndim != 2 or len(x) == 0:
+        raise ValueError(f"x must have shape [n, d_in] with at least one row, got {tuple(x.shape)}")
+    energy = torch.zeros(itda.cfg.d_sae, dtype=torch.float64)
+    for rows in x.split(batch_size):
+        codes = itda.encode_sparse(rows[:, None] if itda.hook_z_reshaping_mode else rows)
+        energy += energy_by_atom(codes, itda.cfg.d_sae).cpu()
+    total = energy.sum()
+    return energy / total if total > 0 else energy
+
+
+def place_set(itdas: Sequence[ITDA], match: Match) -> set[Place]:
+    """The places of all labels; `match` is what `resolve_match` gave."""
+    found = (place for itda in itdas for place in places(itda.labels, match))
+    return {place for place in found if place is not None}
+
+
+def place_shares(
+    itdas: Sequence[ITDA], usages: Sequence[Float[Tensor, " d_sae"]], match: Match
+) -> dict[Place, float]:
+    """The share of each place in the use of all atoms, averaged over the dictionaries."""
+    shares: dict[Place, float] = {}
+    for itda, own in zip(itdas, usages, strict=True):
+        each = (own.double() / own.double().sum()).tolist()
+        for place, share in zip(places(itda.labels, match), each, strict=True):
+            if place is not None:
+                shares[place] = shares.get(place, 0.0) + share / len(itdas)
+    return shares
+
+
+def jaccard_of_sets(a: set[Place], b: set[Place], match: Match) -> float:
+    """The formula of `jaccard`."""
+    shared = n_shared(a, b, match)
+    return shared / _positive(len(a) + len(b) - shared)
+
+
+def jaccard_of_shares(u: dict[Place, float], v: dict[Place, float]) -> float:
+    """The formula of `weighted_jaccard`: sum max = sum u + sum v - sum min."""
+    least = sum(min(u[place], v[place]) for place in u.keys() & v.keys())
+    return least / _positive(sum(u.values()) + sum(v.values()) - least)
+
+
+def _several(side: ITDA | Sequence[ITDA], name: str) -> list[ITDA]:
+    found = [side] if isinstance(side, ITDA) else list(side)
+    if not found:
+        raise ValueError(f"{name} must be one dictionary or more, got none")
+    return found
+
+
+def _one_each(itdas: list[ITDA], usages: Tensor | Sequence[Tensor], name: str) -> list[Tensor]:
+    each = [usages] if isinstance(usages, Tensor) else list(usages)
+    if [tuple(own.shape) for own in each] != [(itda.cfg.d_sae,) for itda in itdas]:
+        raise ValueError(
+            f"{name} must hold a number for each atom: expected {[i.cfg.d_sae for i in itdas]} of them, "
+            f"got shapes {[tuple(own.shape) for own in each]}"
+        )
+    for own in each:
+        if not (torch.isfinite(own) & (own >= 0)).all() or own.sum() == 0:
+            raise ValueError(f"{name} must be finite, not negative and not all zero")
+    return each
+
+
+def _positive(union: float) -> float:
+    if union <= 0:
+        raise ValueError("no label can be compared: all are of special tokens, which have no characters")
+    return union

@@ -3,7 +3,7 @@
 from itda_lens.dictionary.energy import EnergySelector
 from itda_lens.dictionary.greedy import DEFAULT_LOSS_THRESHOLD, GreedySelector
 from itda_lens.dictionary.labels import Label, Labels, RowLabels, as_label
-from itda_lens.dictionary.selection import Dictionary, Selector
+from itda_lens.dictionary.selection import Dictionary, Selector, energy_by_atom
 from itda_lens.dictionary.variance import RunningFVU
 
 __all__ = [
@@ -17,4 +17,5 @@ __all__ = [
     "RunningFVU",
     "Selector",
     "as_label",
+    "energy_by_atom",
 ]

@@ -1,5 +1,7 @@
 """Texts cut into contexts of tokens, in batches, with a label for every token."""
 
+import hashlib
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, overload
@@ -117,6 +119,11 @@ class Tokenization:
             )
         if self.prepend_bos and self.tokenizer.bos_token_id is None:
             raise ValueError("prepend_bos=True, but the tokenizer has no BOS token")
+
+    def vocabulary_sha256(self) -> str:
+        """Tells tokenizers apart: a digest of the tokens and their ids."""
+        vocabulary = sorted(self.tokenizer.get_vocab().items())
+        return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()
 
     def contexts(self, texts: Iterable[str]) -> Iterator[Context]:
         """Cut texts into contexts, in order."""

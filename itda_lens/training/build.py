@@ -126,6 +126,7 @@ def build(
         **describe_texts(texts, text_field, split),
         "texts_fingerprint": fingerprint.hexdigest(),
         "texts_read_sha256": read.hexdigest(),
+        "vocabulary_sha256": tokenization.vocabulary_sha256(),
         "context_size": context_size,
         "prepend_bos": tokenization.prepend_bos,
         "keep_special_tokens": keep_special_tokens,

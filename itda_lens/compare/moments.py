@@ -1,0 +1,109 @@
+"""Covariances of activations of the same tokens, over a stream: what CKA, CCA and regression need."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+class Moments(NamedTuple):
+    """Sums of products of the centred activations of two representations, float64.
+
+    Attributes:
+        n: tokens.
+        xx: X^T X, [d_x, d_x].
+        yy: Y^T Y, [d_y, d_y].
+        xy: X^T Y, [d_x, d_y].
+    """
+
+    n: int
+    xx: Float[Tensor, "d_x d_x"]
+    yy: Float[Tensor, "d_y d_y"]
+    xy: Float[Tensor, "d_x d_y"]
+
+    @classmethod
+    def of(cls, x: Float[Tensor, "n d_x"], y: Float[Tensor, "n d_y"]) -> "Moments":
+        """The moments of two tensors that are there as a whole.
+
+        Raises:
+            ValueError: they have no rows, different numbers of rows, NaN or infinite values.
+        """
+        running = RunningMoments()
+        running.update([x], [y])
+        return running.pair(0, 0)
+
+
+class RunningMoments:
+    """The moments of every pair of layers of two models, updated batch by batch.
+
+    Memory is 8 bytes for each pair of coordinates: (n_x d_x)(n_y d_y) for the pairs of layers,
+    n_x d_x^2 + n_y d_y^2 for the layers' own.
+    """
+
+    def __init__(self) -> None:
+        self.n = 0
+        self._shifts: list[Tensor] = []
+        self._sums: list[Tensor] = []
+        self._own: list[Tensor] = []
+        self._cross: list[list[Tensor]] = []
+        self._n_x = 0
+
+    def update(self, xs: Sequence[Float[Tensor, "n _"]], ys: Sequence[Float[Tensor, "n _"]]) -> None:
+        """Add the activations of the next tokens: of each layer of one model, and of the other.
+
+        Raises:
+            ValueError: no layers or rows, different numbers of rows, other layers or widths than before,
+                NaN or infinite values.
+        """
+        _check([*xs, *ys], len(xs), self._shifts, self._n_x)
+        layers = [layer.double() for layer in (*xs, *ys)]
+        if not self._shifts:
+            # Any fixed point near the mean keeps the sums of squares from cancelling.
+            self._n_x = len(xs)
+            self._shifts = [layer.mean(dim=0) for layer in layers]
+            self._sums = [torch.zeros_like(shift) for shift in self._shifts]
+            self._own = [shift.new_zeros(len(shift), len(shift)) for shift in self._shifts]
+            self._cross = [
+                [x.new_zeros(len(x), len(y)) for y in self._shifts[self._n_x :]]
+                for x in self._shifts[: self._n_x]
+            ]
+        layers = [layer - shift for layer, shift in zip(layers, self._shifts, strict=True)]
+        for i, layer in enumerate(layers):
+            self._sums[i] += layer.sum(dim=0)
+            self._own[i].addmm_(layer.T, layer)
+        for x, row in zip(layers[: self._n_x], self._cross, strict=True):
+            for y, cross in zip(layers[self._n_x :], row, strict=True):
+                cross.addmm_(x.T, y)
+        self.n += len(layers[0])
+
+    def pair(self, i: int, j: int) -> Moments:
+        """The moments of layer `i` of the first model and layer `j` of the second.
+
+        Raises:
+            ValueError: nothing was added yet.
+        """
+        if self.n == 0:
+            raise ValueError("moments of no activations: call update first")
+        j_all = self._n_x + j
+        x, y = self._sums[i], self._sums[j_all]
+        return Moments(
+            self.n,
+            self._own[i] - torch.outer(x, x) / self.n,
+            self._own[j_all] - torch.outer(y, y) / self.n,
+            self._cross[i][j] - torch.outer(x, y) / self.n,
+        )
+
+
+def _check(layers: list[Tensor], n_x: int, shifts: list[Tensor], n_x_before: int) -> None:
+    if not 0 < n_x < len(layers):
+        raise ValueError(f"both sides need a layer at least, got {n_x} and {len(layers) - n_x}")
+    shapes = [tuple(layer.shape) for layer in layers]
+    if any(len(shape) != 2 or shape[0] != shapes[0][0] or shape[0] == 0 for shape in shapes):
+        raise ValueError(f"layers must be [n, width], of the same n >= 1 tokens, got {shapes}")
+    if shifts and (n_x != n_x_before or [s[1] for s in shapes] != [len(shift) for shift in shifts]):
+        raise ValueError(f"layers must be those of the first batch, got shapes {shapes}")
+    for layer in layers:
+        if not torch.isfinite(layer).all():
+            raise ValueError("activations must be finite, but a layer has NaN or infinite values")
