@@ -9,15 +9,14 @@ like. Nothing else should run meanwhile, or the seconds mean nothing.
 """
 
 import argparse
-import json
 import time
-from collections.abc import Callable
 from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from results import Results
 from sae_lens import SAE
 from torch import Tensor
 
@@ -109,26 +108,6 @@ def measure(sae: SAE[Any], x: Activations) -> dict[str, float]:
         found |= {"labelled": labelled / energy, "shuffled": shuffled / energy}
         found |= {"cosine": cosines.median().item(), "cosine_5": cosines.quantile(0.05).item()}
     return found
-
-
-class Results:
-    """Figures by setting, kept in a file of JSON lines."""
-
-    def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self._file = folder / "results.jsonl"
-        lines = self._file.read_text().splitlines() if self._file.exists() else []
-        self.rows: list[dict[str, Any]] = [json.loads(line) for line in lines]
-
-    def once(self, setting: dict[str, Any], compute: Callable[[], dict[str, float]]) -> dict[str, Any]:
-        for row in self.rows:
-            if all(row.get(name) == value for name, value in setting.items()):
-                return row
-        row = setting | compute()
-        self.rows.append(row)
-        with self._file.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        return row
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -27,6 +27,7 @@ app.command("info")(cli.info_command)
 app.command("decompose")(cli.decompose_command)
 app.command("eval")(cli.eval_command)
 app.command("bench")(cli.bench_command)
+app.command("compare")(cli.compare_command)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -116,7 +116,9 @@ def test_decompose(itda_command, built):
     assert "+" in out
 
 
-@pytest.mark.parametrize("command", [[], ["build"], ["info"], ["eval"], ["decompose"], ["demo"]])
+@pytest.mark.parametrize(
+    "command", [[], ["build"], ["info"], ["eval"], ["decompose"], ["demo"], ["compare"]]
+)
 def test_help(itda_command, command):
     code, out, _ = itda_command(*command, "--help")
     assert code == 0

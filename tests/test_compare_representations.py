@@ -97,9 +97,9 @@ def test_relative_closed_form():
     expected = torch.tensor([[1.0, 0], [half, half]], dtype=torch.float64)
     torch.testing.assert_close(relative_representation(x, anchors), expected)
     # The second model swaps the two directions of the first token only.
-    running = RunningRelative(anchors, anchors)
-    running.update(x, torch.tensor([[0.0, 1], [1, 1]]))
-    assert running.value() == pytest.approx((0 + 1) / 2)
+    running = RunningRelative([anchors], [anchors])
+    running.update([x], [torch.tensor([[0.0, 1], [1, 1]])])
+    assert running.values().item() == pytest.approx((0 + 1) / 2)
     shifted = relative_representation(x + 7, anchors + 7, centred=True)
     torch.testing.assert_close(shifted, relative_representation(x, anchors, centred=True))
 
@@ -162,12 +162,13 @@ def test_streams_of_several_layers(batch):
             assert found.n == expected.n == 200
             for mine, whole in zip(found[1:], expected[1:], strict=True):
                 torch.testing.assert_close(mine, whole, rtol=1e-7, atol=1e-6)
-    relative = RunningRelative(x[:20], y[:20])
+    relative = RunningRelative([x[:20], x[20:40]], [y[:20]])
     for rows, others in zip(x.split(batch), y.split(batch), strict=True):
-        relative.update(rows, others)
-    whole = RunningRelative(x[:20], y[:20])
-    whole.update(x, y)
-    assert relative.value() == pytest.approx(whole.value(), abs=EXACT)
+        relative.update([rows, rows], [others])
+    for i, anchors in enumerate((x[:20], x[20:40])):
+        whole = RunningRelative([anchors], [y[:20]])
+        whole.update([x], [y])
+        assert relative.values()[i, 0].item() == pytest.approx(whole.values().item(), abs=EXACT)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -213,12 +214,12 @@ def test_layer_matching():
             lambda: svcca(Moments.of(torch.randn(3, 2), torch.randn(3, 2)), keep=0),
             "keep must be above 0",
         ),
-        (lambda: relative_similarity(torch.randn(3, 2), torch.randn(4, 2)), "of the same tokens"),
+        (lambda: relative_similarity(torch.randn(3, 2), torch.randn(4, 2)), "of the same n >= 1 tokens"),
         (
             lambda: relative_similarity(torch.randn(3, 2), torch.randn(3, 2), n_anchors=0),
             "n_anchors must",
         ),
-        (lambda: RunningRelative(torch.randn(3, 2), torch.randn(2, 2)), "need the same anchors"),
+        (lambda: RunningRelative([torch.randn(3, 2)], [torch.randn(2, 2)]), "anchors must be"),
         (lambda: layer_matching_accuracy(torch.ones(2, 3)), "one to one"),
         (lambda: layer_matching_accuracy(torch.full((2, 2), math.nan)), "must not hold NaN"),
     ],

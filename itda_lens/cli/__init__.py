@@ -2,6 +2,14 @@
 
 from itda_lens.cli.bench import bench_command
 from itda_lens.cli.build import build_command
+from itda_lens.cli.compare import compare_command
 from itda_lens.cli.look import decompose_command, eval_command, info_command
 
-__all__ = ["bench_command", "build_command", "decompose_command", "eval_command", "info_command"]
+__all__ = [
+    "bench_command",
+    "build_command",
+    "compare_command",
+    "decompose_command",
+    "eval_command",
+    "info_command",
+]

@@ -1,5 +1,16 @@
 """Similarity of models: of their dictionaries, by where atoms came from, and of their activations."""
 
+from itda_lens.compare.activations import activations_of
+from itda_lens.compare.comparison import (
+    OF_LABELS,
+    Comparison,
+    LayerComparison,
+    Measure,
+    activation_similarity,
+    check_comparable,
+    compare,
+)
+from itda_lens.compare.diff import Difference, check_diffable, diff, diff_models
 from itda_lens.compare.jaccard import jaccard, usage, weighted_jaccard
 from itda_lens.compare.layers import layer_matching_accuracy, similarity_matrix
 from itda_lens.compare.moments import Moments, RunningMoments
@@ -14,10 +25,22 @@ from itda_lens.compare.representations import (
 )
 
 __all__ = [
+    "OF_LABELS",
+    "Comparison",
+    "Difference",
+    "LayerComparison",
     "Match",
+    "Measure",
     "Moments",
     "RunningMoments",
     "RunningRelative",
+    "activation_similarity",
+    "activations_of",
+    "check_comparable",
+    "check_diffable",
+    "compare",
+    "diff",
+    "diff_models",
     "jaccard",
     "layer_matching_accuracy",
     "linear_cka",

@@ -21,17 +21,19 @@ from itda_lens.compare.layers import layer_matching_accuracy, similarity_matrix
 from itda_lens.compare.moments import Moments, RunningMoments
 from itda_lens.compare.places import Match, Place, places, resolve_match
 from itda_lens.compare.representations import (
+    DEFAULT_ANCHORS,
+    RunningRelative,
+    draw_anchors,
     linear_cka,
     linear_regression_r2,
-    relative_similarity,
     svcca,
 )
 from itda_lens.sae import ITDA
 from itda_lens.training import Activations
 
-Measure = Literal["jaccard", "weighted", "cka", "svcca", "regression", "relative"]
+Measure = Literal["jaccard", "weighted", "cka", "svcca", "regression", "relative", "relative-centred"]
 """`jaccard`, `weighted_jaccard` by `usage`; `linear_cka`, `svcca`, `linear_regression_r2`,
-`relative_similarity`."""
+`relative_similarity`, with and without `centred`."""
 
 OF_LABELS: tuple[Measure, ...] = ("jaccard", "weighted")
 """Measures of labels; the others look at activations only."""
@@ -106,18 +108,9 @@ def compare(
             activations that are missing or do not belong to the dictionaries, no token in common, or an
             unknown measure.
     """
-    if measure not in get_args(Measure):
-        raise ValueError(f"measure must be one of {get_args(Measure)}, got {measure!r}")
-    empty = [name for name, layers in models.items() if not layers]
-    if empty:
-        raise ValueError(f"models must have one dictionary or more each, but {empty[0]!r} has none")
-    if sum(map(len, models.values())) < 2:
-        raise ValueError("models must hold two dictionaries or more to compare")
+    how = check_comparable(models, measure, match)
     if measure != "jaccard":
         _check_activations(models, activations, measure)
-    how = resolve_match([itda for layers in models.values() for itda in layers], match)
-    if measure != "jaccard" and how == "overlap":
-        raise ValueError(f"match='overlap' cannot be used with measure={measure!r}; use 'span'")
     names, similarity = list(models), None
     # With one model only, its layers are compared with themselves.
     pairs = list(itertools.permutations(names, 2)) or [(names[0], names[0])]
@@ -146,6 +139,30 @@ def compare(
     return Comparison(measure, how, names, similarity, found)
 
 
+def check_comparable(
+    models: Mapping[str, Sequence[ITDA]], measure: Measure, match: Match = "auto"
+) -> Match:
+    """What `compare` needs, but for activations: to be told of bad input before these are read.
+
+    Returns:
+        How labels will be matched.
+
+    Raises:
+        ValueError: as `compare`.
+    """
+    if measure not in get_args(Measure):
+        raise ValueError(f"measure must be one of {get_args(Measure)}, got {measure!r}")
+    empty = [name for name, layers in models.items() if not layers]
+    if empty:
+        raise ValueError(f"models must have one dictionary or more each, but {empty[0]!r} has none")
+    if sum(map(len, models.values())) < 2:
+        raise ValueError("models must hold two dictionaries or more to compare, got fewer")
+    how = resolve_match([itda for layers in models.values() for itda in layers], match)
+    if measure != "jaccard" and how == "overlap":
+        raise ValueError(f"match='overlap' cannot be used with measure={measure!r}; use 'span'")
+    return how
+
+
 def activation_similarity(
     a: Sequence[Activations], b: Sequence[Activations], measure: Measure, match: Match
 ) -> Float[Tensor, "layers_a layers_b"]:
@@ -153,33 +170,39 @@ def activation_similarity(
 
     Args:
         a, b: activations at each layer, of the same texts; the labels of all layers of a side are equal.
-        measure: "cka", "svcca", "regression" or "relative".
+        measure: one that is not `OF_LABELS`.
         match: "position" or "span".
 
     Raises:
         ValueError: no token is in both.
     """
-    xs, ys = _of_shared_tokens(a, b, match)
-    if measure == "relative":
-        return similarity_matrix(xs, ys, relative_similarity)
-    running = RunningMoments()
-    for rows, others in zip(
-        zip(*(x.split(ROWS) for x in xs), strict=True),
-        zip(*(y.split(ROWS) for y in ys), strict=True),
-        strict=True,
-    ):
-        running.update(rows, others)
-    measured = _OF_MOMENTS[measure]
-    return similarity_matrix(range(len(xs)), range(len(ys)), lambda i, j: measured(running.pair(i, j)))
+    xs, ys, _ = shared_tokens(a, b, match)
+    if measure in _OF_MOMENTS:
+        running = RunningMoments()
+    else:
+        drawn = draw_anchors(len(xs[0]), DEFAULT_ANCHORS, seed=0)
+        anchors = ([layer[drawn] for layer in side] for side in (xs, ys))
+        running = RunningRelative(*anchors, centred=measure == "relative-centred")
+    for start in range(0, len(xs[0]), ROWS):
+        part = slice(start, start + ROWS)
+        running.update([layer[part] for layer in xs], [layer[part] for layer in ys])
+    if isinstance(running, RunningRelative):
+        return running.values()
+    measured, pair = _OF_MOMENTS[measure], running.pair
+    return similarity_matrix(range(len(xs)), range(len(ys)), lambda i, j: measured(pair(i, j)))
 
 
-def _of_shared_tokens(
+def shared_tokens(
     a: Sequence[Activations], b: Sequence[Activations], match: Match
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Rows of the tokens that both sides have, in the same order."""
+) -> tuple[list[Tensor], list[Tensor], list[Place | None]]:
+    """Activations, layer by layer, of the tokens that both sides have, in the same order; their places.
+
+    Raises:
+        ValueError: there are none.
+    """
     own, other = (places(side[0].labels, match) for side in (a, b))
     if own == other:
-        return [layer.values for layer in a], [layer.values for layer in b]
+        return [layer.values for layer in a], [layer.values for layer in b], own
     there = {place: row for row, place in enumerate(other) if place is not None}
     rows = [(i, there[place]) for i, place in enumerate(own) if place in there]
     if not rows:
@@ -187,7 +210,8 @@ def _of_shared_tokens(
             "activations must have tokens in common, but no token of one model is one of the other"
         )
     left, right = torch.tensor(rows).T
-    return [layer.values[left] for layer in a], [layer.values[right] for layer in b]
+    xs, ys = [layer.values[left] for layer in a], [layer.values[right] for layer in b]
+    return xs, ys, [own[i] for i, _ in rows]
 
 
 def _label_layers(

@@ -57,7 +57,10 @@ class RunningMoments:
             ValueError: no layers or rows, different numbers of rows, other layers or widths than before,
                 NaN or infinite values.
         """
-        _check([*xs, *ys], len(xs), self._shifts, self._n_x)
+        check_layers(xs, ys, "layers")
+        widths = [layer.shape[1] for layer in (*xs, *ys)]
+        if self._shifts and (len(xs), widths) != (self._n_x, [len(s) for s in self._shifts]):
+            raise ValueError(f"layers must be those of the first batch, got widths {widths}")
         layers = [layer.double() for layer in (*xs, *ys)]
         if not self._shifts:
             # Any fixed point near the mean keeps the sums of squares from cancelling.
@@ -96,14 +99,17 @@ class RunningMoments:
         )
 
 
-def _check(layers: list[Tensor], n_x: int, shifts: list[Tensor], n_x_before: int) -> None:
-    if not 0 < n_x < len(layers):
-        raise ValueError(f"both sides need a layer at least, got {n_x} and {len(layers) - n_x}")
-    shapes = [tuple(layer.shape) for layer in layers]
+def check_layers(xs: Sequence[Tensor], ys: Sequence[Tensor], name: str) -> None:
+    """Refuse what is not [n, width] of the same n >= 1 tokens at one layer or more of either side.
+
+    Raises:
+        ValueError: it is not, or holds NaN or infinite values.
+    """
+    if not xs or not ys:
+        raise ValueError(f"both sides need a layer at least, got {len(xs)} and {len(ys)}")
+    shapes = [tuple(layer.shape) for layer in (*xs, *ys)]
     if any(len(shape) != 2 or shape[0] != shapes[0][0] or shape[0] == 0 for shape in shapes):
-        raise ValueError(f"layers must be [n, width], of the same n >= 1 tokens, got {shapes}")
-    if shifts and (n_x != n_x_before or [s[1] for s in shapes] != [len(shift) for shift in shifts]):
-        raise ValueError(f"layers must be those of the first batch, got shapes {shapes}")
-    for layer in layers:
+        raise ValueError(f"{name} must be [n, width], of the same n >= 1 tokens, got {shapes}")
+    for layer in (*xs, *ys):
         if not torch.isfinite(layer).all():
-            raise ValueError("activations must be finite, but a layer has NaN or infinite values")
+            raise ValueError(f"{name} must be finite, but one has NaN or infinite values")

@@ -4,14 +4,19 @@ They look at activations, not at dictionaries: what label similarity is held aga
 activations of the same tokens.
 """
 
+from collections.abc import Sequence
+
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from itda_lens.compare.moments import Moments
+from itda_lens.compare.moments import Moments, check_layers
 
 RANK_TOLERANCE = 1e-7
 """Eigenvalues below this share of the largest are rounding of float32 activations, no variance."""
+
+DEFAULT_ANCHORS = 256
+"""Anchor tokens; Moschella et al. (2022) use some hundreds."""
 
 
 def linear_cka(moments: Moments) -> float:
@@ -69,75 +74,89 @@ def relative_representation(
 
 
 class RunningRelative:
-    """Mean cosine between the relative representations of the same tokens in two models, over a stream.
+    """Mean cosine between relative representations of the same tokens, over a stream.
 
-    Does not change with rotation or scaling of either side.
+    Of every pair of layers of two models, as `RunningMoments`. Does not change with rotation or scaling
+    of either side.
 
     Args:
-        anchors_x, anchors_y: activations of the same anchor tokens in either model, [m, d_x], [m, d_y].
+        anchors_x, anchors_y: activations of the same anchor tokens at every layer of either model.
         centred: as for `relative_representation`.
 
     Raises:
-        ValueError: no anchors, or different numbers of them.
+        ValueError: no layers or anchors, or different numbers of anchors.
     """
 
     def __init__(
-        self, anchors_x: Float[Tensor, "m d_x"], anchors_y: Float[Tensor, "m d_y"], centred: bool = False
+        self,
+        anchors_x: Sequence[Float[Tensor, "m _"]],
+        anchors_y: Sequence[Float[Tensor, "m _"]],
+        centred: bool = False,
     ) -> None:
-        if not 0 < len(anchors_x) == len(anchors_y):
-            raise ValueError(
-                f"both sides need the same anchors, got {len(anchors_x)} and {len(anchors_y)}"
-            )
-        self._anchors = (anchors_x, anchors_y)
+        check_layers(anchors_x, anchors_y, "anchors")
+        self._anchors = (list(anchors_x), list(anchors_y))
         self._centred = centred
-        self._sum = 0.0
+        self._sums = torch.zeros(len(anchors_x), len(anchors_y), dtype=torch.float64)
         self.n = 0
 
-    def update(self, x: Float[Tensor, "n d_x"], y: Float[Tensor, "n d_y"]) -> None:
-        """Add the next tokens' activations.
+    def update(self, xs: Sequence[Float[Tensor, "n _"]], ys: Sequence[Float[Tensor, "n _"]]) -> None:
+        """Add the activations of the next tokens: of each layer of one model, and of the other.
 
         Raises:
-            ValueError: different numbers of tokens.
+            ValueError: no rows, different numbers of rows, other layers than the anchors', NaN or
+                infinite values.
         """
-        if len(x) != len(y):
-            raise ValueError(f"x and y must be of the same tokens, got {len(x)} and {len(y)}")
-        a, b = (
-            _unit(relative_representation(side, anchors, self._centred))
-            for side, anchors in zip((x, y), self._anchors, strict=True)
+        check_layers(xs, ys, "layers")
+        left, right = (
+            [
+                _unit(relative_representation(layer, own, self._centred))
+                for layer, own in zip(side, anchors, strict=True)
+            ]
+            for side, anchors in zip((xs, ys), self._anchors, strict=True)
         )
-        self._sum += (a * b).sum().item()
-        self.n += len(x)
+        for i, x in enumerate(left):
+            for j, y in enumerate(right):
+                self._sums[i, j] += (x * y).sum().cpu()
+        self.n += len(xs[0])
 
-    def value(self) -> float:
-        """The mean cosine so far; NaN before any token."""
-        return self._sum / self.n if self.n else float("nan")
+    def values(self) -> Float[Tensor, "layers_x layers_y"]:
+        """The mean cosines so far, float64; NaN before any token."""
+        return self._sums / self.n if self.n else self._sums * float("nan")
+
+
+def draw_anchors(n: int, n_anchors: int, seed: int) -> Int[Tensor, " m"]:
+    """Which of `n` tokens are anchors: `n_anchors` of them, all if there are fewer.
+
+    Raises:
+        ValueError: n_anchors is below 1.
+    """
+    if n_anchors < 1:
+        raise ValueError(f"n_anchors must be at least 1, got {n_anchors}")
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:n_anchors]
 
 
 def relative_similarity(
     x: Float[Tensor, "n d_x"],
     y: Float[Tensor, "n d_y"],
-    n_anchors: int = 256,
+    n_anchors: int = DEFAULT_ANCHORS,
     seed: int = 0,
     centred: bool = False,
 ) -> float:
-    """`RunningRelative` of activations that are there as a whole, with anchors drawn among them.
+    """`RunningRelative` of two tensors that are there as a whole, with anchors drawn among their rows.
 
     Args:
         n_anchors: how many tokens, all if there are fewer.
         seed: of the draw; the same for all that is to be compared.
+        centred: as for `relative_representation`.
 
     Raises:
-        ValueError: no tokens, or different numbers of them, or n_anchors below 1.
+        ValueError: no tokens, different numbers of them, NaN or infinite values, or n_anchors below 1.
     """
-    if n_anchors < 1:
-        raise ValueError(f"n_anchors must be at least 1, got {n_anchors}")
-    if len(x) != len(y) or len(x) == 0:
-        raise ValueError(f"x and y must be of the same tokens, got {len(x)} and {len(y)}")
-    drawn = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:n_anchors]
-    running = RunningRelative(x[drawn.to(x.device)], y[drawn.to(y.device)], centred)
-    for rows, others in zip(x.split(8192), y.split(8192), strict=True):
-        running.update(rows, others)
-    return running.value()
+    check_layers([x], [y], "layers")
+    drawn = draw_anchors(len(x), n_anchors, seed)
+    running = RunningRelative([x[drawn.to(x.device)]], [y[drawn.to(y.device)]], centred)
+    running.update([x], [y])
+    return running.values().item()
 
 
 def _whitening(covariance: Float[Tensor, "d d"], keep: float) -> Float[Tensor, "d m"]:

@@ -1,6 +1,13 @@
 """What users look at: tables in the terminal, plots in files."""
 
 from itda_lens.reports.benchmarks import bench_table, pareto_plot
+from itda_lens.reports.comparisons import (
+    comparison_heatmap,
+    comparison_table,
+    differences_table,
+    layers_table,
+    save_comparison,
+)
 from itda_lens.reports.neuronpedia import (
     neuronpedia_features,
     neuronpedia_id,
@@ -16,13 +23,18 @@ from itda_lens.reports.tables import (
 
 __all__ = [
     "bench_table",
+    "comparison_heatmap",
+    "comparison_table",
     "decomposition_table",
+    "differences_table",
     "evaluation_table",
     "info_table",
     "labels_table",
+    "layers_table",
     "make_console",
     "neuronpedia_features",
     "neuronpedia_id",
     "pareto_plot",
+    "save_comparison",
     "save_neuronpedia_features",
 ]

@@ -77,7 +77,7 @@ def decomposition_table(decomposition: Sequence[TokenDecomposition], top: int, h
                 f"{token.explained:.0%}" if first else "",
                 f"[{'green' if component.coefficient > 0 else 'red'}]{component.coefficient:+.2f}[/]",
                 str(component.atom),
-                _quote(component.label),
+                quote(component.label),
                 end_section=i == len(token.components[:top]) - 1,
             )
     return table
@@ -118,11 +118,12 @@ def labels_table(itda: ITDA, n: int) -> Table:
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("came from")
     for i, label in enumerate(itda.labels[:n]):
-        table.add_row(str(i), str(label.row), str(label.chunk), str(label.position), _quote(label))
+        table.add_row(str(i), str(label.row), str(label.chunk), str(label.position), quote(label))
     return table
 
 
-def _quote(label: Label) -> str:
+def quote(label: Label) -> str:
+    """A label in one line: its token in bold, with some of the text around it."""
     if label.context is None:
         return escape(str(label))
     before, _, after = label.context.partition(f"[[{label.token}]]")

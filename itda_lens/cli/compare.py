@@ -1,0 +1,133 @@
+"""`itda compare`."""
+
+import importlib.util
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from itda_lens.cli.options import DeviceOption, Split, TextField, model_of
+from itda_lens.compare import activations_of, check_comparable, check_diffable, compare, diff
+from itda_lens.reports import (
+    comparison_heatmap,
+    comparison_table,
+    differences_table,
+    layers_table,
+    make_console,
+    save_comparison,
+)
+from itda_lens.sae import ITDA, dictionaries_in, load
+from itda_lens.training import Activations
+
+
+def compare_command(
+    folders: Annotated[
+        list[Path],
+        typer.Argument(
+            help="A folder for each model: of one dictionary, or of those of its layers.",
+            show_default=False,
+        ),
+    ],
+    measure: Annotated[
+        str,
+        typer.Option(
+            help="jaccard or weighted (of labels); cka, svcca, regression, relative or "
+            "relative-centred (of activations)."
+        ),
+    ] = "jaccard",
+    match: Annotated[
+        str,
+        typer.Option(help="When labels are the same: position, span or overlap; auto chooses."),
+    ] = "auto",
+    texts: Annotated[
+        str | None,
+        typer.Option(help="Text for --diff and for every measure but jaccard: a file or a data set."),
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(help="Tokens of the texts to read.")] = 20_000,
+    difference: Annotated[
+        bool,
+        typer.Option(
+            "--diff",
+            help="List the atoms of the second model that are most foreign to its base, the first.",
+        ),
+    ] = False,
+    top: Annotated[int, typer.Option(min=1, help="Atoms to list.")] = 20,
+    json: Annotated[Path | None, typer.Option(help="Write all figures to this file.")] = None,
+    heatmap: Annotated[Path | None, typer.Option(help="Draw the matrices: an image file.")] = None,
+    text_field: TextField = "text",
+    split: Split = "train",
+    device: DeviceOption = None,
+) -> None:
+    """Compare models by the dictionaries of their layers, built from the same texts.
+
+    Shows how similar whole models are, by the unions over their layers, and which layer of one is most
+    like each layer of another. Labels need no model; the other measures, and --diff, load the models
+    that the dictionaries name.
+
+    Examples: itda compare gpt2-dictionaries other-dictionaries --heatmap layers.png
+
+    itda compare base/blocks.6.hook_resid_post tuned/blocks.6.hook_resid_post --diff --texts book.txt
+    """
+    models = _models(folders)
+    if heatmap is not None and importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("--heatmap needs matplotlib: pip install 'itda-lens[plots]'")
+    if difference and (len(models) != 2 or [len(own) for own in models.values()] != [1, 1]):
+        raise ValueError("--diff takes the dictionaries of one hook point of two models: two folders")
+    if difference:
+        check_diffable(*(own[0] for own in models.values()), match)  # pyright: ignore
+    else:
+        check_comparable(models, measure, match)  # pyright: ignore
+    if texts is None and (difference or measure != "jaccard"):
+        what = "--diff" if difference else f"--measure {measure}"
+        raise ValueError(f"{what} looks at activations: pass --texts")
+    activations: dict[str, list[Activations]] = {}
+    if texts is not None:
+        for name, itdas in models.items():
+            model, loader = model_of(itdas, None, None)
+            activations[name] = activations_of(
+                itdas,
+                texts,
+                model,
+                max_tokens=max_tokens,
+                text_field=text_field,
+                split=split,
+                loader=loader,
+                device=device,
+            )
+    if difference:
+        (name, base), (other, tuned) = models.items()
+        found = diff(base[0], tuned[0], activations[name][0], activations[other][0], match)  # pyright: ignore
+        make_console().print(differences_table(found, top, f"In {other}, foreign to {name}"))
+        return
+    comparison = compare(models, measure, match, activations or None)  # pyright: ignore
+    console = make_console()
+    overview = comparison_table(comparison)
+    if overview is not None:
+        console.print(overview)
+    for pair in comparison.layers:
+        if overview is None or max(pair.similarity.shape) > 1:
+            console.print(layers_table(pair))
+    if json is not None:
+        console.print(f"Figures: {save_comparison(comparison, json)}")
+    if heatmap is not None:
+        console.print(f"Heatmap: {comparison_heatmap(comparison, heatmap)}")
+
+
+def _models(folders: Sequence[Path]) -> dict[str, list[ITDA]]:
+    """The dictionaries of each folder, in the order of the layers in their hooks' names."""
+    if len(set(folders)) != len(folders):
+        raise ValueError(f"folders must be different ones, got {', '.join(map(str, folders))}")
+    return {
+        str(folder): sorted(
+            (load(inside) for inside in dictionaries_in(folder) or [folder]), key=_hook_order
+        )
+        for folder in folders
+    }
+
+
+def _hook_order(itda: ITDA) -> list[tuple[int, str]]:
+    """Numbers in a hook's name by their value: blocks.2 before blocks.10."""
+    parts = re.findall(r"\d+|\D+", itda.cfg.metadata.hook_name or "")
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in parts]

@@ -1,0 +1,236 @@
+"""Model diffing: what a model represents that another one, of the same space, does not."""
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from scipy import stats
+from torch import Tensor
+
+from itda_lens.compare.comparison import shared_tokens
+from itda_lens.compare.places import Match, places, resolve_match
+from itda_lens.dictionary import Label
+from itda_lens.pursuit import SparseCodes
+from itda_lens.sae import ITDA
+from itda_lens.sources import Loader, language_model
+from itda_lens.training import Activations, build, collect
+
+logger = logging.getLogger(__name__)
+
+FOREIGN = 0.5
+"""Share of the other model's variance left from which the two spaces have probably nothing to do with
+each other."""
+
+NULL_FREEDOM = 5
+"""Degrees of freedom of the tails of the null: normal ones would be too thin (docs/compare.md)."""
+
+ROWS = 4096
+"""Activations encoded at once."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """An atom of the second model's dictionary, and how foreign to the first model it is.
+
+    Attributes:
+        atom: its index in the second dictionary.
+        label: where it came from.
+        excess: how much more error the first dictionary leaves of the second model's activations than of
+            its own model's, as a share of their squared norm, where the atom is used.
+        q: the false-discovery rate of the list that ends with this atom.
+        shared: whether the first dictionary has an atom of the same label.
+        tokens: at how many tokens the atom is used.
+    """
+
+    atom: int
+    label: Label
+    excess: float
+    q: float
+    shared: bool
+    tokens: int
+
+
+@torch.no_grad()
+def diff(
+    a: ITDA, b: ITDA, activations_a: Activations, activations_b: Activations, match: Match = "auto"
+) -> list[Difference]:
+    """Atoms of `b` by how much worse `a` explains the second model than its own, where they are used.
+
+    At every token the error that `a` leaves of the second model's activation is compared with the error
+    that it leaves of the first model's activation of the same token: what is hard for both cancels.
+    (Tokens that are atoms of either dictionary are left out.) An
+    atom's excess is the mean of these differences, weighted by its share of the token's code. The models
+    must share a space, as a base model and a fine-tuned one do.
+
+    Most atoms have the same label in both dictionaries, also where the models differ: what a token is
+    made of changes, not which tokens are typical (docs/compare.md). So all atoms are ranked, not only
+    those whose label the other dictionary lacks; `Difference.shared` tells which those are.
+
+    The false-discovery rate is held against the atoms themselves (an empirical null, Efron 2004): if the
+    models differed by nothing but drift, excesses would scatter around their median as far above as
+    below. `false_discovery_rates` has the details.
+
+    Args:
+        a, b: dictionaries of the two models, at the same hook point.
+        activations_a, activations_b: activations of either model there, from the same texts; tokens that
+            both have are compared.
+        match: how tokens and labels are matched; not "overlap".
+
+    Returns:
+        The atoms of `b` that are used, most foreign first.
+
+    Raises:
+        ValueError: widths or hook points differ, no token but atoms' own is in both, unlabelled
+            dictionaries, or different texts.
+    """
+    how = check_diffable(a, b, match)
+    own = places(b.labels, how)
+    known, chosen = set(places(a.labels, how)), set(own)
+    (x_a,), (x_b,), where = shared_tokens([activations_a], [activations_b], how)
+    # A dictionary leaves no error of its own atoms' activations, which tells nothing of the models.
+    kept = torch.tensor([place not in known and place not in chosen for place in where])
+    if not kept.any():
+        raise ValueError("activations must hold tokens that are no atoms, but all of them are")
+    x_a, x_b = x_a[kept], x_b[kept]
+    before, _ = _relative_errors(a, x_a, a.b_dec)
+    after, unexplained = _relative_errors(a, x_b, b.b_dec)
+    if unexplained > FOREIGN:
+        logger.warning(
+            "the first dictionary leaves %.0f %% of the second model's variance: the two models do not "
+            "seem to share a space",
+            100 * unexplained,
+        )
+    excess, tokens = _by_atom(b, x_b, after - before)
+    used = (tokens > 0).nonzero().flatten()
+    order = used[excess[used].argsort(descending=True, stable=True)]
+    rates = false_discovery_rates(excess[order])
+    return [
+        Difference(i, b.labels[i], excess[i].item(), q, own[i] in known, int(tokens[i]))
+        for i, q in zip(order.tolist(), rates.tolist(), strict=True)
+    ]
+
+
+def check_diffable(a: ITDA, b: ITDA, match: Match = "auto") -> Match:
+    """What `diff` needs of dictionaries: to be told of bad input before activations are read.
+
+    Returns:
+        How labels and tokens will be matched.
+
+    Raises:
+        ValueError: as `diff`.
+    """
+    if a.cfg.d_in != b.cfg.d_in:
+        raise ValueError(
+            "models that are diffed must share a space, but the dictionaries have widths "
+            f"{a.cfg.d_in} and {b.cfg.d_in}"
+        )
+    hooks = [itda.cfg.metadata.hook_name for itda in (a, b)]
+    if None not in hooks and hooks[0] != hooks[1]:
+        raise ValueError(f"models are diffed at one hook point, got {hooks[0]!r} and {hooks[1]!r}")
+    how = resolve_match([a, b], match)
+    if how == "overlap":
+        raise ValueError("match='overlap' cannot be used for diffing; use 'span'")
+    return how
+
+
+def diff_models(
+    a: Any,
+    b: Any,
+    texts: str | Path | Iterable[str],
+    hook_name: str,
+    *,
+    d_sae: int = 1024,
+    k: int = 20,
+    max_tokens: int | None = 50_000,
+    seed: int = 0,
+    context_size: int = 128,
+    batch_size: int = 16,
+    tokenizer: Any = None,
+    loader: Loader = "bridge",
+    device: str | None = None,
+    progress: bool = True,
+) -> list[Difference]:
+    """Build a dictionary of either model from the same texts, and `diff` them.
+
+    Args:
+        a, b: models as in `build`: the one to compare with (base), and the one to look at (fine-tuned).
+        texts: strings, a file or a data set, as in `build`, with the kind of text that interests.
+        hook_name: a hook point of both.
+        max_tokens: tokens to build from and to compare, held in memory for both models.
+        d_sae, k, seed, context_size, batch_size, tokenizer, loader, device, progress: as in `build`.
+
+    Raises:
+        ValueError, TypeError: as `build` and `diff`.
+    """
+    if not isinstance(texts, str | Path):
+        texts = list(texts)
+    common: dict[str, Any] = dict(
+        max_tokens=max_tokens, context_size=context_size, batch_size=batch_size, progress=progress
+    )
+    sides = []
+    for model in (a, b):
+        lm = language_model(model, tokenizer=tokenizer, loader=loader, device=device)
+        itda = build(lm, texts, hook_name, d_sae=d_sae, k=k, seed=seed, **common)[hook_name]
+        sides.append((itda, collect(lm, texts, [hook_name], **common)[hook_name]))
+    (itda_a, x_a), (itda_b, x_b) = sides
+    return diff(itda_a, itda_b, x_a, x_b)
+
+
+def _relative_errors(
+    dictionary: ITDA, x: Float[Tensor, "n d"], centre: Float[Tensor, " d"]
+) -> tuple[Float[Tensor, " n"], float]:
+    """|x - xhat|^2 / |x - centre|^2 of each activation, and the ratio of the sums."""
+    errors, norms = [], []
+    for rows in x.split(ROWS):
+        codes = _codes(dictionary, rows)
+        error = (rows - dictionary.decode_sparse(codes).reshape(rows.shape)).double()
+        errors.append(error.square().sum(dim=-1))
+        norms.append((rows - centre).double().square().sum(dim=-1))
+    error, norm = torch.cat(errors), torch.cat(norms)
+    tiny = torch.finfo(torch.float32).tiny
+    return error / norm.clamp(min=tiny), (error.sum() / norm.sum().clamp(min=tiny)).item()
+
+
+def _by_atom(
+    itda: ITDA, x: Float[Tensor, "n d"], scores: Float[Tensor, " n"]
+) -> tuple[Float[Tensor, " d_sae"], Int[Tensor, " d_sae"]]:
+    """Mean score of the tokens that use an atom, by its share of their energy; how many they are."""
+    weighted, weights = torch.zeros(2, itda.cfg.d_sae, dtype=torch.float64)
+    tokens = torch.zeros(itda.cfg.d_sae, dtype=torch.int64)
+    for rows, own in zip(x.split(ROWS), scores.cpu().split(ROWS), strict=True):
+        codes = _codes(itda, rows)
+        energy = codes.values.double().square().cpu()
+        share = energy / energy.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
+        indices = codes.indices.cpu()
+        weighted.index_add_(0, indices.flatten(), (share * own[:, None]).flatten())
+        weights.index_add_(0, indices.flatten(), share.flatten())
+        tokens += indices[energy > 0].bincount(minlength=len(tokens))
+    return weighted / weights.clamp(min=torch.finfo(torch.float64).tiny), tokens
+
+
+def _codes(itda: ITDA, rows: Float[Tensor, "n d"]) -> SparseCodes:
+    rows = rows.to(itda.device)
+    return itda.encode_sparse(rows[:, None] if itda.hook_z_reshaping_mode else rows)
+
+
+def false_discovery_rates(scores: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+    """The false-discovery rate at which each score stands out above the others.
+
+    The null is fitted to the scores at and below their median, which a minority of large ones does not
+    move: centre their median, scale 1.4826 times the median distance below it, tails those of Student's
+    t with `NULL_FREEDOM` degrees of freedom. Rates are Benjamini & Hochberg's (1995) of the upper tails.
+
+    Returns:
+        float64, 1 where all scores are equal.
+    """
+    scores = scores.double()
+    centre = scores.median()
+    scale = 1.4826 * (centre - scores[scores <= centre]).median()
+    if scale <= 0:  # half of the scores or more are the median itself: anything above stands out
+        return (scores <= centre).double()
+    tails = stats.t.sf(((scores - centre) / scale).numpy(), NULL_FREEDOM)
+    return torch.from_numpy(stats.false_discovery_control(tails))

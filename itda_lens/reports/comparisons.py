@@ -1,0 +1,160 @@
+"""Comparisons of models: tables, a JSON file, heatmaps."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.markup import escape
+from rich.table import Table
+
+from itda_lens.compare import Comparison, Difference, LayerComparison
+from itda_lens.reports.tables import quote
+from itda_lens.sae import replacing
+
+SHOWN = {
+    "jaccard": "Jaccard of labels",
+    "weighted": "Jaccard of labels by usage",
+    "cka": "linear CKA",
+    "svcca": "SVCCA",
+    "regression": "R² of linear regression",
+    "relative": "relative representations",
+    "relative-centred": "relative representations, centred",
+}
+
+
+def comparison_table(comparison: Comparison) -> Table | None:
+    """Every model with every other, by the unions over layers; None where a measure knows no unions."""
+    if comparison.similarity is None or len(comparison.names) < 2:
+        return None
+    table = _table(f"{SHOWN[comparison.measure]} (matched by {comparison.match})")
+    table.add_column("", overflow="fold")
+    for i in range(len(comparison.names)):
+        table.add_column(str(i + 1), justify="right", min_width=5)
+    for i, (name, row) in enumerate(zip(comparison.names, comparison.similarity.tolist(), strict=True)):
+        table.add_row(f"{i + 1}  {escape(name)}", *(f"{value:.3f}" for value in row))
+    return table
+
+
+def layers_table(layers: LayerComparison) -> Table:
+    """The most similar layer of the second model for each layer of the first."""
+    table = _table(f"{escape(layers.a)} → {escape(layers.b)}")
+    table.add_column("layer", overflow="fold")
+    table.add_column("most similar", overflow="fold")
+    table.add_column("similarity", justify="right", min_width=5)
+    table.add_column("same place", justify="right", min_width=5)
+    square = layers.similarity.shape[0] == layers.similarity.shape[1]
+    for i, (hook, row) in enumerate(zip(layers.hooks_a, layers.similarity, strict=True)):
+        best = int(row.argmax())
+        own = f"{row[i].item():.3f}" if square else "-"
+        table.add_row(escape(hook), escape(layers.hooks_b[best]), f"{row[best].item():.3f}", own)
+    if layers.accuracy is not None and len(layers.hooks_a) > 1:
+        table.caption = f"layer-matching accuracy {layers.accuracy:.2f}"
+    return table
+
+
+def differences_table(differences: Sequence[Difference], top: int, title: str) -> Table:
+    """The first `top` atoms, with their false-discovery rate and where they came from."""
+    table = Table(title=escape(title))
+    for name in ("atom", "excess", "q", "tokens"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("label", no_wrap=True)
+    table.add_column("came from")
+    for d in differences[:top]:
+        cells = (str(d.atom), f"{d.excess:+.3f}", f"{d.q:.2f}", f"{d.tokens:,}")
+        table.add_row(*cells, "both" if d.shared else "only here", quote(d.label))
+    sure = sum(d.q <= 0.1 for d in differences)
+    table.caption = (
+        f"{sure} of {len(differences)} atoms at a false-discovery rate of 10 %; excess: share of the "
+        "squared norm that the first dictionary leaves more here than of its own model"
+    )
+    return table
+
+
+def save_comparison(comparison: Comparison, path: str | Path) -> Path:
+    """All figures as JSON: measure, match, models, similarity, and the matrix of every pair.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    known: dict[str, Any] = {
+        "measure": comparison.measure,
+        "match": comparison.match,
+        "models": comparison.names,
+        "similarity": None if comparison.similarity is None else comparison.similarity.tolist(),
+        "layers": [
+            {
+                "a": pair.a,
+                "b": pair.b,
+                "hooks_a": pair.hooks_a,
+                "hooks_b": pair.hooks_b,
+                "similarity": pair.similarity.tolist(),
+                "accuracy": pair.accuracy,
+            }
+            for pair in comparison.layers
+        ],
+    }
+    path = Path(path)
+    with replacing(path) as (temporary,):
+        temporary.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
+    return path
+
+
+def comparison_heatmap(comparison: Comparison, path: str | Path) -> Path:
+    """The matrices as an image file: layers of each pair of models, or of whole models.
+
+    Pairs are drawn once, in the order of the models; with one dictionary a model there is a matrix of
+    models only.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    drawn = _matrices(comparison)
+    width = min(3, len(drawn))
+    height = -(-len(drawn) // width)
+    figure, axes = pyplot.subplots(
+        height, width, figsize=(5 * width, 4.4 * height), squeeze=False, layout="constrained"
+    )
+    for ax in axes.flat[len(drawn) :]:
+        ax.axis("off")
+    for ax, (a, b, rows, columns, values) in zip(axes.flat, drawn, strict=False):
+        image = ax.imshow(values, cmap="viridis", vmin=0)
+        ax.set_yticks(range(len(rows)), rows, fontsize=6)
+        ax.set_xticks(range(len(columns)), columns, fontsize=6, rotation=90)
+        ax.set_ylabel(a)
+        ax.set_xlabel(b)
+        figure.colorbar(image, ax=ax, shrink=0.8)
+    figure.suptitle(f"{SHOWN[comparison.measure]}")
+    path = Path(path)
+    with replacing(path) as (temporary,):
+        figure.savefig(temporary, dpi=130, format=path.suffix.removeprefix(".") or "png")
+    pyplot.close(figure)
+    return path
+
+
+def _matrices(
+    comparison: Comparison,
+) -> list[tuple[str, str, list[str], list[str], list[list[float]]]]:
+    place = {name: i for i, name in enumerate(comparison.names)}
+    found = [
+        (pair.a, pair.b, pair.hooks_a, pair.hooks_b, pair.similarity.tolist())
+        for pair in comparison.layers
+        if place[pair.a] <= place[pair.b] and max(pair.similarity.shape) > 1
+    ]
+    if comparison.similarity is not None and len(comparison.names) > 1:
+        names = comparison.names
+        found.insert(0, ("", "", names, names, comparison.similarity.tolist()))
+    return found or [
+        (pair.a, pair.b, pair.hooks_a, pair.hooks_b, pair.similarity.tolist())
+        for pair in comparison.layers[:1]
+    ]
+
+
+def _table(title: str) -> Table:
+    return Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
