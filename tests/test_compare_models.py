@@ -291,6 +291,14 @@ def test_command(compare_command, models, tmp_path):
     assert (tmp_path / "layers.png").stat().st_size > 1000
 
 
+def test_command_of_one_model(compare_command, models):
+    code, out, _ = compare_command("DICTS/tiny")
+    assert code == 0
+    assert "most similar of the others" in out
+    first = [jaccard(models["tiny"][0], other) for other in models["tiny"][1:]]
+    assert f"{max(first):.3f}" in out
+
+
 def test_command_with_activations(compare_command):
     code, out, _ = compare_command(
         "DICTS/tiny", "DICTS/other", "--measure", "cka", "--texts", "HERE/texts.jsonl"

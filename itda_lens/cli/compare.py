@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from itda_lens.cli.options import DeviceOption, Split, TextField, model_of
+from itda_lens.cli.options import DeviceOption, Split, TextField
 from itda_lens.compare import activations_of, check_comparable, check_diffable, compare, diff
 from itda_lens.reports import (
     comparison_heatmap,
@@ -85,15 +85,12 @@ def compare_command(
     activations: dict[str, list[Activations]] = {}
     if texts is not None:
         for name, itdas in models.items():
-            model, loader = model_of(itdas, None, None)
             activations[name] = activations_of(
                 itdas,
                 texts,
-                model,
                 max_tokens=max_tokens,
                 text_field=text_field,
                 split=split,
-                loader=loader,
                 device=device,
             )
     if difference:

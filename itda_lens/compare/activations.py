@@ -52,7 +52,7 @@ def activations_of(
         settings[name] = values.pop() if values else None
     chosen = settings["model"] if model is None else model
     if chosen is None:
-        raise ValueError("pass model: the dictionaries name none that could be loaded")
+        raise ValueError("pass model=: the dictionaries name no model that could be loaded")
     found = collect(
         chosen,
         texts,

@@ -38,19 +38,22 @@ def comparison_table(comparison: Comparison) -> Table | None:
 
 
 def layers_table(layers: LayerComparison) -> Table:
-    """The most similar layer of the second model for each layer of the first."""
+    """The most similar layer of the second model for each of the first; of one model, among the others."""
     table = _table(f"{escape(layers.a)} → {escape(layers.b)}")
+    one_model = layers.a == layers.b
     table.add_column("layer", overflow="fold")
-    table.add_column("most similar", overflow="fold")
+    table.add_column("most similar of the others" if one_model else "most similar", overflow="fold")
     table.add_column("similarity", justify="right", min_width=5)
-    table.add_column("same place", justify="right", min_width=5)
-    square = layers.similarity.shape[0] == layers.similarity.shape[1]
-    for i, (hook, row) in enumerate(zip(layers.hooks_a, layers.similarity, strict=True)):
-        best = int(row.argmax())
-        own = f"{row[i].item():.3f}" if square else "-"
-        table.add_row(escape(hook), escape(layers.hooks_b[best]), f"{row[best].item():.3f}", own)
-    if layers.accuracy is not None and len(layers.hooks_a) > 1:
-        table.caption = f"layer-matching accuracy {layers.accuracy:.2f}"
+    values = layers.similarity
+    square = values.shape[0] == values.shape[1] and not one_model
+    if square:
+        table.add_column("same place", justify="right", min_width=5)
+        table.caption = f"layer-matching accuracy {layers.accuracy:.2f}" if len(values) > 1 else None
+    searched = values.clone().fill_diagonal_(-1) if one_model else values
+    for i, hook in enumerate(layers.hooks_a):
+        best = int(searched[i].argmax())
+        cells = [hook, layers.hooks_b[best], f"{values[i, best].item():.3f}"]
+        table.add_row(*map(escape, cells), *([f"{values[i, i].item():.3f}"] if square else []))
     return table
 
 
