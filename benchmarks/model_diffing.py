@@ -7,10 +7,10 @@ with and without 200 short texts on bee-keeping, which it has never seen: OUT/mo
 plain-S, each with the order of the text of seed S. Then `itda_lens.compare.diff_models` looks at pairs
 of them, on the Python language reference with twelve other texts on bee-keeping among its articles.
 
-Precision@20 is the share of the first twenty atoms whose label lies in a text on bee-keeping; random is
-that share among all atoms. "unshared" ranks only atoms whose label the other dictionary lacks. The list
-is what has a false-discovery rate of 10 % or less; pairs that differ by no topic should have none. What
-was measured is kept in OUT/results.jsonl.
+Precision@20 is the share of the first twenty atoms whose label lies in a text on bee-keeping, and of
+those whose most foreign token does; random is that share among all atoms. "unshared" ranks only atoms
+whose label the other dictionary lacks. The list is what has a false-discovery rate of 10 % or less;
+pairs that differ by no topic should have none. What was measured is kept in OUT/results.jsonl.
 """
 
 import argparse
@@ -113,11 +113,13 @@ def measure(a: Path, b: Path, layer: int, d_sae: int, tokens: int) -> dict[str, 
     listed = [difference for difference in found if difference.q <= LISTED]
     return {
         "precision": sum(on_topic[:20]) / 20,
+        "example_precision": sum(d.examples[0].row in rows for d in found[:20]) / 20,
+        "example_random": sum(d.examples[0].row in rows for d in found) / len(found),
         "random": sum(on_topic) / len(on_topic),
         "unshared": len(unshared),
         "unshared_precision": sum(unshared[:20]) / 20,
         "listed": len(listed),
-        "listed_on_topic": sum(difference.label.row in rows for difference in listed),
+        "listed_on_topic": sum(d.examples[0].row in rows for d in listed),
         "smallest_q": found[0].q,
         "first": [difference.label.token for difference in found[:10]],
     }
@@ -142,14 +144,16 @@ def main() -> None:
     pairs += [("null", side[i], side[i - 1]) for side in (plain, planted) for i in range(len(side))]
 
     results = Results(options.out)
-    print("| layer | first | second | P@20 | random | unshared P@20 | listed | on topic | smallest q |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    print("| layer | first | second | label P@20 | random | token P@20 | random | unshared P@20 "
+          "| listed | on topic | smallest q |")  # fmt: skip
+    print("|" + "---|" * 11)
     for layer, (kind, a, b) in product(options.layers, pairs):
         setting = dict(layer=layer, kind=kind, a=a.name, b=b.name)
         setting |= dict(d_sae=options.d_sae, tokens=options.tokens)
         row = results.once(setting, partial(measure, a, b, layer, options.d_sae, options.tokens))
         print(
             f"| {layer} | {a.name} | {b.name} | {row['precision']:.2f} | {row['random']:.3f} "
+            f"| {row['example_precision']:.2f} | {row['example_random']:.3f} "
             f"| {row['unshared_precision']:.2f} ({row['unshared']}) | {row['listed']} "
             f"| {row['listed_on_topic']} | {row['smallest_q']:.3f} |",
             flush=True,

@@ -201,7 +201,8 @@ def test_what_was_planted_comes_first(strength):
     found = differences(base, tuned)
     listed = [d for d in found if d.q <= 0.1]
     assert listed
-    assert new[found[0].label.row]
+    assert all(new[label.row] for d in found[:3] for label in d.examples)
+    assert [len(d.examples) for d in found] == [min(3, d.tokens) for d in found]
     assert sum(new[d.label.row].item() for d in listed) >= 0.6 * len(listed)
     assert [d.excess for d in found] == sorted((d.excess for d in found), reverse=True)
     assert [d.q for d in found] == sorted(d.q for d in found)

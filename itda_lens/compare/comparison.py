@@ -28,6 +28,7 @@ from itda_lens.compare.representations import (
     linear_regression_r2,
     svcca,
 )
+from itda_lens.dictionary import Label
 from itda_lens.sae import ITDA
 from itda_lens.training import Activations
 
@@ -194,15 +195,15 @@ def activation_similarity(
 
 def shared_tokens(
     a: Sequence[Activations], b: Sequence[Activations], match: Match
-) -> tuple[list[Tensor], list[Tensor], list[Place | None]]:
-    """Activations, layer by layer, of the tokens that both sides have, in the same order; their places.
+) -> tuple[list[Tensor], list[Tensor], Sequence[Label]]:
+    """Activations, layer by layer, of the tokens that both sides have, in one order; labels of `b`.
 
     Raises:
         ValueError: there are none.
     """
     own, other = (places(side[0].labels, match) for side in (a, b))
     if own == other:
-        return [layer.values for layer in a], [layer.values for layer in b], own
+        return [layer.values for layer in a], [layer.values for layer in b], b[0].labels
     there = {place: row for row, place in enumerate(other) if place is not None}
     rows = [(i, there[place]) for i, place in enumerate(own) if place in there]
     if not rows:
@@ -211,7 +212,7 @@ def shared_tokens(
         )
     left, right = torch.tensor(rows).T
     xs, ys = [layer.values[left] for layer in a], [layer.values[right] for layer in b]
-    return xs, ys, [own[i] for i, _ in rows]
+    return xs, ys, [b[0].labels[j] for _, j in rows]
 
 
 def _label_layers(

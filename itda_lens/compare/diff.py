@@ -4,7 +4,7 @@ import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -17,7 +17,7 @@ from itda_lens.dictionary import Label
 from itda_lens.pursuit import SparseCodes
 from itda_lens.sae import ITDA
 from itda_lens.sources import Loader, language_model
-from itda_lens.training import Activations, build, collect
+from itda_lens.training import Activations, collect, fit
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +27,8 @@ each other."""
 
 NULL_FREEDOM = 5
 """Degrees of freedom of the tails of the null: normal ones would be too thin (docs/compare.md)."""
+
+EXAMPLES = 3
 
 ROWS = 4096
 """Activations encoded at once."""
@@ -44,6 +46,7 @@ class Difference:
         q: the false-discovery rate of the list that ends with this atom.
         shared: whether the first dictionary has an atom of the same label.
         tokens: at how many tokens the atom is used.
+        examples: the tokens, `EXAMPLES` at most, that add most to the excess.
     """
 
     atom: int
@@ -52,6 +55,7 @@ class Difference:
     q: float
     shared: bool
     tokens: int
+    examples: tuple[Label, ...] = ()
 
 
 @torch.no_grad()
@@ -90,12 +94,13 @@ def diff(
     how = check_diffable(a, b, match)
     own = places(b.labels, how)
     known, chosen = set(places(a.labels, how)), set(own)
-    (x_a,), (x_b,), where = shared_tokens([activations_a], [activations_b], how)
+    (x_a,), (x_b,), labels = shared_tokens([activations_a], [activations_b], how)
     # A dictionary leaves no error of its own atoms' activations, which tells nothing of the models.
-    kept = torch.tensor([place not in known and place not in chosen for place in where])
-    if not kept.any():
+    taken = known | chosen
+    rows = [row for row, place in enumerate(places(labels, how)) if place not in taken]
+    if not rows:
         raise ValueError("activations must hold tokens that are no atoms, but all of them are")
-    x_a, x_b = x_a[kept], x_b[kept]
+    x_a, x_b = x_a[rows], x_b[rows]
     before, _ = _relative_errors(a, x_a, a.b_dec)
     after, unexplained = _relative_errors(a, x_b, b.b_dec)
     if unexplained > FOREIGN:
@@ -104,12 +109,22 @@ def diff(
             "seem to share a space",
             100 * unexplained,
         )
-    excess, tokens = _by_atom(b, x_b, after - before)
-    used = (tokens > 0).nonzero().flatten()
+    use = _Use.of(b, x_b)
+    excess = use.mean((after - before).cpu())
+    used = (use.tokens > 0).nonzero().flatten()
     order = used[excess[used].argsort(descending=True, stable=True)]
     rates = false_discovery_rates(excess[order])
+    examples = use.largest((after - before).cpu())
     return [
-        Difference(i, b.labels[i], excess[i].item(), q, own[i] in known, int(tokens[i]))
+        Difference(
+            atom=i,
+            label=b.labels[i],
+            excess=excess[i].item(),
+            q=q,
+            shared=own[i] in known,
+            tokens=int(use.tokens[i]),
+            examples=tuple(labels[rows[j]] for j in examples[i].tolist() if j >= 0),
+        )
         for i, q in zip(order.tolist(), rates.tolist(), strict=True)
     ]
 
@@ -158,7 +173,7 @@ def diff_models(
 
     Args:
         a, b: models as in `build`: the one to compare with (base), and the one to look at (fine-tuned).
-        texts: strings, a file or a data set, as in `build`, with the kind of text that interests.
+        texts: as in `build`, with the kind of text that interests; read once for each model.
         hook_name: a hook point of both.
         max_tokens: tokens to build from and to compare, held in memory for both models.
         d_sae, k, seed, context_size, batch_size, tokenizer, loader, device, progress: as in `build`.
@@ -168,16 +183,23 @@ def diff_models(
     """
     if not isinstance(texts, str | Path):
         texts = list(texts)
-    common: dict[str, Any] = dict(
-        max_tokens=max_tokens, context_size=context_size, batch_size=batch_size, progress=progress
-    )
-    sides = []
+    sides: list[tuple[ITDA, Activations]] = []
+    vocabularies = []
     for model in (a, b):
         lm = language_model(model, tokenizer=tokenizer, loader=loader, device=device)
-        itda = build(lm, texts, hook_name, d_sae=d_sae, k=k, seed=seed, **common)[hook_name]
-        sides.append((itda, collect(lm, texts, [hook_name], **common)[hook_name]))
+        vocabularies.append(lm.tokenizer.get_vocab())
+        x = collect(
+            lm, texts, [hook_name], max_tokens=max_tokens, context_size=context_size,
+            batch_size=batch_size, progress=progress,
+        )[hook_name]  # fmt: skip
+        metadata = {"hook_name": hook_name, "model_name": lm.name}
+        itda = fit(
+            x.values, d_sae=d_sae, k=k, seed=seed, labels=x.labels, metadata=metadata, progress=progress
+        )
+        sides.append((itda, x))
     (itda_a, x_a), (itda_b, x_b) = sides
-    return diff(itda_a, itda_b, x_a, x_b)
+    match = "position" if vocabularies[0] == vocabularies[1] else "span"
+    return diff(itda_a, itda_b, x_a, x_b, match)
 
 
 def _relative_errors(
@@ -195,21 +217,47 @@ def _relative_errors(
     return error / norm.clamp(min=tiny), (error.sum() / norm.sum().clamp(min=tiny)).item()
 
 
-def _by_atom(
-    itda: ITDA, x: Float[Tensor, "n d"], scores: Float[Tensor, " n"]
-) -> tuple[Float[Tensor, " d_sae"], Int[Tensor, " d_sae"]]:
-    """Mean score of the tokens that use an atom, by its share of their energy; how many they are."""
-    weighted, weights = torch.zeros(2, itda.cfg.d_sae, dtype=torch.float64)
-    tokens = torch.zeros(itda.cfg.d_sae, dtype=torch.int64)
-    for rows, own in zip(x.split(ROWS), scores.cpu().split(ROWS), strict=True):
-        codes = _codes(itda, rows)
-        energy = codes.values.double().square().cpu()
+class _Use(NamedTuple):
+    """Which atoms each token uses, an entry for each nonzero.
+
+    Attributes:
+        atom, row: the entry's atom and token.
+        share: of the energy of the token's code.
+        tokens: how many tokens use each atom.
+    """
+
+    atom: Int[Tensor, " entries"]
+    row: Int[Tensor, " entries"]
+    share: Float[Tensor, " entries"]
+    tokens: Int[Tensor, " d_sae"]
+
+    @classmethod
+    def of(cls, itda: ITDA, x: Float[Tensor, "n d"]) -> "_Use":
+        parts = [_codes(itda, rows) for rows in x.split(ROWS)]
+        indices = torch.cat([codes.indices for codes in parts]).cpu()
+        energy = torch.cat([codes.values for codes in parts]).double().square().cpu()
         share = energy / energy.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
-        indices = codes.indices.cpu()
-        weighted.index_add_(0, indices.flatten(), (share * own[:, None]).flatten())
-        weights.index_add_(0, indices.flatten(), share.flatten())
-        tokens += indices[energy > 0].bincount(minlength=len(tokens))
-    return weighted / weights.clamp(min=torch.finfo(torch.float64).tiny), tokens
+        row = torch.arange(len(x))[:, None].expand_as(indices)
+        atom, row, share = (part[energy > 0] for part in (indices, row, share))
+        return cls(atom, row, share, atom.bincount(minlength=itda.cfg.d_sae))
+
+    def mean(self, scores: Float[Tensor, " n"]) -> Float[Tensor, " d_sae"]:
+        """Mean score of the tokens that use an atom, weighted by its share; 0 if there are none."""
+        zeros = torch.zeros(len(self.tokens), dtype=torch.float64)
+        total = zeros.index_add(0, self.atom, self.share * scores[self.row])
+        return total / zeros.index_add(0, self.atom, self.share).clamp(
+            min=torch.finfo(torch.float64).tiny
+        )
+
+    def largest(self, scores: Float[Tensor, " n"]) -> Int[Tensor, "d_sae examples"]:
+        """The tokens that add most to each atom's mean; -1 where there are fewer."""
+        by_part = (self.share * scores[self.row]).argsort(descending=True, stable=True)
+        order = by_part[self.atom[by_part].argsort(stable=True)]
+        place = torch.arange(len(order)) - (self.tokens.cumsum(0) - self.tokens)[self.atom[order]]
+        first = place < EXAMPLES
+        found = torch.full((len(self.tokens), EXAMPLES), -1)
+        found[self.atom[order][first], place[first]] = self.row[order][first]
+        return found
 
 
 def _codes(itda: ITDA, rows: Float[Tensor, "n d"]) -> SparseCodes:

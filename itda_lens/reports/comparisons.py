@@ -38,7 +38,7 @@ def comparison_table(comparison: Comparison) -> Table | None:
 
 
 def layers_table(layers: LayerComparison) -> Table:
-    """The most similar layer of the second model for each of the first; of one model, among the others."""
+    """The most similar layer of the second model for each of the first; of one model, of the others."""
     table = _table(f"{escape(layers.a)} → {escape(layers.b)}")
     one_model = layers.a == layers.b
     table.add_column("layer", overflow="fold")
@@ -58,15 +58,16 @@ def layers_table(layers: LayerComparison) -> Table:
 
 
 def differences_table(differences: Sequence[Difference], top: int, title: str) -> Table:
-    """The first `top` atoms, with their false-discovery rate and where they came from."""
+    """The first `top` atoms: where they came from, and the token that adds most to their excess."""
     table = Table(title=escape(title))
     for name in ("atom", "excess", "q", "tokens"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("label", no_wrap=True)
-    table.add_column("came from")
+    for name in ("label in", "came from", "most foreign at"):
+        table.add_column(name, no_wrap=name == "label in")
     for d in differences[:top]:
         cells = (str(d.atom), f"{d.excess:+.3f}", f"{d.q:.2f}", f"{d.tokens:,}")
-        table.add_row(*cells, "both" if d.shared else "only here", quote(d.label))
+        example = quote(d.examples[0]) if d.examples else ""
+        table.add_row(*cells, "both" if d.shared else "one", quote(d.label), example)
     sure = sum(d.q <= 0.1 for d in differences)
     table.caption = (
         f"{sure} of {len(differences)} atoms at a false-discovery rate of 10 %; excess: share of the "
