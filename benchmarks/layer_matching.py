@@ -16,8 +16,10 @@ at the end, and OUT/layers.png with the mean matrices of the models of the first
 
 import argparse
 import time
+from collections import defaultdict
 from collections.abc import Sequence
-from itertools import permutations, product
+from functools import partial
+from itertools import combinations_with_replacement, permutations, product
 from pathlib import Path
 from typing import Any
 
@@ -127,13 +129,12 @@ def of_activations(models: Models, measure: Measure, tokens: int) -> dict[str, A
     return {measure: {"seconds": (time.perf_counter() - start) / len(pairs), "pairs": pairs}}
 
 
-def accuracies(pairs: dict[str, Any], architecture: str = "") -> list[float]:
-    """Of every ordered pair of models of equal depth, or of one architecture."""
-    found = []
-    for names, matrix in pairs.items():
-        own = all(Path(name).name.startswith(architecture) for name in names.split(" "))
-        if own and len(matrix) == len(matrix[0]):
-            found.append(layer_matching_accuracy(torch.tensor(matrix)))
+def accuracies(pairs: dict[str, Any]) -> dict[int, list[float]]:
+    """Of every ordered pair of models of equal depth, by their depth."""
+    found: dict[int, list[float]] = defaultdict(list)
+    for matrix in pairs.values():
+        if len(matrix) == len(matrix[0]):
+            found[len(matrix)].append(layer_matching_accuracy(torch.tensor(matrix)))
     return found
 
 
@@ -156,40 +157,37 @@ def bytes_kept(measure: Measure, layer: Activations, d_sae: int) -> int:
     return layer.values.numel() * layer.values.element_size()
 
 
-def plot(pairs_of: dict[Measure, dict[str, Any]], architecture: str, path: Path) -> None:
-    """The mean matrix over the ordered pairs of models of one architecture, by every measure."""
+def plot(pairs_of: dict[Measure, dict[str, Any]], path: Path) -> None:
+    """The mean matrix over the ordered pairs of the shallowest models, by every measure."""
     figure, axes = pyplot.subplots(2, 4, figsize=(13, 6.6), layout="constrained")
     for ax in axes.flat:
         ax.axis("off")
     for ax, (measure, pairs) in zip(axes.flat, pairs_of.items(), strict=False):
-        own = [
-            matrix
-            for names, matrix in pairs.items()
-            if all(Path(name).name.startswith(architecture) for name in names.split(" "))
-        ]
+        by_depth = accuracies(pairs)
+        depth = min(by_depth)
+        own = [matrix for matrix in pairs.values() if len(matrix) == len(matrix[0]) == depth]
         ax.axis("on")
         image = ax.imshow(np.mean(own, axis=0), origin="lower", cmap="viridis")
-        ax.set_title(f"{MEASURES[measure]}\n{np.mean(accuracies(pairs, architecture)):.2f}")
+        ax.set_title(f"{MEASURES[measure]}\n{np.mean(by_depth[depth]):.2f}")
         ax.set_xlabel("layer")
         ax.set_ylabel("layer")
         figure.colorbar(image, ax=ax, shrink=0.8)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=80)
     pyplot.close(figure)
 
 
-def whole_models(names: list[str], similarity: list[list[float]]) -> None:
-    """Mean similarity of whole models (unions over layers), within and between architectures."""
-    kinds = [Path(name).name.rpartition("-")[0] or name for name in names]
-    for kind, other in sorted({tuple(sorted(pair)) for pair in product(kinds, kinds)}):
+def whole_models(depths: list[int], similarity: list[list[float]]) -> None:
+    """Similarity of whole models (unions over layers), within and between depths."""
+    print("\n| layers | and | Jaccard of unions, mean | range |\n|---|---|---|---|")
+    for one, other in combinations_with_replacement(sorted(set(depths)), 2):
         values = [
             similarity[i][j]
-            for i, j in permutations(range(len(names)), 2)
-            if (kinds[i], kinds[j]) == (kind, other)
+            for i, j in permutations(range(len(depths)), 2)
+            if (depths[i], depths[j]) == (one, other)
         ]
         if values:
-            print(
-                f"| {kind} | {other} | {np.mean(values):.3f} | {min(values):.3f} to {max(values):.3f} |"
-            )
+            span = f"{min(values):.3f} to {max(values):.3f}"
+            print(f"| {one} | {other} | {np.mean(values):.3f} | {span} |")
 
 
 @torch.no_grad()
@@ -207,44 +205,38 @@ def main() -> None:
     options = parser.parse_args()
 
     results, models = Results(options.out), Models(options)
-    kinds = [""] if options.models else options.architectures
-    accuracy = " | ".join(f"accuracy {kind}" for kind in kinds)
-    print(f"| measure | atoms | tokens | {accuracy} | s a pair | kB a layer |")
-    shown: dict[Measure, dict[str, Any]] = {}
+    print("| measure | atoms | tokens | accuracy, by depth | s a pair | kB a layer |")
+    print("|" + "---|" * 6)
 
     def show(measure: Measure, name: str, d_sae: int, tokens: int, found: dict[str, Any]) -> None:
-        cells = [interval(accuracies(found["pairs"], kind)) for kind in kinds]
+        cells = [f"{depth}: {interval(values)}" for depth, values in accuracies(found["pairs"]).items()]
         kept = bytes_kept(measure, models.layers(models.names[0], tokens)[0], d_sae) / 1000
         print(
-            f"| {name} | {d_sae or ''} | {tokens} | {' | '.join(cells)} "
+            f"| {name} | {d_sae or ''} | {tokens} | {', '.join(cells)} "
             f"| {found['seconds']:.3f} | {kept:,.0f} |",
             flush=True,
         )
-        shown[measure] = found["pairs"]
 
     common = {"models": models.names, "texts": options.texts}
-    for tokens in options.tokens:
-        for measure, name in MEASURES.items():
-            if measure not in OF_LABELS:
-                setting = common | {"measure": measure, "tokens": tokens}
-                row = results.once(setting, lambda m=measure, t=tokens: of_activations(models, m, t))
-                show(measure, name, 0, tokens, row[measure])
-    last = None
+    drawn: dict[Measure, dict[str, Any]] = {}
+    for tokens, (measure, name) in product(options.tokens, MEASURES.items()):
+        if measure not in OF_LABELS:
+            setting = common | {"measure": measure, "tokens": tokens}
+            row = results.once(setting, partial(of_activations, models, measure, tokens))
+            show(measure, name, 0, tokens, row[measure])
+            drawn[measure] = row[measure]["pairs"]
+    whole = None
     for preset, tokens, d_sae in product(options.presets, options.tokens, options.d_sae):
         setting = common | {"preset": preset, "tokens": tokens, "d_sae": d_sae}
-        row = results.once(
-            setting, lambda s=setting: of_labels(models, s["preset"], s["d_sae"], s["tokens"])
-        )
+        row = results.once(setting, partial(of_labels, models, preset, d_sae, tokens))
         for measure in OF_LABELS:
             show(measure, f"{MEASURES[measure]}, {preset}", d_sae, tokens, row[measure])
+            if preset == options.presets[0]:
+                drawn[measure], whole = row[measure]["pairs"], row["jaccard"]["models"]
         print(f"  ({row['seconds_to_build']:.2f} s to build a dictionary)", flush=True)
-        if preset == options.presets[0]:
-            last = row
-            best = {measure: row[measure]["pairs"] for measure in OF_LABELS}
-    if last is not None:
-        print("\n| models | and | Jaccard of unions, mean | range |\n|---|---|---|---|")
-        whole_models(models.names, last["jaccard"]["models"])
-        plot(shown | best, kinds[0], options.out / "layers.png")
+    if whole is not None:
+        whole_models([len(models.layers(name, 1)) for name in models.names], whole)
+    plot(drawn, options.out / "layers.png")
 
 
 if __name__ == "__main__":
