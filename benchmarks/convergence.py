@@ -4,12 +4,12 @@
 
 Leask et al. (2025) find with label similarity that early layers settle first, so that they could be
 frozen. The run is that of small-0 of benchmarks/small_models.py, in OUT/models, with its checkpoints.
-"untrained" is the same model before its first step; what it shares with the end is what tokens alone
-bring.
+At 0 % is the model before its first step; what it shares with the end is what tokens alone bring.
 """
 
 import argparse
 from pathlib import Path
+from typing import get_args
 
 import matplotlib
 import torch
@@ -42,7 +42,9 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--d-sae", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=20_000)
-    parser.add_argument("--measures", nargs="+", default=["jaccard", "weighted", "cka"])
+    parser.add_argument(
+        "--measures", nargs="+", choices=get_args(Measure), default=["jaccard", "weighted", "cka"]
+    )
     options = parser.parse_args()
 
     end = trained(options.out / "models", "small", 0, checkpoints=True)

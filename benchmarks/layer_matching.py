@@ -68,6 +68,7 @@ class Models:
     def __init__(self, options: Any) -> None:
         self._options = options
         self._layers: dict[str, list[Activations]] = {}
+        self._vocabulary: dict[str, int] | None = None
         self._texts = list(iterate_texts(options.texts)) if options.texts else reference_prose()[0]
         if options.models:
             self.names: list[str] = options.models
@@ -80,8 +81,17 @@ class Models:
             self._layers[name] = self._read(name)
         return [Activations(x.values[:tokens], x.labels[:tokens]) for x in self._layers[name]]
 
+    def read_all(self) -> None:
+        """Before clocks are started."""
+        for name in self.names:
+            self.layers(name, 1)
+
     def _read(self, name: str) -> list[Activations]:
         lm = language_model(name, loader="huggingface", device=self._options.device)
+        vocabulary = lm.tokenizer.get_vocab()
+        if self._vocabulary not in (None, vocabulary):
+            raise ValueError(f"models must share a tokenizer, but {name} has another")
+        self._vocabulary = vocabulary
         depth = int(lm.model.config.num_hidden_layers)  # pyright: ignore
         hooks = [f"blocks.{i}.hook_resid_post" for i in range(depth)]
         found = collect(lm, self._texts, hooks, max_tokens=max(self._options.tokens))
@@ -92,6 +102,7 @@ def dictionaries(
     models: Models, preset: str, d_sae: int, tokens: int
 ) -> tuple[dict[str, list[ITDA]], float]:
     """A dictionary of every layer of every model, and the mean seconds of one."""
+    models.read_all()
     found, start = {}, time.perf_counter()
     for i, name in enumerate(models.names):
         rule: dict[str, Any] = {"preset": "paper"} if preset == "paper" else {"preset": "best"}
@@ -122,6 +133,7 @@ def of_labels(models: Models, preset: str, d_sae: int, tokens: int) -> dict[str,
 
 def of_activations(models: Models, measure: Measure, tokens: int) -> dict[str, Any]:
     """Every ordered pair of models, by a measure of activations."""
+    models.read_all()
     pairs, start = {}, time.perf_counter()
     for a, b in permutations(models.names, 2):
         both = models.layers(a, tokens), models.layers(b, tokens)
@@ -217,7 +229,7 @@ def main() -> None:
             flush=True,
         )
 
-    common = {"models": models.names, "texts": options.texts}
+    common = {"models": models.names, "texts": options.texts, "k": K}
     drawn: dict[Measure, dict[str, Any]] = {}
     for tokens, (measure, name) in product(options.tokens, MEASURES.items()):
         if measure not in OF_LABELS:

@@ -49,7 +49,7 @@ TUNED_ON = 1500
 """Contexts that a model is tuned on, once each."""
 
 RATE = 5e-4
-"""Learning rate of the tuning: a quarter of that of the training."""
+"""Learning rate of the tuning, which ends within the warm-up: a quarter of this is reached."""
 
 EVERY = 10
 """One text of so many is on bee-keeping, until all are there."""
@@ -117,7 +117,7 @@ def measure(a: Path, b: Path, layer: int, d_sae: int, tokens: int) -> dict[str, 
         "example_random": sum(d.examples[0].row in rows for d in found) / len(found),
         "random": sum(on_topic) / len(on_topic),
         "unshared": len(unshared),
-        "unshared_precision": sum(unshared[:20]) / 20,
+        "unshared_precision": sum(unshared[:20]) / max(1, len(unshared[:20])),
         "listed": len(listed),
         "listed_on_topic": sum(d.examples[0].row in rows for d in listed),
         "smallest_q": found[0].q,

@@ -48,7 +48,6 @@ class Architecture:
 ARCHITECTURES = {
     "small": Architecture(layers=6, d_model=128, heads=4),
     "large": Architecture(layers=8, d_model=160, heads=5),
-    "retokenized": Architecture(layers=6, d_model=128, heads=4, vocabulary=4096),
 }
 
 
@@ -152,6 +151,7 @@ def save(
     model.save_pretrained(part)
     tokenizer.save_pretrained(part)
     (part / "training.json").write_text(json.dumps(figures, indent=1))
+    shutil.rmtree(folder, ignore_errors=True)
     part.rename(folder)
 
 
@@ -163,7 +163,8 @@ def trained(
     With `checkpoints`, folders beside it named by the share of the training, as `small-0@0.05`.
     """
     folder = cache / f"{name}-{seed}"
-    if folder.exists():
+    kept = [cache / f"{name}-{seed}@{share}" for share in (CHECKPOINTS if checkpoints else ())]
+    if all(path.exists() for path in (folder, *kept)):
         return folder
     cache.mkdir(parents=True, exist_ok=True)
     architecture = ARCHITECTURES[name]

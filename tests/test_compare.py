@@ -51,6 +51,7 @@ def test_unions_over_layers():
     assert jaccard([first, second], other) == pytest.approx(2 / 10)
     assert jaccard([first, second], [second, first]) == 1
     assert jaccard([first], first) == 1
+    assert jaccard({"hook": first, "other": second}, other) == pytest.approx(2 / 10), "as build returns"
 
 
 def weights_of(itda, by_position):
@@ -167,8 +168,8 @@ def test_refuses_what_cannot_be_compared(tiny, texts):
     [
         (torch.ones(2), "usage_b must hold a number for each atom"),
         ([torch.ones(3)] * 2, "usage_b must hold a number for each atom"),
-        (torch.tensor([1.0, -1, 1]), "not negative"),
-        (torch.tensor([1.0, float("nan"), 1]), "usage_b must be finite"),
+        (torch.tensor([1.0, -1, 1]), "must be finite, not negative"),
+        (torch.tensor([1.0, float("nan"), 1]), "must be finite, not negative"),
         (torch.zeros(3), "not all zero"),
     ],
 )

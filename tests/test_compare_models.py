@@ -9,6 +9,7 @@ from scipy import stats
 import itda_lens
 from itda_lens.compare import (
     Moments,
+    activation_similarity,
     activations_of,
     compare,
     diff,
@@ -21,7 +22,7 @@ from itda_lens.compare import (
     usage,
     weighted_jaccard,
 )
-from itda_lens.compare.diff import false_discovery_rates
+from itda_lens.compare.discovery import false_discovery_rates
 from itda_lens.reports import comparison_heatmap, save_comparison
 from itda_lens.sources import language_model
 from itda_lens.training import Activations, save_all
@@ -110,7 +111,7 @@ def test_activations_layer_by_layer(models, activations, measure, expected):
 
 def test_one_model_alone(models):
     (own,) = compare({"tiny": models["tiny"]}).layers
-    assert own.accuracy == 1
+    assert own.accuracy is None
     assert torch.equal(own.similarity, own.similarity.T)
 
 
@@ -129,17 +130,24 @@ def test_only_tokens_of_both_are_compared(models, activations):
     )
 
 
-def test_files(models, tmp_path):
+def test_files(models, activations, tmp_path):
     found = compare(models)
     saved = json.loads(save_comparison(found, tmp_path / "figures.json").read_text())
     assert saved["models"] == ["tiny", "other"]
     assert saved["layers"][0]["similarity"] == found.layers[0].similarity.tolist()
     drawn = comparison_heatmap(found, tmp_path / "layers.png").read_bytes()
+    single = compare(
+        {name: own[:1] for name, own in models.items()},
+        "cka",
+        activations={n: x[:1] for n, x in activations.items()},
+    )
+    assert comparison_heatmap(single, tmp_path / "layers.png").read_bytes() != drawn
     assert drawn.startswith(b"\x89PNG")
     assert {file.name for file in tmp_path.iterdir()} == {"figures.json", "layers.png"}
 
 
 def test_refuses_what_cannot_be_compared(models, activations, tiny, texts):
+    labels = activations["tiny"][0].labels
     with pytest.raises(ValueError, match="measure must be one of"):
         compare(models, "taste")
     with pytest.raises(ValueError, match="two dictionaries or more"):
@@ -159,6 +167,15 @@ def test_refuses_what_cannot_be_compared(models, activations, tiny, texts):
     rest = [x._replace(values=x.values[9:20], labels=x.labels[9:20]) for x in activations["other"]]
     with pytest.raises(ValueError, match="must have tokens in common"):
         compare(models, "cka", activations={"tiny": apart, "other": rest})
+    reversed_labels = [activations["tiny"][0], activations["tiny"][1]._replace(labels=labels[::-1])]
+    with pytest.raises(ValueError, match="'tiny' must be of the same tokens at every layer"):
+        compare(
+            models, "cka", activations=activations | {"tiny": [*reversed_labels, reversed_labels[0]]}
+        )
+    with pytest.raises(ValueError, match="measure must be one of"):
+        activation_similarity(activations["tiny"], activations["tiny"], "jaccard", "position")
+    with pytest.raises(ValueError, match="match must be 'position' or 'span'"):
+        activation_similarity(activations["tiny"], activations["tiny"], "cka", "auto")
     with pytest.raises(ValueError, match="must agree in model"):
         activations_of([models["tiny"][0], models["other"][0]], texts)
     with pytest.raises(ValueError, match="names no hook_name"):
@@ -226,16 +243,79 @@ def test_false_discovery_rates():
     assert (rates[:-31] > 0.05).all()
     # Neither origin nor scale matter.
     torch.testing.assert_close(false_discovery_rates(5 * mixed - 9), rates, rtol=1e-6, atol=1e-9)
-    assert (false_discovery_rates(torch.ones(9)) == 1).all()
-    assert false_discovery_rates(torch.tensor([5.0, 0, 0, 0])).tolist() == [0, 1, 1, 1]
+
+
+def test_no_null_no_discovery():
+    """Few scores, or half of them equal, say nothing of how scores scatter."""
+    assert (false_discovery_rates(torch.ones(99)) == 1).all()
+    assert (false_discovery_rates(torch.cat([torch.zeros(60), torch.full((9,), 1e-17)])) == 1).all()
+    assert (false_discovery_rates(torch.tensor([5.0, 2, 1, 0])) == 1).all()
+
+
+@pytest.mark.parametrize("n", [30, 100, 1000])
+def test_false_discoveries_of_a_normal_null_are_rare(n):
+    """At a rate of 10 %, at most one draw in ten of nothing but noise lists anything."""
+    draws = [false_discovery_rates(torch.randn(n, dtype=torch.float64)).min() for _ in range(100)]
+    assert sum(smallest <= 0.1 for smallest in draws) <= 10
 
 
 def test_diffing_models(tiny, tiny_folder, texts):
-    """A model against itself: no atom is foreign, every label is in both."""
+    """A model against itself, of a stream of texts: no excess, every label in both."""
     again = language_model(str(tiny_folder), device="cpu")
-    found = diff_models(tiny, again, texts, HOOKS[1], max_tokens=500, **OPTIONS)
-    assert len(found) == 60
-    assert all(d.excess == 0 and d.shared and d.q == 1 for d in found)
+    found = diff_models(tiny, again, iter(texts), HOOKS[1], max_tokens=500, **OPTIONS)
+    assert len(found) > 20
+    assert all(d.excess == 0 and d.shared and d.q == 1 and d.tokens >= 10 for d in found)
+
+
+def test_diffing_models_that_differ(tiny, tiny_folder, texts):
+    """The second model's block was changed: the first one's dictionary explains it worse."""
+    changed = language_model(str(tiny_folder), device="cpu", loader="huggingface")
+    with torch.no_grad():
+        changed.model.model.layers[1].mlp.down_proj.weight.mul_(30)
+    found = diff_models(tiny, changed, texts, HOOKS[1], **OPTIONS)
+    assert found[0].excess > 0.05
+    with pytest.raises(ValueError, match="d_sae=60 atoms cannot be chosen among max_tokens=50"):
+        diff_models(tiny, changed, texts, HOOKS[1], max_tokens=50, **OPTIONS)
+    with pytest.raises(ValueError, match="k must be between"):
+        diff_models(tiny, changed, texts, HOOKS[1], **OPTIONS | {"k": 0})
+
+
+def test_diffing_in_other_precisions_and_views():
+    """Half precision is not taken for a difference; nor the non-negative view."""
+    base, tuned, _ = planted(strength=0.5)
+    base, tuned = base + 30, tuned + 30
+    labels = [itda_lens.Label(i) for i in range(len(base))]
+    a, b = (itda_lens.fit(x, d_sae=120, k=3, labels=labels, progress=False) for x in (base, tuned))
+    sides = Activations(base, labels), Activations(tuned, labels)
+    expected = {d.atom: d.excess for d in diff(a, b, *sides)}
+    half = {d.atom: d.excess for d in diff(a.to(dtype=torch.bfloat16), b, *sides)}
+    # The atoms themselves were rounded, which explains less of both models alike.
+    assert max(abs(half[atom] - excess) for atom, excess in expected.items()) < 0.05
+    view = diff(a.to(dtype=torch.float32), b.nonnegative(), *sides)
+    assert {d.atom % 120 for d in view} <= set(range(120))
+    assert max(d.excess for d in view) > 0.1
+
+
+def test_diffing_at_heads(tiny, texts):
+    """A dictionary of heads, reshaped, is held against another like any."""
+    hook = "blocks.1.attn.hook_z"
+    options = dict(d_sae=60, k=4, context_size=16, progress=False)
+    itda = itda_lens.build(tiny, texts, hook, **options)[hook]
+    (x,) = activations_of([itda], texts, tiny, progress=False)
+    assert all(d.excess == 0 and d.shared for d in diff(itda, itda, x, x))
+    assert usage(itda, x.values).sum() == pytest.approx(1)
+
+
+def test_special_tokens_have_no_partner():
+    base, tuned, _ = planted()
+    special = [itda_lens.Label(i, chars=(0, 0), token="") for i in range(len(base))]
+    plain = [itda_lens.Label(i, chars=(0, 3), token="cat") for i in range(len(base))]
+    a = itda_lens.fit(base, d_sae=120, k=3, labels=special, progress=False)
+    b = itda_lens.fit(tuned, d_sae=120, k=3, labels=special[:1] + plain[1:], progress=False)
+    with pytest.raises(ValueError, match="must have tokens in common"):
+        diff(a, b, Activations(base, special), Activations(tuned, special), "span")
+    found = diff(a, b, Activations(base, plain), Activations(tuned, plain), "span")
+    assert not any(d.shared for d in found)
 
 
 def test_diffing_refuses(models, activations, caplog):
@@ -249,6 +329,10 @@ def test_diffing_refuses(models, activations, caplog):
     base, _, _ = planted()
     differences(base[:, :8] @ torch.randn(8, 24), base[:, :8] @ torch.randn(8, 24))
     assert "do not seem to share a space" in caplog.text
+    caplog.clear()
+    noise = torch.randn(4000, 24)
+    differences(noise, noise + 0.01 * torch.randn_like(noise))
+    assert "share a space" not in caplog.text, "as much is left of the first model's own"
 
 
 # command line
@@ -308,16 +392,20 @@ def test_command_with_activations(compare_command):
     assert "most similar" in out
 
 
-def test_command_diff(compare_command, folders):
+def test_command_diff(compare_command, folders, tmp_path):
     one = f"DICTS/tiny/{HOOKS[0]}"
-    code, out, _ = compare_command(one, f"{one}/", "--diff", "--texts", "HERE/texts.jsonl")
-    assert code != 0, "one folder twice"
+    code, _, err = compare_command(one, f"{one}/", "--diff", "--texts", "HERE/texts.jsonl")
+    assert code == 2
+    assert "folders must be different" in err
     (folders / "again").mkdir(exist_ok=True)
     itda_lens.load(folders / "tiny" / HOOKS[0]).save_model(folders / "again" / HOOKS[0])
     code, out, _ = compare_command(
-        one, f"DICTS/again/{HOOKS[0]}", "--diff", "--texts", "HERE/texts.jsonl", "--top", 3
-    )
+        one, f"DICTS/again/{HOOKS[0]}", "--diff", "--texts", "HERE/texts.jsonl", "--top", 3,
+        "--json", "HERE/atoms.json",
+    )  # fmt: skip
     assert code == 0
+    saved = json.loads((tmp_path / "atoms.json").read_text())
+    assert saved[0].keys() == {"atom", "label", "excess", "q", "shared", "tokens", "examples"}
     for expected in ("excess", "both", "0 of", "came from"):
         assert expected in out
 
@@ -332,6 +420,11 @@ def test_command_diff(compare_command, folders):
         (["DICTS/tiny", "DICTS/other", "--measure", "cka"], "--measure cka looks at activations"),
         (["DICTS/tiny", "DICTS/other", "--diff"], "--diff takes the dictionaries of one hook point"),
         (["DICTS/tiny", "DICTS/other", "--match", "luck"], "match must be one of"),
+        (["DICTS/tiny", "DICTS/other", "--json", "HERE/none/figures.json"], "there is no folder"),
+        (
+            [f"DICTS/tiny/{HOOKS[0]}", f"DICTS/other/{HOOKS[0]}", "--diff", "--heatmap", "HERE/x.png"],
+            "goes with neither --measure nor --heatmap",
+        ),
         (
             [
                 f"DICTS/tiny/{HOOKS[0]}",

@@ -144,6 +144,12 @@ def test_cca_and_regression_do_not_see_an_invertible_map():
         svcca(Moments.of(x, y), keep=1), abs=1e-6
     )
     assert linear_cka(Moments.of(mixed, y)) != pytest.approx(linear_cka(Moments.of(x, y)), abs=0.01)
+    # Nor an outlier coordinate, as residual streams have them.
+    large = x * torch.tensor([1e4] + [1.0] * 6)
+    assert linear_regression_r2(Moments.of(large, y)) == pytest.approx(
+        linear_regression_r2(Moments.of(x, y)), abs=1e-6
+    )
+    assert svcca(Moments.of(large, y), 1.0) == pytest.approx(svcca(Moments.of(x, y), 1.0), abs=1e-6)
 
 
 @pytest.mark.parametrize("batch", [1, 64, 200])
@@ -234,3 +240,6 @@ def test_a_stream_cannot_change_its_layers():
     running.update([torch.randn(5, 3)], [torch.randn(5, 2)])
     with pytest.raises(ValueError, match="those of the first batch"):
         running.update([torch.randn(5, 4)], [torch.randn(5, 2)])
+    relative = RunningRelative([torch.randn(5, 3)], [torch.randn(5, 2)])
+    with pytest.raises(ValueError, match="those of the anchors, got widths"):
+        relative.update([torch.randn(5, 3)] * 2, [torch.randn(5, 2)])

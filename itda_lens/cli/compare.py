@@ -2,14 +2,21 @@
 
 import importlib.util
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import typer
 
 from itda_lens.cli.options import DeviceOption, Split, TextField
-from itda_lens.compare import activations_of, check_comparable, check_diffable, compare, diff
+from itda_lens.compare import (
+    activations_of,
+    check_comparable,
+    check_diffable,
+    compare,
+    diff,
+    recorded_settings,
+)
 from itda_lens.reports import (
     comparison_heatmap,
     comparison_table,
@@ -17,9 +24,12 @@ from itda_lens.reports import (
     layers_table,
     make_console,
     save_comparison,
+    save_differences,
 )
 from itda_lens.sae import ITDA, dictionaries_in, load
 from itda_lens.training import Activations
+
+T = TypeVar("T")
 
 
 def compare_command(
@@ -43,7 +53,10 @@ def compare_command(
     ] = "auto",
     texts: Annotated[
         str | None,
-        typer.Option(help="Text for --diff and for every measure but jaccard: a file or a data set."),
+        typer.Option(
+            help="Text for --diff and for every measure but jaccard, such as the one that the "
+            "dictionaries were built from: a file or a data set."
+        ),
     ] = None,
     max_tokens: Annotated[int, typer.Option(help="Tokens of the texts to read.")] = 20_000,
     difference: Annotated[
@@ -54,7 +67,9 @@ def compare_command(
         ),
     ] = False,
     top: Annotated[int, typer.Option(min=1, help="Atoms to list.")] = 20,
-    json: Annotated[Path | None, typer.Option(help="Write all figures to this file.")] = None,
+    json: Annotated[
+        Path | None, typer.Option(help="Write all figures, or all atoms of --diff, to this file.")
+    ] = None,
     heatmap: Annotated[Path | None, typer.Option(help="Draw the matrices: an image file.")] = None,
     text_field: TextField = "text",
     split: Split = "train",
@@ -71,21 +86,25 @@ def compare_command(
     itda compare base/blocks.6.hook_resid_post tuned/blocks.6.hook_resid_post --diff --texts book.txt
     """
     models = _models(folders)
+    if difference:
+        _check_two_hooks(models, measure, heatmap)
+        check_diffable(*_firsts(models), match)  # pyright: ignore (checked there)
+    else:
+        check_comparable(models, measure, match)  # pyright: ignore[reportArgumentType]
     if heatmap is not None and importlib.util.find_spec("matplotlib") is None:
         raise ValueError("--heatmap needs matplotlib: pip install 'itda-lens[plots]'")
-    if difference and (len(models) != 2 or [len(own) for own in models.values()] != [1, 1]):
-        raise ValueError("--diff takes the dictionaries of one hook point of two models: two folders")
-    if difference:
-        check_diffable(*(own[0] for own in models.values()), match)  # pyright: ignore
-    else:
-        check_comparable(models, measure, match)  # pyright: ignore
-    if texts is None and (difference or measure != "jaccard"):
-        what = "--diff" if difference else f"--measure {measure}"
-        raise ValueError(f"{what} looks at activations: pass --texts")
+    for option, file in (("--json", json), ("--heatmap", heatmap)):
+        if file is not None and not file.absolute().parent.is_dir():
+            raise ValueError(f"{option} {file}: there is no folder {file.absolute().parent}")
     activations: dict[str, list[Activations]] = {}
-    if texts is not None:
-        for name, itdas in models.items():
-            activations[name] = activations_of(
+    if difference or measure != "jaccard":
+        if texts is None:
+            what = "--diff" if difference else f"--measure {measure}"
+            raise ValueError(f"{what} looks at activations: pass --texts")
+        for itdas in models.values():
+            recorded_settings(itdas)  # all are looked at before the first model is loaded
+        for folder, itdas in models.items():
+            activations[folder] = activations_of(
                 itdas,
                 texts,
                 max_tokens=max_tokens,
@@ -93,13 +112,15 @@ def compare_command(
                 split=split,
                 device=device,
             )
+    console = make_console()
     if difference:
-        (name, base), (other, tuned) = models.items()
-        found = diff(base[0], tuned[0], activations[name][0], activations[other][0], match)  # pyright: ignore
-        make_console().print(differences_table(found, top, f"In {other}, foreign to {name}"))
+        found = diff(*_firsts(models), *_firsts(activations), match)  # pyright: ignore
+        base, tuned = models
+        console.print(differences_table(found, top, f"In {tuned}, foreign to {base}"))
+        if json is not None:
+            console.print(f"All atoms: {save_differences(found, json)}")
         return
     comparison = compare(models, measure, match, activations or None)  # pyright: ignore
-    console = make_console()
     overview = comparison_table(comparison)
     if overview is not None:
         console.print(overview)
@@ -110,6 +131,17 @@ def compare_command(
         console.print(f"Figures: {save_comparison(comparison, json)}")
     if heatmap is not None:
         console.print(f"Heatmap: {comparison_heatmap(comparison, heatmap)}")
+
+
+def _check_two_hooks(models: Mapping[str, Sequence[ITDA]], measure: str, heatmap: Path | None) -> None:
+    if len(models) != 2 or [len(own) for own in models.values()] != [1, 1]:
+        raise ValueError("--diff takes the dictionaries of one hook point of two models: two folders")
+    if measure != "jaccard" or heatmap is not None:
+        raise ValueError("--diff lists atoms: it goes with neither --measure nor --heatmap")
+
+
+def _firsts(several: Mapping[str, Sequence[T]]) -> list[T]:
+    return [own[0] for own in several.values()]
 
 
 def _models(folders: Sequence[Path]) -> dict[str, list[ITDA]]:

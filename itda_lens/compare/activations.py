@@ -38,23 +38,10 @@ def activations_of(
         ValueError: no dictionaries; ones that name no hook point, several models, or different ways to
             cut texts; or as `build`.
     """
-    if not itdas:
-        raise ValueError("itdas must be one dictionary or more, got none")
+    settings = recorded_settings(itdas, model)
     hooks = [itda.cfg.metadata.hook_name or "" for itda in itdas]
-    if "" in hooks:
-        raise ValueError("a dictionary's metadata names no hook_name; it was fit on bare activations")
-    records: list[dict[str, Any]] = [dict(itda.cfg.metadata[BUILD_KEY] or {}) for itda in itdas]
-    settings = {}
-    for name in ("model", "loader", "context_size", "prepend_bos", "keep_special_tokens"):
-        values = {record[name] for record in records if record.get(name) is not None}
-        if len(values) > 1 and not (name == "model" and model is not None):
-            raise ValueError(f"dictionaries of one model must agree in {name}, got {sorted(values)}")
-        settings[name] = values.pop() if values else None
-    chosen = settings["model"] if model is None else model
-    if chosen is None:
-        raise ValueError("pass model=: the dictionaries name no model that could be loaded")
     found = collect(
-        chosen,
+        settings["model"],
         texts,
         list(dict.fromkeys(hooks)),
         max_tokens=max_tokens,
@@ -70,3 +57,34 @@ def activations_of(
         progress=progress,
     )
     return [found[hook] for hook in hooks]
+
+
+def recorded_settings(itdas: Sequence[ITDA], model: Any = None) -> dict[str, Any]:
+    """The model, and how its texts were cut, as the dictionaries record it; None for what they do not.
+
+    Args:
+        model: instead of the one that they name.
+
+    Raises:
+        ValueError: no dictionaries; ones that name no hook point or no model, or that disagree.
+    """
+    if not itdas:
+        raise ValueError("itdas must be one dictionary or more, got none")
+    hooks = [itda.cfg.metadata.hook_name or "" for itda in itdas]
+    if "" in hooks:
+        raise ValueError("a dictionary's metadata names no hook_name; it was fit on bare activations")
+    records: list[dict[str, Any]] = [dict(itda.cfg.metadata[BUILD_KEY] or {}) for itda in itdas]
+    settings = {}
+    for name in ("model", "loader", "context_size", "prepend_bos", "keep_special_tokens"):
+        values = {record[name] for record in records if record.get(name) is not None}
+        if len(values) > 1 and not (name == "model" and model is not None):
+            raise ValueError(f"dictionaries of one model must agree in {name}, got {sorted(values)}")
+        settings[name] = values.pop() if values else None
+    if model is not None:
+        settings["model"] = model
+    if settings["model"] is None:
+        raise ValueError(
+            "the dictionaries name no model that could be loaded (they were built from one in memory); "
+            "from Python, pass model= to activations_of"
+        )
+    return settings

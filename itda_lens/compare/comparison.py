@@ -1,12 +1,11 @@
 """Models side by side: layer by layer, and whole models by the unions over their layers."""
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, get_args
+from typing import get_args
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -18,35 +17,10 @@ from itda_lens.compare.jaccard import (
     usage,
 )
 from itda_lens.compare.layers import layer_matching_accuracy, similarity_matrix
-from itda_lens.compare.moments import Moments, RunningMoments
-from itda_lens.compare.places import Match, Place, places, resolve_match
-from itda_lens.compare.representations import (
-    DEFAULT_ANCHORS,
-    RunningRelative,
-    draw_anchors,
-    linear_cka,
-    linear_regression_r2,
-    svcca,
-)
-from itda_lens.dictionary import Label
+from itda_lens.compare.measures import OF_LABELS, Measure, activation_similarity
+from itda_lens.compare.places import Match, Place, resolve_match
 from itda_lens.sae import ITDA
 from itda_lens.training import Activations
-
-Measure = Literal["jaccard", "weighted", "cka", "svcca", "regression", "relative", "relative-centred"]
-"""`jaccard`, `weighted_jaccard` by `usage`; `linear_cka`, `svcca`, `linear_regression_r2`,
-`relative_similarity`, with and without `centred`."""
-
-OF_LABELS: tuple[Measure, ...] = ("jaccard", "weighted")
-"""Measures of labels; the others look at activations only."""
-
-_OF_MOMENTS: dict[Measure, Callable[[Moments], float]] = {
-    "cka": linear_cka,
-    "svcca": svcca,
-    "regression": linear_regression_r2,
-}
-
-ROWS = 8192
-"""Activations in float64 at once."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +31,8 @@ class LayerComparison:
         a, b: the models' names.
         hooks_a, hooks_b: their hook points.
         similarity: [layers of a, layers of b]; of "regression" the R^2 of b's layer given a's.
-        accuracy: `layer_matching_accuracy` from a to b; None if their numbers of layers differ.
+        accuracy: `layer_matching_accuracy` from a to b; None if their numbers of layers differ, and of a
+            model with itself.
     """
 
     a: str
@@ -134,7 +109,8 @@ def compare(
                 matrices[a, b] = activation_similarity(activations[a], activations[b], measure, how)
     found = []
     for (a, b), matrix in matrices.items():
-        accuracy = layer_matching_accuracy(matrix) if matrix.shape[0] == matrix.shape[1] else None
+        comparable = a != b and matrix.shape[0] == matrix.shape[1]
+        accuracy = layer_matching_accuracy(matrix) if comparable else None
         hooks_a, hooks_b = ([_hook(itda) for itda in models[name]] for name in (a, b))
         found.append(LayerComparison(a, b, hooks_a, hooks_b, matrix, accuracy))
     return Comparison(measure, how, names, similarity, found)
@@ -162,57 +138,6 @@ def check_comparable(
     if measure != "jaccard" and how == "overlap":
         raise ValueError(f"match='overlap' cannot be used with measure={measure!r}; use 'span'")
     return how
-
-
-def activation_similarity(
-    a: Sequence[Activations], b: Sequence[Activations], measure: Measure, match: Match
-) -> Float[Tensor, "layers_a layers_b"]:
-    """A measure of activations, of every layer of one model with every layer of another.
-
-    Args:
-        a, b: activations at each layer, of the same texts; the labels of all layers of a side are equal.
-        measure: one that is not `OF_LABELS`.
-        match: "position" or "span".
-
-    Raises:
-        ValueError: no token is in both.
-    """
-    xs, ys, _ = shared_tokens(a, b, match)
-    if measure in _OF_MOMENTS:
-        running = RunningMoments()
-    else:
-        drawn = draw_anchors(len(xs[0]), DEFAULT_ANCHORS, seed=0)
-        anchors = ([layer[drawn] for layer in side] for side in (xs, ys))
-        running = RunningRelative(*anchors, centred=measure == "relative-centred")
-    for start in range(0, len(xs[0]), ROWS):
-        part = slice(start, start + ROWS)
-        running.update([layer[part] for layer in xs], [layer[part] for layer in ys])
-    if isinstance(running, RunningRelative):
-        return running.values()
-    measured, pair = _OF_MOMENTS[measure], running.pair
-    return similarity_matrix(range(len(xs)), range(len(ys)), lambda i, j: measured(pair(i, j)))
-
-
-def shared_tokens(
-    a: Sequence[Activations], b: Sequence[Activations], match: Match
-) -> tuple[list[Tensor], list[Tensor], Sequence[Label]]:
-    """Activations, layer by layer, of the tokens that both sides have, in one order; labels of `b`.
-
-    Raises:
-        ValueError: there are none.
-    """
-    own, other = (places(side[0].labels, match) for side in (a, b))
-    if own == other:
-        return [layer.values for layer in a], [layer.values for layer in b], b[0].labels
-    there = {place: row for row, place in enumerate(other) if place is not None}
-    rows = [(i, there[place]) for i, place in enumerate(own) if place in there]
-    if not rows:
-        raise ValueError(
-            "activations must have tokens in common, but no token of one model is one of the other"
-        )
-    left, right = torch.tensor(rows).T
-    xs, ys = [layer.values[left] for layer in a], [layer.values[right] for layer in b]
-    return xs, ys, [b[0].labels[j] for _, j in rows]
 
 
 def _label_layers(
@@ -257,7 +182,15 @@ def _check_activations(
                 f"measure={measure!r} needs activations at each hook point of {name!r}: expected "
                 f"{len(itdas)}, got {0 if own is None else len(own)}"
             )
-        widths = [layer.values.shape[1] for layer in own]
+        shapes = [tuple(layer.values.shape) for layer in own]
+        if any(len(shape) != 2 or shape[0] != len(own[0].labels) for shape in shapes):
+            raise ValueError(
+                f"activations of {name!r} must be [n, width] with a label each, got shapes {shapes} and "
+                f"{len(own[0].labels)} labels"
+            )
+        if any(x.labels is not own[0].labels and x.labels != own[0].labels for x in own[1:]):
+            raise ValueError(f"activations of {name!r} must be of the same tokens at every layer")
+        widths = [shape[1] for shape in shapes]
         if widths != [itda.cfg.d_in for itda in itdas]:
             raise ValueError(
                 f"activations of {name!r} have widths {widths}, but its dictionaries "

@@ -1,34 +1,36 @@
 """Model diffing: what a model represents that another one, of the same space, does not."""
 
+import copy
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
-from scipy import stats
 from torch import Tensor
 
-from itda_lens.compare.comparison import shared_tokens
-from itda_lens.compare.places import Match, places, resolve_match
+from itda_lens.compare.discovery import false_discovery_rates
+from itda_lens.compare.measures import shared_tokens
+from itda_lens.compare.places import Match, Place, places, resolve_match
 from itda_lens.dictionary import Label
 from itda_lens.pursuit import SparseCodes
 from itda_lens.sae import ITDA
-from itda_lens.sources import Loader, language_model
-from itda_lens.training import Activations, collect, fit
+from itda_lens.sources import Loader, iterate_texts, language_model
+from itda_lens.training import Activations, Recipe, collect, fit
 
 logger = logging.getLogger(__name__)
 
-FOREIGN = 0.5
-"""Share of the other model's variance left from which the two spaces have probably nothing to do with
-each other."""
+FOREIGN = 0.5, 2.0
+"""The two spaces have probably nothing to do with each other where the first dictionary leaves more
+than this share of the second model's variance, and this multiple of what it leaves of its own's."""
 
-NULL_FREEDOM = 5
-"""Degrees of freedom of the tails of the null: normal ones would be too thin (docs/compare.md)."""
+MIN_TOKENS = 10
+"""Atoms used at fewer tokens are left out: a mean over so few scatters more than the null allows for."""
 
 EXAMPLES = 3
+"""Tokens shown for an atom."""
 
 ROWS = 4096
 """Activations encoded at once."""
@@ -65,10 +67,10 @@ def diff(
     """Atoms of `b` by how much worse `a` explains the second model than its own, where they are used.
 
     At every token the error that `a` leaves of the second model's activation is compared with the error
-    that it leaves of the first model's activation of the same token: what is hard for both cancels.
-    (Tokens that are atoms of either dictionary are left out.) An
-    atom's excess is the mean of these differences, weighted by its share of the token's code. The models
-    must share a space, as a base model and a fine-tuned one do.
+    that it leaves of the first model's activation of the same token: what is hard for both cancels. An
+    atom's excess is the mean of these differences, weighted by its share of the token's code. (Tokens
+    that are atoms of either dictionary do not count, nor atoms used at fewer than `MIN_TOKENS`.) The
+    models must share a space, as a base model and a fine-tuned one do.
 
     Most atoms have the same label in both dictionaries, also where the models differ: what a token is
     made of changes, not which tokens are typical (docs/compare.md). So all atoms are ranked, not only
@@ -85,43 +87,44 @@ def diff(
         match: how tokens and labels are matched; not "overlap".
 
     Returns:
-        The atoms of `b` that are used, most foreign first.
+        The atoms of `b`, most foreign first.
 
     Raises:
         ValueError: widths or hook points differ, no token but atoms' own is in both, unlabelled
             dictionaries, or different texts.
     """
     how = check_diffable(a, b, match)
-    own = places(b.labels, how)
-    known, chosen = set(places(a.labels, how)), set(own)
+    of_a, of_b = _tokens(a.labels, how), _tokens(b.labels, how)
     (x_a,), (x_b,), labels = shared_tokens([activations_a], [activations_b], how)
     # A dictionary leaves no error of its own atoms' activations, which tells nothing of the models.
-    taken = known | chosen
-    rows = [row for row, place in enumerate(places(labels, how)) if place not in taken]
+    atoms = {*of_a, *of_b}
+    rows = [row for row, token in enumerate(_tokens(labels, how)) if token not in atoms]
     if not rows:
         raise ValueError("activations must hold tokens that are no atoms, but all of them are")
     x_a, x_b = x_a[rows], x_b[rows]
-    before, _ = _relative_errors(a, x_a, a.b_dec)
-    after, unexplained = _relative_errors(a, x_b, b.b_dec)
-    if unexplained > FOREIGN:
+    first, second = _full_precision(a), _full_precision(b)
+    before, own = _relative_errors(first, x_a, a.b_dec)
+    after, foreign = _relative_errors(first, x_b, b.b_dec)
+    if foreign > FOREIGN[0] and foreign > FOREIGN[1] * own:
         logger.warning(
-            "the first dictionary leaves %.0f %% of the second model's variance: the two models do not "
-            "seem to share a space",
-            100 * unexplained,
+            "the first dictionary leaves %.0f %% of the second model's variance, and %.0f %% of its own "
+            "model's: the two models do not seem to share a space",
+            100 * foreign,
+            100 * own,
         )
-    use = _Use.of(b, x_b)
-    excess = use.mean((after - before).cpu())
-    used = (use.tokens > 0).nonzero().flatten()
-    order = used[excess[used].argsort(descending=True, stable=True)]
+    use = _Use.of(second, x_b)
+    excess, examples = use.mean(after - before), use.largest(after - before)
+    often = (use.tokens >= MIN_TOKENS).nonzero().flatten()
+    order = often[excess[often].argsort(descending=True, stable=True)]
     rates = false_discovery_rates(excess[order])
-    examples = use.largest((after - before).cpu())
+    known = {place for place, _ in of_a if place is not None}
     return [
         Difference(
             atom=i,
             label=b.labels[i],
             excess=excess[i].item(),
             q=q,
-            shared=own[i] in known,
+            shared=of_b[i][0] in known,
             tokens=int(use.tokens[i]),
             examples=tuple(labels[rows[j]] for j in examples[i].tolist() if j >= 0),
         )
@@ -167,6 +170,8 @@ def diff_models(
     tokenizer: Any = None,
     loader: Loader = "bridge",
     device: str | None = None,
+    text_field: str = "text",
+    split: str = "train",
     progress: bool = True,
 ) -> list[Difference]:
     """Build a dictionary of either model from the same texts, and `diff` them.
@@ -176,45 +181,75 @@ def diff_models(
         texts: as in `build`, with the kind of text that interests; read once for each model.
         hook_name: a hook point of both.
         max_tokens: tokens to build from and to compare, held in memory for both models.
-        d_sae, k, seed, context_size, batch_size, tokenizer, loader, device, progress: as in `build`.
+        d_sae, k, seed, context_size, batch_size, tokenizer, loader, device, text_field, split, progress:
+            as in `build`.
 
     Raises:
         ValueError, TypeError: as `build` and `diff`.
     """
-    if not isinstance(texts, str | Path):
-        texts = list(texts)
+    Recipe(d_sae, k, seed=seed)  # which checks them
+    if max_tokens is not None and d_sae > max_tokens:
+        raise ValueError(f"d_sae={d_sae} atoms cannot be chosen among max_tokens={max_tokens}")
+    read: list[str] = []  # by the first model: the second reads the same, also of an iterator
     sides: list[tuple[ITDA, Activations]] = []
-    vocabularies = []
+    tokenizers = []
     for model in (a, b):
         lm = language_model(model, tokenizer=tokenizer, loader=loader, device=device)
-        vocabularies.append(lm.tokenizer.get_vocab())
+        # Whether contexts begin with BOS depends on whether there is one.
+        tokenizers.append((lm.tokenizer.get_vocab(), lm.tokenizer.bos_token_id))
+        own = (
+            read if sides else _recorded(iterate_texts(texts, text_field=text_field, split=split), read)
+        )
         x = collect(
-            lm, texts, [hook_name], max_tokens=max_tokens, context_size=context_size,
+            lm, own, [hook_name], max_tokens=max_tokens, context_size=context_size,
             batch_size=batch_size, progress=progress,
         )[hook_name]  # fmt: skip
         metadata = {"hook_name": hook_name, "model_name": lm.name}
+        del lm, model  # before the next one is loaded
         itda = fit(
             x.values, d_sae=d_sae, k=k, seed=seed, labels=x.labels, metadata=metadata, progress=progress
         )
         sides.append((itda, x))
     (itda_a, x_a), (itda_b, x_b) = sides
-    match = "position" if vocabularies[0] == vocabularies[1] else "span"
+    match = "position" if tokenizers[0] == tokenizers[1] else "span"
     return diff(itda_a, itda_b, x_a, x_b, match)
+
+
+def _recorded(texts: Iterable[str], into: list[str]) -> Iterator[str]:
+    for text in texts:
+        into.append(text)
+        yield text
+
+
+def _tokens(labels: Sequence[Label], match: Match) -> list[tuple[Place | None, str | None]]:
+    """Places with the tokens there: of other texts, the same places hold other tokens."""
+    return [(place, label.token) for place, label in zip(places(labels, match), labels, strict=True)]
+
+
+def _full_precision(itda: ITDA) -> ITDA:
+    """The dictionary, or a float32 copy: half precision is off by more than models may differ."""
+    if torch.finfo(itda.dtype).bits >= 32:
+        return itda
+    return copy.deepcopy(itda).to(dtype=torch.float32)
 
 
 def _relative_errors(
     dictionary: ITDA, x: Float[Tensor, "n d"], centre: Float[Tensor, " d"]
 ) -> tuple[Float[Tensor, " n"], float]:
-    """|x - xhat|^2 / |x - centre|^2 of each activation, and the ratio of the sums."""
+    """|x - xhat|^2 / |x - centre|^2 of each activation, on the CPU, and the ratio of the sums."""
     errors, norms = [], []
+    centre = centre.to(dictionary.device, torch.float64)
     for rows in x.split(ROWS):
-        codes = _codes(dictionary, rows)
-        error = (rows - dictionary.decode_sparse(codes).reshape(rows.shape)).double()
-        errors.append(error.square().sum(dim=-1))
-        norms.append((rows - centre).double().square().sum(dim=-1))
+        rows = rows.to(dictionary.device)
+        reconstruction = dictionary.decode_sparse(_codes(dictionary, rows)).reshape(rows.shape)
+        errors.append((rows.double() - reconstruction).square().sum(dim=-1).cpu())
+        norms.append((rows.double() - centre).square().sum(dim=-1).cpu())
     error, norm = torch.cat(errors), torch.cat(norms)
-    tiny = torch.finfo(torch.float32).tiny
-    return error / norm.clamp(min=tiny), (error.sum() / norm.sum().clamp(min=tiny)).item()
+    # A token at the centre itself would otherwise outweigh all others.
+    floor = max(1e-3 * norm.mean().item(), torch.finfo(torch.float32).tiny)
+    return error / norm.clamp(min=floor), (
+        error.sum() / (norm.mean().clamp(min=floor) * len(norm))
+    ).item()
 
 
 class _Use(NamedTuple):
@@ -263,22 +298,3 @@ class _Use(NamedTuple):
 def _codes(itda: ITDA, rows: Float[Tensor, "n d"]) -> SparseCodes:
     rows = rows.to(itda.device)
     return itda.encode_sparse(rows[:, None] if itda.hook_z_reshaping_mode else rows)
-
-
-def false_discovery_rates(scores: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
-    """The false-discovery rate at which each score stands out above the others.
-
-    The null is fitted to the scores at and below their median, which a minority of large ones does not
-    move: centre their median, scale 1.4826 times the median distance below it, tails those of Student's
-    t with `NULL_FREEDOM` degrees of freedom. Rates are Benjamini & Hochberg's (1995) of the upper tails.
-
-    Returns:
-        float64, 1 where all scores are equal.
-    """
-    scores = scores.double()
-    centre = scores.median()
-    scale = 1.4826 * (centre - scores[scores <= centre]).median()
-    if scale <= 0:  # half of the scores or more are the median itself: anything above stands out
-        return (scores <= centre).double()
-    tails = stats.t.sf(((scores - centre) / scale).numpy(), NULL_FREEDOM)
-    return torch.from_numpy(stats.false_discovery_control(tails))

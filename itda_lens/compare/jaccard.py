@@ -1,6 +1,6 @@
 """Label similarity: of dictionaries, and of models by the unions over their layers."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from jaxtyping import Float
@@ -82,6 +82,7 @@ def usage(itda: ITDA, x: Float[Tensor, "n d_in"], batch_size: int = 4096) -> Flo
         raise ValueError(f"x must have shape [n, d_in] with at least one row, got {tuple(x.shape)}")
     energy = torch.zeros(itda.cfg.d_sae, dtype=torch.float64)
     for rows in x.split(batch_size):
+        rows = rows.to(itda.device)
         codes = itda.encode_sparse(rows[:, None] if itda.hook_z_reshaping_mode else rows)
         energy += energy_by_atom(codes, itda.cfg.d_sae).cpu()
     total = energy.sum()
@@ -97,7 +98,14 @@ def place_set(itdas: Sequence[ITDA], match: Match) -> set[Place]:
 def place_shares(
     itdas: Sequence[ITDA], usages: Sequence[Float[Tensor, " d_sae"]], match: Match
 ) -> dict[Place, float]:
-    """The share of each place in the use of all atoms, averaged over the dictionaries."""
+    """The share of each place in the use of all atoms, averaged over the dictionaries.
+
+    Raises:
+        ValueError: an atom's usage is negative or not finite, or no atom of a dictionary is used.
+    """
+    for own in usages:
+        if not (torch.isfinite(own) & (own >= 0)).all() or own.sum() == 0:
+            raise ValueError("usage of atoms must be finite, not negative and not all zero")
     shares: dict[Place, float] = {}
     for itda, own in zip(itdas, usages, strict=True):
         each = (own.double() / own.double().sum()).tolist()
@@ -120,6 +128,8 @@ def jaccard_of_shares(u: dict[Place, float], v: dict[Place, float]) -> float:
 
 
 def _several(side: ITDA | Sequence[ITDA], name: str) -> list[ITDA]:
+    if isinstance(side, Mapping):  # what `build` returns
+        side = list(side.values())
     found = [side] if isinstance(side, ITDA) else list(side)
     if not found:
         raise ValueError(f"{name} must be one dictionary or more, got none")
@@ -133,9 +143,6 @@ def _one_each(itdas: list[ITDA], usages: Tensor | Sequence[Tensor], name: str) -
             f"{name} must hold a number for each atom: expected {[i.cfg.d_sae for i in itdas]} of them, "
             f"got shapes {[tuple(own.shape) for own in each]}"
         )
-    for own in each:
-        if not (torch.isfinite(own) & (own >= 0)).all() or own.sum() == 0:
-            raise ValueError(f"{name} must be finite, not negative and not all zero")
     return each
 
 

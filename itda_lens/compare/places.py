@@ -60,10 +60,13 @@ def resolve_match(itdas: Sequence[ITDA], match: Match = "auto") -> Match:
 
 
 def places(labels: Iterable[Label], match: Match) -> list[Place | None]:
-    """The place of each label; None for special tokens, which have no characters.
+    """The place of each label; by characters None for special tokens, which have none.
 
     Args:
         match: what `resolve_match` gave.
+
+    Raises:
+        ValueError: a label has no characters, and they are needed.
     """
     if match == "position":
         return [label.key for label in labels]
@@ -78,8 +81,8 @@ def n_shared(a: set[Place], b: set[Place], match: Match) -> int:
 def n_overlapping(a: set[Place], b: set[Place]) -> int:
     """Size of the largest matching between the spans of two sets that overlap by a character or more.
 
-    Spans of a set do not overlap each other, being tokens of one text, so that pairing from left to
-    right finds the largest matching.
+    Different spans of a set do not overlap, being tokens of one text (several tokens of one character
+    have one span), so that pairing from left to right finds the largest matching.
     """
     left, right = sorted(a), sorted(b)
     i = j = found = 0
@@ -98,7 +101,8 @@ def n_overlapping(a: set[Place], b: set[Place]) -> int:
 
 def _span(label: Label) -> Place | None:
     """Characters without the white space that some tokenizers count to a token and others do not."""
-    assert label.chars is not None  # checked by resolve_match
+    if label.chars is None:
+        raise ValueError(f"labels without characters can only be matched by position, got {label}")
     start, end = label.chars
     text = label.token or ""
     if text.strip() and len(text) == end - start:

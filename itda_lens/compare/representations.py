@@ -12,8 +12,10 @@ from torch import Tensor
 
 from itda_lens.compare.moments import Moments, check_layers
 
-RANK_TOLERANCE = 1e-7
-"""Eigenvalues below this share of the largest are rounding of float32 activations, no variance."""
+RANK_TOLERANCE = 1e-12
+"""Eigenvalues below this share of the largest are no variance: a coordinate that repeats another is off
+by rounding of float32, 1e-7 of its size, the square of which counts. Outlier coordinates a thousand
+times larger than the rest, as residual streams have them, leave the rest in."""
 
 DEFAULT_ANCHORS = 256
 """Anchor tokens; Moschella et al. (2022) use some hundreds."""
@@ -107,6 +109,9 @@ class RunningRelative:
                 infinite values.
         """
         check_layers(xs, ys, "layers")
+        widths = [[layer.shape[1] for layer in side] for side in (xs, ys)]
+        if widths != [[layer.shape[1] for layer in side] for side in self._anchors]:
+            raise ValueError(f"layers must be those of the anchors, got widths {widths}")
         left, right = (
             [
                 _unit(relative_representation(layer, own, self._centred))

@@ -7,6 +7,7 @@ from itda_lens.reports.comparisons import (
     differences_table,
     layers_table,
     save_comparison,
+    save_differences,
 )
 from itda_lens.reports.neuronpedia import (
     neuronpedia_features,
@@ -36,5 +37,6 @@ __all__ = [
     "neuronpedia_id",
     "pareto_plot",
     "save_comparison",
+    "save_differences",
     "save_neuronpedia_features",
 ]

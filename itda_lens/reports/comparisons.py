@@ -1,5 +1,6 @@
 """Comparisons of models: tables, a JSON file, heatmaps."""
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -48,7 +49,8 @@ def layers_table(layers: LayerComparison) -> Table:
     square = values.shape[0] == values.shape[1] and not one_model
     if square:
         table.add_column("same place", justify="right", min_width=5)
-        table.caption = f"layer-matching accuracy {layers.accuracy:.2f}" if len(values) > 1 else None
+        if layers.accuracy is not None and len(values) > 1:
+            table.caption = f"layer-matching accuracy {layers.accuracy:.2f}"
     searched = values.clone().fill_diagonal_(-1) if one_model else values
     for i, hook in enumerate(layers.hooks_a):
         best = int(searched[i].argmax())
@@ -99,32 +101,35 @@ def save_comparison(comparison: Comparison, path: str | Path) -> Path:
             for pair in comparison.layers
         ],
     }
-    path = Path(path)
-    with replacing(path) as (temporary,):
-        temporary.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
-    return path
+    return _write(known, path)
 
 
-def comparison_heatmap(comparison: Comparison, path: str | Path) -> Path:
-    """The matrices as an image file: layers of each pair of models, or of whole models.
-
-    Pairs are drawn once, in the order of the models; with one dictionary a model there is a matrix of
-    models only.
+def save_differences(differences: Sequence[Difference], path: str | Path) -> Path:
+    """All atoms as a JSON list, most foreign first: the fields of `Difference`.
 
     Raises:
         OSError: the file cannot be written.
     """
-    import matplotlib
+    return _write([dataclasses.asdict(difference) for difference in differences], path)
 
-    matplotlib.use("agg")
-    from matplotlib import pyplot
+
+def comparison_heatmap(comparison: Comparison, path: str | Path) -> Path:
+    """The matrices as an image file: of whole models, where there is one, and of each pair's layers.
+
+    Pairs are drawn once, but for the measure that is not symmetric. With one dictionary a model there is
+    a matrix of models only.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    # Not through pyplot, which would set the back end of the notebook that calls this.
+    from matplotlib.figure import Figure
 
     drawn = _matrices(comparison)
     width = min(3, len(drawn))
     height = -(-len(drawn) // width)
-    figure, axes = pyplot.subplots(
-        height, width, figsize=(5 * width, 4.4 * height), squeeze=False, layout="constrained"
-    )
+    figure = Figure(figsize=(5 * width, 4.4 * height), layout="constrained")
+    axes = figure.subplots(height, width, squeeze=False)
     for ax in axes.flat[len(drawn) :]:
         ax.axis("off")
     for ax, (a, b, rows, columns, values) in zip(axes.flat, drawn, strict=False):
@@ -138,26 +143,37 @@ def comparison_heatmap(comparison: Comparison, path: str | Path) -> Path:
     path = Path(path)
     with replacing(path) as (temporary,):
         figure.savefig(temporary, dpi=130, format=path.suffix.removeprefix(".") or "png")
-    pyplot.close(figure)
     return path
 
 
 def _matrices(
     comparison: Comparison,
 ) -> list[tuple[str, str, list[str], list[str], list[list[float]]]]:
+    """Names and labels of the axes, and the values."""
     place = {name: i for i, name in enumerate(comparison.names)}
-    found = [
+    both_ways = comparison.measure == "regression"
+    drawn = [
         (pair.a, pair.b, pair.hooks_a, pair.hooks_b, pair.similarity.tolist())
         for pair in comparison.layers
-        if place[pair.a] <= place[pair.b] and max(pair.similarity.shape) > 1
+        if (both_ways or place[pair.a] <= place[pair.b]) and max(pair.similarity.shape) > 1
     ]
-    if comparison.similarity is not None and len(comparison.names) > 1:
-        names = comparison.names
-        found.insert(0, ("", "", names, names, comparison.similarity.tolist()))
-    return found or [
-        (pair.a, pair.b, pair.hooks_a, pair.hooks_b, pair.similarity.tolist())
-        for pair in comparison.layers[:1]
-    ]
+    if len(comparison.names) < 2 or (drawn and comparison.similarity is None):
+        return drawn
+    names = comparison.names
+    if comparison.similarity is not None:
+        whole = comparison.similarity.tolist()
+    else:  # a layer each: their similarities are those of the models
+        whole = [[1.0] * len(names) for _ in names]
+        for pair in comparison.layers:
+            whole[place[pair.a]][place[pair.b]] = pair.similarity.item()
+    return [("", "", names, names, whole), *drawn]
+
+
+def _write(known: Any, path: str | Path) -> Path:
+    path = Path(path)
+    with replacing(path) as (temporary,):
+        temporary.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
+    return path
 
 
 def _table(title: str) -> Table:

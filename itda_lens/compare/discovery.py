@@ -1,0 +1,36 @@
+"""Which of many scores stand out: false-discovery rates against a null fitted to the scores."""
+
+import torch
+from jaxtyping import Float
+from scipy import stats
+from torch import Tensor
+
+NULL_FREEDOM = 5
+"""Degrees of freedom of the tails of the null. Normal tails would be too thin: between models tuned on
+the same text with other seeds, the largest of 1,024 excesses were measured at 3.9 and 4.4 scales."""
+
+MIN_SCORES = 30
+"""With fewer, the null cannot be told from what stands out."""
+
+
+def false_discovery_rates(scores: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+    """The false-discovery rate at which each score stands out above the others.
+
+    The null is fitted to the lower half of the scores, which a minority of large ones hardly moves (an
+    empirical null, Efron 2004): Student's t with `NULL_FREEDOM` degrees of freedom, through the median
+    and the lower quartile of the scores. Rates are Benjamini & Hochberg's (1995) for its upper tail.
+
+    Returns:
+        float64; 1 for fewer than `MIN_SCORES` scores, or where half of them are equal: there is no null
+        then.
+    """
+    scores = scores.double()
+    nothing = torch.ones_like(scores)
+    if len(scores) < MIN_SCORES:
+        return nothing
+    below, centre = scores.quantile(torch.tensor([0.25, 0.5], dtype=torch.float64)).tolist()
+    scale = (below - centre) / stats.t.ppf(0.25, NULL_FREEDOM)
+    if scale <= torch.finfo(torch.float32).eps * scores.abs().max().item():
+        return nothing
+    tails = stats.t.sf(((scores - centre) / scale).numpy(), NULL_FREEDOM)
+    return torch.from_numpy(stats.false_discovery_control(tails))
