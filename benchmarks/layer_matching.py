@@ -213,6 +213,7 @@ def main() -> None:
     parser.add_argument("--d-sae", type=int, nargs="+", default=[256, 512, 1024])
     parser.add_argument("--tokens", type=int, nargs="+", default=[10_000, 40_000])
     parser.add_argument("--presets", nargs="+", choices=PRESETS, default=list(PRESETS))
+    parser.add_argument("--measures", nargs="+", choices=MEASURES, default=list(MEASURES))
     parser.add_argument("--device")
     options = parser.parse_args()
 
@@ -231,19 +232,21 @@ def main() -> None:
 
     common = {"models": models.names, "texts": options.texts, "k": K}
     drawn: dict[Measure, dict[str, Any]] = {}
-    for tokens, (measure, name) in product(options.tokens, MEASURES.items()):
+    for tokens, measure in product(options.tokens, options.measures):
         if measure not in OF_LABELS:
             setting = common | {"measure": measure, "tokens": tokens}
             row = results.once(setting, partial(of_activations, models, measure, tokens))
-            show(measure, name, 0, tokens, row[measure])
+            show(measure, MEASURES[measure], 0, tokens, row[measure])
             drawn[measure] = row[measure]["pairs"]
     whole = None
-    for preset, tokens, d_sae in product(options.presets, options.tokens, options.d_sae):
+    of_labels_too = set(options.measures) & set(OF_LABELS)
+    presets = options.presets if of_labels_too else []
+    for preset, tokens, d_sae in product(presets, options.tokens, options.d_sae):
         setting = common | {"preset": preset, "tokens": tokens, "d_sae": d_sae}
         row = results.once(setting, partial(of_labels, models, preset, d_sae, tokens))
         for measure in OF_LABELS:
             show(measure, f"{MEASURES[measure]}, {preset}", d_sae, tokens, row[measure])
-            if preset == options.presets[0]:
+            if preset == presets[0]:
                 drawn[measure], whole = row[measure]["pairs"], row["jaccard"]["models"]
         print(f"  ({row['seconds_to_build']:.2f} s to build a dictionary)", flush=True)
     if whole is not None:

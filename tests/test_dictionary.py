@@ -113,6 +113,13 @@ class TestStreamSample:
         assert torch.equal(x[[label.row for label in whole.labels()]], whole.rows())
 
     @pytest.mark.parametrize("distinct", [True, False])
+    def test_does_not_depend_on_the_width(self, distinct):
+        """Models of different widths choose among the same tokens: their labels can be compared."""
+        x = rows(400)
+        narrow, wide = (self.sample(y, 30, distinct) for y in (x, torch.cat([x, x], dim=1)))
+        assert narrow.labels() == wide.labels()
+
+    @pytest.mark.parametrize("distinct", [True, False])
     def test_is_uniform(self, distinct):
         x = rows(100)
         counts = torch.zeros(100)

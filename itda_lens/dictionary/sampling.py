@@ -14,10 +14,11 @@ from itda_lens.dictionary.rows import RowStore
 class StreamSample:
     """The `capacity` rows of a stream that have the smallest random priorities.
 
-    Priorities are drawn per row of the stream, so the sample does not depend on how the stream is cut
-    into batches. With `distinct=True` equal rows (by a 64-bit hash of their bytes) count as one, the
-    occurrence of smallest priority: a row that comes a thousand times is a thousand times as likely to
-    be in the sample, but takes one place.
+    Priorities are drawn per row of the stream, so the sample depends neither on how the stream is cut
+    into batches nor on the rows' width: dictionaries of different models choose among the same tokens.
+    With `distinct=True` equal rows (by a 64-bit hash of their bytes) count as one, the occurrence of
+    smallest priority: a row that comes a thousand times is a thousand times as likely to be in the
+    sample, but takes one place.
     """
 
     def __init__(
@@ -26,11 +27,13 @@ class StreamSample:
         self._store = RowStore(d, dtype, device, limit=capacity)
         self._priorities = np.empty(0, dtype=np.uint64)
         self._seen_at = np.empty(0, dtype=np.int64)
+        # Nothing but priorities is drawn from it: models of any width sample the same rows of a stream.
         self._generator = np.random.Generator(np.random.Philox(seed))
         self._distinct = distinct
         self._identities = np.empty(0, dtype=np.uint64)
         # Odd multipliers of the row's 16-bit pieces; a sum of products modulo 2**64.
-        odd = self._generator.integers(0, 2**63, d * dtype.itemsize // 2, dtype=np.uint64) * 2 + 1
+        odd = np.random.default_rng(seed).integers(0, 2**63, d * dtype.itemsize // 2, dtype=np.uint64)
+        odd = odd * 2 + 1
         self._multipliers = torch.from_numpy(odd.view(np.int64)).to(device)
         self.n_seen = 0
 
