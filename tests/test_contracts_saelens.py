@@ -196,7 +196,8 @@ class TestEvaluations:
             "ce_loss_score": ours.ce_loss_score,
         }
         assert performance == pytest.approx(expected, abs=1e-3)
-        assert 0.8 < performance["ce_loss_score"] < 1
+        # Above 1 by chance: on two contexts a reconstruction may predict a little better.
+        assert 0.8 < performance["ce_loss_score"] < 1.05
         preservation = found["model_behavior_preservation"]
         assert preservation["kl_div_with_sae"] == pytest.approx(ours.kl, abs=1e-3)
         quality = found["reconstruction_quality"]
