@@ -1,6 +1,7 @@
 """Models side by side, and model diffing, on tiny models; the commands that do it."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -190,7 +191,7 @@ def test_refuses_what_cannot_be_compared(models, activations, tiny, texts):
 def planted(seed=0, n=8000, d=24, share=0.05, strength=1.0):
     """Activations of a base model; and of one that drifted, and adds directions to some tokens."""
     generator = torch.Generator().manual_seed(seed)
-    draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+    draw = partial(torch.randn, generator=generator)
     features = torch.nn.functional.normalize(draw(d, d), dim=1)
     base = draw(n, d) * (torch.rand(n, d, generator=generator) < 0.15) @ features + 0.02 * draw(n, d)
     tuned = base @ (torch.eye(d) + 0.01 * draw(d, d)) + 0.005 * draw(n, d)

@@ -1,6 +1,7 @@
 """CKA, SVCCA, regression and relative representations: closed forms, references, invariances."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -37,7 +38,7 @@ MEASURES = {
 def related(n=200, d_x=7, d_y=5, noise=0.5, seed=0):
     """Two views of the same tokens, off centre, of uneven scale."""
     generator = torch.Generator().manual_seed(seed)
-    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    draw = partial(torch.randn, generator=generator, dtype=torch.float64)
     x = draw(n, d_x) * torch.linspace(0.2, 3, d_x) + 5
     return x, x @ draw(d_x, d_y) + noise * draw(n, d_y) - 2
 

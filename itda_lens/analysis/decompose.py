@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 
-from itda_lens.analysis.evaluate import hook_name_of, tokenization_of
+from itda_lens.analysis.evaluate import tokenization_of
 from itda_lens.dictionary import Label
 from itda_lens.sae import ITDA
 from itda_lens.sources import Loader, language_model
+from itda_lens.training import hook_name_of
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,7 @@ def decompose(
     with torch.no_grad():
         activation = lm.capture(batch.tokens, batch.attention_mask, [hook])[hook]
         x = activation[batch.keep.to(activation.device)].to(itda.device)
-        rows = x[:, None] if itda.hook_z_reshaping_mode else x
-        codes = itda.encode_sparse(rows)
+        codes = itda.encode_rows(x)
         reconstruction = itda.decode_sparse(codes).reshape(x.shape)
     centred = (x - itda.b_dec).square().sum(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
     explained = 1 - (x - reconstruction).square().sum(dim=-1) / centred

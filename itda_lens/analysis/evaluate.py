@@ -21,6 +21,7 @@ from itda_lens.sources import (
     iterate_texts,
     language_model,
 )
+from itda_lens.training import build_record, hook_name_of
 
 
 @dataclass(frozen=True)
@@ -127,18 +128,6 @@ def evaluate(
     return [meter.result() for meter in meters]
 
 
-def hook_name_of(itda: ITDA) -> str:
-    """The hook point that a dictionary belongs to.
-
-    Raises:
-        ValueError: its metadata names none.
-    """
-    name = itda.cfg.metadata.hook_name
-    if not name:
-        raise ValueError("the dictionary's metadata names no hook_name; it was fit on bare activations")
-    return name
-
-
 def tokenization_of(itdas: Sequence[ITDA], lm: LanguageModel) -> Tokenization:
     """How the contexts that `itdas` were built from were cut.
 
@@ -150,7 +139,7 @@ def tokenization_of(itdas: Sequence[ITDA], lm: LanguageModel) -> Tokenization:
         (
             itda.cfg.metadata.get("context_size", 128),
             bool(itda.cfg.metadata.get("prepend_bos", default_bos)),
-            bool((itda.cfg.metadata.itda_build or {}).get("keep_special_tokens", False)),
+            bool(build_record(itda).get("keep_special_tokens", False)),
         )
         for itda in itdas
     }
@@ -230,10 +219,7 @@ class _Meter:
 
     def _reconstruct(self, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_in"]:
         itda = self._itda
-        rows = x.to(itda.device)
-        if itda.hook_z_reshaping_mode:
-            rows = rows[:, None]  # one head of full width: the same flattening
-        codes = itda.encode_sparse(rows)
+        codes = itda.encode_rows(x.to(itda.device))
         reconstruction = itda.decode_sparse(codes).reshape(x.shape).to(x.device)
         self._fvu.update(x, reconstruction)
         used = codes.values != 0

@@ -7,7 +7,7 @@ import typer
 
 from itda_lens.sae import ITDA, dictionaries_in, load
 from itda_lens.sources import Loader
-from itda_lens.training import BUILD_KEY
+from itda_lens.training import build_record
 
 Folders = Annotated[
     list[Path],
@@ -44,7 +44,7 @@ def load_all(folders: list[Path]) -> list[tuple[Path, ITDA]]:
 
 def model_of(itdas: list[ITDA], model: str | None, loader: str | None) -> tuple[Any, Loader]:
     """The model to load: the one named by the user, else the one that the dictionaries name."""
-    records: list[dict[str, Any]] = [dict(itda.cfg.metadata[BUILD_KEY] or {}) for itda in itdas]
+    records = [build_record(itda) for itda in itdas]
     loaders = {record["loader"] for record in records if "loader" in record}
     chosen = loader or (loaders.pop() if len(loaders) == 1 else "bridge")
     if model is not None:

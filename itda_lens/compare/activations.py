@@ -6,7 +6,7 @@ from typing import Any
 
 from itda_lens.sae import ITDA
 from itda_lens.sources import Loader
-from itda_lens.training import BUILD_KEY, Activations, collect
+from itda_lens.training import Activations, build_record, collect, hook_name_of
 
 
 def activations_of(
@@ -39,7 +39,7 @@ def activations_of(
             cut texts; or as `build`.
     """
     settings = recorded_settings(itdas, model)
-    hooks = [itda.cfg.metadata.hook_name or "" for itda in itdas]
+    hooks = [hook_name_of(itda) for itda in itdas]
     found = collect(
         settings["model"],
         texts,
@@ -70,10 +70,9 @@ def recorded_settings(itdas: Sequence[ITDA], model: Any = None) -> dict[str, Any
     """
     if not itdas:
         raise ValueError("itdas must be one dictionary or more, got none")
-    hooks = [itda.cfg.metadata.hook_name or "" for itda in itdas]
-    if "" in hooks:
-        raise ValueError("a dictionary's metadata names no hook_name; it was fit on bare activations")
-    records: list[dict[str, Any]] = [dict(itda.cfg.metadata[BUILD_KEY] or {}) for itda in itdas]
+    for itda in itdas:
+        hook_name_of(itda)
+    records = [build_record(itda) for itda in itdas]
     settings = {}
     for name in ("model", "loader", "context_size", "prepend_bos", "keep_special_tokens"):
         values = {record[name] for record in records if record.get(name) is not None}

@@ -14,6 +14,7 @@ from itda_lens.compare.jaccard import (
     jaccard_of_shares,
     place_set,
     place_shares,
+    union,
     usage,
 )
 from itda_lens.compare.layers import layer_matching_accuracy, similarity_matrix
@@ -95,7 +96,7 @@ def compare(
             name: _label_layers(own, (activations or {}).get(name), measure, how)
             for name, own in models.items()
         }
-        unions = [_union(own) for own in layers.values()]
+        unions = [union(own) for own in layers.values()]
         alike = partial(_alike, measure=measure, match=how)
         similarity = similarity_matrix(unions, unions, alike)
         matrices = {pair: similarity_matrix(layers[pair[0]], layers[pair[1]], alike) for pair in pairs}
@@ -148,18 +149,10 @@ def _label_layers(
     for i, itda in enumerate(itdas):
         if measure == "weighted":
             assert activations is not None  # checked by compare
-            found.append(place_shares([itda], [usage(itda, activations[i].values)], match))
+            found.append(place_shares(itda, usage(itda, activations[i].values), match))
         else:
             found.append(dict.fromkeys(place_set([itda], match), 1.0))
     return found
-
-
-def _union(layers: Sequence[dict[Place, float]]) -> dict[Place, float]:
-    total: dict[Place, float] = {}
-    for layer in layers:
-        for place, share in layer.items():
-            total[place] = total.get(place, 0.0) + share / len(layers)
-    return total
 
 
 def _alike(u: dict[Place, float], v: dict[Place, float], measure: Measure, match: Match) -> float:

@@ -15,7 +15,6 @@ from itda_lens.compare.discovery import false_discovery_rates
 from itda_lens.compare.measures import shared_tokens
 from itda_lens.compare.places import Match, Place, places, resolve_match
 from itda_lens.dictionary import Label
-from itda_lens.pursuit import SparseCodes
 from itda_lens.sae import ITDA
 from itda_lens.sources import Loader, iterate_texts, language_model
 from itda_lens.training import Activations, Recipe, collect, fit
@@ -241,15 +240,14 @@ def _relative_errors(
     centre = centre.to(dictionary.device, torch.float64)
     for rows in x.split(ROWS):
         rows = rows.to(dictionary.device)
-        reconstruction = dictionary.decode_sparse(_codes(dictionary, rows)).reshape(rows.shape)
+        reconstruction = dictionary.decode_sparse(dictionary.encode_rows(rows)).reshape(rows.shape)
         errors.append((rows.double() - reconstruction).square().sum(dim=-1).cpu())
         norms.append((rows.double() - centre).square().sum(dim=-1).cpu())
     error, norm = torch.cat(errors), torch.cat(norms)
     # A token at the centre itself would otherwise outweigh all others.
-    floor = max(1e-3 * norm.mean().item(), torch.finfo(torch.float32).tiny)
-    return error / norm.clamp(min=floor), (
-        error.sum() / (norm.mean().clamp(min=floor) * len(norm))
-    ).item()
+    tiny = torch.finfo(torch.float32).tiny
+    mean = norm.mean().clamp(min=tiny)
+    return error / norm.clamp(min=1e-3 * mean.item()), (error.mean() / mean).item()
 
 
 class _Use(NamedTuple):
@@ -268,7 +266,7 @@ class _Use(NamedTuple):
 
     @classmethod
     def of(cls, itda: ITDA, x: Float[Tensor, "n d"]) -> "_Use":
-        parts = [_codes(itda, rows) for rows in x.split(ROWS)]
+        parts = [itda.encode_rows(rows.to(itda.device)) for rows in x.split(ROWS)]
         indices = torch.cat([codes.indices for codes in parts]).cpu()
         energy = torch.cat([codes.values for codes in parts]).double().square().cpu()
         share = energy / energy.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
@@ -293,8 +291,3 @@ class _Use(NamedTuple):
         found = torch.full((len(self.tokens), EXAMPLES), -1)
         found[self.atom[order][first], place[first]] = self.row[order][first]
         return found
-
-
-def _codes(itda: ITDA, rows: Float[Tensor, "n d"]) -> SparseCodes:
-    rows = rows.to(itda.device)
-    return itda.encode_sparse(rows[:, None] if itda.hook_z_reshaping_mode else rows)

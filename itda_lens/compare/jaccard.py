@@ -59,8 +59,13 @@ def weighted_jaccard(
         raise ValueError("match='overlap' has no weighted form; use 'span'")
     left, right = _several(a, "a"), _several(b, "b")
     how = resolve_match([*left, *right], match)
-    u = place_shares(left, _one_each(left, usage_a, "usage_a"), how)
-    v = place_shares(right, _one_each(right, usage_b, "usage_b"), how)
+    u, v = (
+        union([place_shares(itda, own, how) for itda, own in zip(side, usages, strict=True)])
+        for side, usages in (
+            (left, _one_each(left, usage_a, "usage_a")),
+            (right, _one_each(right, usage_b, "usage_b")),
+        )
+    )
     return jaccard_of_shares(u, v)
 
 
@@ -82,8 +87,7 @@ def usage(itda: ITDA, x: Float[Tensor, "n d_in"], batch_size: int = 4096) -> Flo
         raise ValueError(f"x must have shape [n, d_in] with at least one row, got {tuple(x.shape)}")
     energy = torch.zeros(itda.cfg.d_sae, dtype=torch.float64)
     for rows in x.split(batch_size):
-        rows = rows.to(itda.device)
-        codes = itda.encode_sparse(rows[:, None] if itda.hook_z_reshaping_mode else rows)
+        codes = itda.encode_rows(rows.to(itda.device))
         energy += energy_by_atom(codes, itda.cfg.d_sae).cpu()
     total = energy.sum()
     return energy / total if total > 0 else energy
@@ -95,24 +99,29 @@ def place_set(itdas: Sequence[ITDA], match: Match) -> set[Place]:
     return {place for place in found if place is not None}
 
 
-def place_shares(
-    itdas: Sequence[ITDA], usages: Sequence[Float[Tensor, " d_sae"]], match: Match
-) -> dict[Place, float]:
-    """The share of each place in the use of all atoms, averaged over the dictionaries.
+def place_shares(itda: ITDA, usage: Float[Tensor, " d_sae"], match: Match) -> dict[Place, float]:
+    """The share of each place in the use of all atoms.
 
     Raises:
-        ValueError: an atom's usage is negative or not finite, or no atom of a dictionary is used.
+        ValueError: an atom's usage is negative or not finite, or no atom is used.
     """
-    for own in usages:
-        if not (torch.isfinite(own) & (own >= 0)).all() or own.sum() == 0:
-            raise ValueError("usage of atoms must be finite, not negative and not all zero")
+    if not (torch.isfinite(usage) & (usage >= 0)).all() or usage.sum() == 0:
+        raise ValueError("usage of atoms must be finite, not negative and not all zero")
     shares: dict[Place, float] = {}
-    for itda, own in zip(itdas, usages, strict=True):
-        each = (own.double() / own.double().sum()).tolist()
-        for place, share in zip(places(itda.labels, match), each, strict=True):
-            if place is not None:
-                shares[place] = shares.get(place, 0.0) + share / len(itdas)
+    each = (usage.double() / usage.double().sum()).tolist()
+    for place, share in zip(places(itda.labels, match), each, strict=True):
+        if place is not None:
+            shares[place] = shares.get(place, 0.0) + share
     return shares
+
+
+def union(layers: Sequence[dict[Place, float]]) -> dict[Place, float]:
+    """The places of all dictionaries, with the mean of their shares."""
+    total: dict[Place, float] = {}
+    for layer in layers:
+        for place, share in layer.items():
+            total[place] = total.get(place, 0.0) + share / len(layers)
+    return total
 
 
 def jaccard_of_sets(a: set[Place], b: set[Place], match: Match) -> float:

@@ -101,17 +101,17 @@ def shared_tokens(
         raise ValueError(
             "activations must have tokens in common, but no token of one model is one of the other"
         )
-    # In the order of the first side; a side whose every row is taken in its order is not copied.
     left = [row for place, row in own.items() if place in common]
     right = [other[place] for place in own if place in common]
-    xs, ys = (
-        [
-            layer.values if rows == list(range(len(layer.values))) else layer.values[rows]
-            for layer in side
-        ]
-        for side, rows in ((a, left), (b, right))
-    )
+    xs, ys = _taken(a, left), _taken(b, right)
     return xs, ys, [b[0].labels[row] for row in right]
+
+
+def _taken(side: Sequence[Activations], rows: list[int]) -> list[Tensor]:
+    """These rows of every layer; not copied where they are all, in their order."""
+    if rows == list(range(len(side[0].labels))):
+        return [layer.values for layer in side]
+    return [layer.values[rows] for layer in side]
 
 
 def _first_rows(labels: Sequence[Label], match: Match) -> dict[tuple[int, ...], int]:

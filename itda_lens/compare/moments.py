@@ -49,7 +49,7 @@ class RunningMoments:
     """The moments of every pair of layers of two models, updated batch by batch.
 
     Memory is 8 bytes for each pair of coordinates, (n_x d_x)(n_y d_y) for the pairs of layers and
-    n_x d_x^2 + n_y d_y^2 for the layers' own, whatever the number of tokens: 0.7 GB for two models of
+    n_x d_x^2 + n_y d_y^2 for the layers' own, whatever the number of tokens: 0.8 GB for two models of
     twelve layers of width 768.
     """
 

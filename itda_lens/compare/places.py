@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args
 
 from itda_lens.dictionary import Label
 from itda_lens.sae import ITDA
-from itda_lens.training import BUILD_KEY
+from itda_lens.training import build_record
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ def resolve_match(itdas: Sequence[ITDA], match: Match = "auto") -> Match:
     """
     if match not in get_args(Match):
         raise ValueError(f"match must be one of {get_args(Match)}, got {match!r}")
-    records = [_record(itda) for itda in itdas]
+    records = [build_record(itda) for itda in itdas]
     difference = _difference(records, ("texts_fingerprint",))
     if difference is not None:
         raise ValueError(f"labels of different texts cannot be compared: {difference}")
@@ -109,10 +109,6 @@ def _span(label: Label) -> Place | None:
         start += len(text) - len(text.lstrip())
         end -= len(text) - len(text.rstrip())
     return (label.row, start, end) if end > start else None
-
-
-def _record(itda: ITDA) -> dict[str, Any]:
-    return dict(itda.cfg.metadata[BUILD_KEY] or {})
 
 
 def _difference(records: Sequence[dict[str, Any]], keys: Sequence[str]) -> str | None:

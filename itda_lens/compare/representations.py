@@ -18,7 +18,7 @@ by rounding of float32, 1e-7 of its size, the square of which counts. Outlier co
 times larger than the rest, as residual streams have them, leave the rest in."""
 
 DEFAULT_ANCHORS = 256
-"""Anchor tokens; Moschella et al. (2022) use some hundreds."""
+"""Anchor tokens."""
 
 
 def linear_cka(moments: Moments) -> float:

@@ -11,7 +11,7 @@ from rich.table import Table
 from itda_lens.analysis import Evaluation, TokenDecomposition
 from itda_lens.dictionary import Label
 from itda_lens.sae import ITDA
-from itda_lens.training import BUILD_KEY
+from itda_lens.training import build_record
 
 
 def make_console() -> Console:
@@ -102,7 +102,7 @@ def info_table(itda: ITDA, name: str) -> Table:
         "BOS prepended": metadata.prepend_bos,
         "dtype": itda.cfg.dtype,
     }
-    record = dict(metadata[BUILD_KEY] or {})
+    record = build_record(itda)
     packages = record.pop("versions", {})
     rows |= {f"build: {key}": value for key, value in record.items() if key not in ("d_sae", "k")}
     rows |= {f"version: {key}": value for key, value in packages.items()}

@@ -143,6 +143,14 @@ class ITDA(SAE[ITDAConfig]):
             codes = codes._replace(values=codes.values / norms[codes.indices])
         return codes.mirrored(self.cfg.n_pursued) if self.cfg.mirrored else codes
 
+    def encode_rows(self, x: Float[Tensor, "n d_in"]) -> SparseCodes:
+        """`encode_sparse` of flat activations, with hook_z reshaping too: all heads in one row.
+
+        Raises:
+            ValueError: as `encode_sparse`.
+        """
+        return self.encode_sparse(x[:, None] if self.hook_z_reshaping_mode else x)
+
     @torch.no_grad()
     def calibrate(self, x: Float[Tensor, "*batch d_in"], l0: float, k: int | None = None) -> float:
         """Let codes have `l0` nonzeros on average instead of `cfg.k` each.

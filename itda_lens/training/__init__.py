@@ -4,7 +4,7 @@ from itda_lens.training.build import build
 from itda_lens.training.fit import fit
 from itda_lens.training.output import output_folder, save_all
 from itda_lens.training.presets import Preset, Recipe
-from itda_lens.training.record import BUILD_KEY
+from itda_lens.training.record import BUILD_KEY, build_record, hook_name_of
 from itda_lens.training.stream import Activations, collect
 
 __all__ = [
@@ -13,8 +13,10 @@ __all__ = [
     "Preset",
     "Recipe",
     "build",
+    "build_record",
     "collect",
     "fit",
+    "hook_name_of",
     "output_folder",
     "save_all",
 ]

@@ -1,6 +1,9 @@
 """What a dictionary's metadata tells about how it was made."""
 
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from itda_lens.sae import ITDA
 
 BUILD_KEY = "itda_build"
 """Where `cfg.metadata` keeps the settings of the build."""
@@ -17,3 +20,20 @@ def versions() -> dict[str, dict[str, str]]:
         except PackageNotFoundError:  # run from a source tree
             found[package] = "unknown"
     return {"versions": found}
+
+
+def build_record(itda: ITDA) -> dict[str, Any]:
+    """The settings of a dictionary's build, by name; empty where it records none."""
+    return dict(itda.cfg.metadata[BUILD_KEY] or {})
+
+
+def hook_name_of(itda: ITDA) -> str:
+    """The hook point that a dictionary belongs to.
+
+    Raises:
+        ValueError: its metadata names none.
+    """
+    name = itda.cfg.metadata.hook_name
+    if not name:
+        raise ValueError("the dictionary's metadata names no hook_name; it was fit on bare activations")
+    return name
