@@ -24,7 +24,7 @@ from itda_lens import ITDA, fit
 from itda_lens.demo.prose import HELD_OUT, reference_prose
 from itda_lens.demo.smollm2 import load
 from itda_lens.dictionary import RunningFVU
-from itda_lens.saebench import baseline, save_inference
+from itda_lens.saebench import principal_components, random_atoms, save_inference, train_sae
 from itda_lens.sources import LanguageModel, language_model
 from itda_lens.training import Activations, collect
 
@@ -39,9 +39,11 @@ KINDS = {
     "pca": "principal components",
     "topk": "TopK SAE",
     "batchtopk": "BatchTopK SAE",
+    "matryoshka": "Matryoshka BatchTopK SAE",
+    "matching_pursuit": "SAELens's MatchingPursuitSAE, trained",
 }
 
-TRAINED = ("topk", "batchtopk")
+TRAINED = ("topk", "batchtopk", "matryoshka", "matching_pursuit")
 
 ROWS = 1024
 """Activations encoded at once."""
@@ -52,7 +54,7 @@ def k_for(l0: int) -> int:
     return 3 * l0 if l0 <= 40 else 2 * l0
 
 
-def make(kind: str, x: Activations, d_sae: int, l0: int, epochs: int | None, seed: int) -> SAE[Any]:
+def make(kind: str, x: Activations, d_sae: int, l0: int, seed: int) -> ITDA:
     common: dict[str, Any] = dict(d_sae=d_sae, seed=seed, labels=x.labels)
     if kind == "prefix":
         return fit(x.values, k=l0, **common | {"d_sae": 2 * d_sae}).prefix(d_sae)
@@ -62,14 +64,16 @@ def make(kind: str, x: Activations, d_sae: int, l0: int, epochs: int | None, see
         return fit(x.values, k=k_for(l0), l0=l0, update=kind == "updated-l0", **common)
     if kind == "paper":
         return fit(x.values, k=l0, preset="paper", **common)
-    return baseline(kind, x.values, k=l0, epochs=epochs or 1, **common)  # pyright: ignore
+    if kind == "random":
+        return random_atoms(x.values, k=l0, **common)
+    return principal_components(x.values, k=l0)
 
 
 def at_equal_l0(sae: SAE[Any], kind: str, l0: int, x: Tensor) -> None:
     """Calibrate what has a threshold on the validation split: other text takes other numbers."""
     if isinstance(sae, ITDA) and sae.cfg.l0 is not None:
         sae.calibrate(x, l0)
-    elif kind == "batchtopk":
+    elif hasattr(sae, "threshold"):
         threshold: Tensor = sae.threshold  # pyright: ignore[reportAssignmentType]
         threshold.data.zero_()
         codes = torch.cat([sae.encode(rows) for rows in x.split(ROWS)])
@@ -153,16 +157,35 @@ def split(lm: LanguageModel, layer: int, max_tokens: int) -> Splits:
     )
 
 
+def trained(setting: dict[str, Any], x: Activations, out: Path) -> tuple[SAE[Any], float]:
+    """The SAE of this setting as it is used, kept in OUT/trained, and the seconds of its training."""
+    folder = out / "trained"
+    name = "-".join(str(value) for value in setting.values())
+
+    def train() -> dict[str, Any]:
+        start = time.perf_counter()
+        with torch.enable_grad():
+            sae = train_sae(
+                x.values, architecture=setting["kind"], d_sae=setting["d_sae"], k=setting["target"],
+                epochs=setting["epochs"], seed=setting["seed"],
+            )  # fmt: skip
+        seconds = time.perf_counter() - start
+        save_inference(sae, folder / name)
+        return {"seconds": seconds}
+
+    seconds = Results(folder).once(setting, train)["seconds"]
+    return SAE.load_from_disk(folder / name, device=str(x.values.device)), seconds
+
+
 def run(setting: dict[str, Any], data: Splits, out: Path) -> dict[str, float]:
     """Build or train one dictionary, calibrate it, measure it."""
     kind, l0 = setting["kind"], setting["target"]
-    start = time.perf_counter()
-    with torch.enable_grad():
-        sae = make(kind, data.train, setting["d_sae"], l0, setting["epochs"], setting["seed"])
-    seconds = time.perf_counter() - start
-    if kind in TRAINED:  # as it is used, not as it is trained
-        save_inference(sae, out / "trained")
-        sae = SAE.load_from_disk(out / "trained", device=str(data.test.values.device))
+    if kind in TRAINED:
+        sae, seconds = trained(setting, data.train, out)
+    else:
+        start = time.perf_counter()
+        sae = make(kind, data.train, setting["d_sae"], l0, setting["seed"])
+        seconds = time.perf_counter() - start
     at_equal_l0(sae, kind, l0, data.validation)
     return {"seconds": seconds} | measure(sae, data.test)
 

@@ -12,6 +12,8 @@ from itda_lens.dictionary.outliers import OUTLIER, limit_outliers, robust_centre
 from itda_lens.dictionary.rows import RowStore
 from itda_lens.dictionary.sampling import StreamSample
 from itda_lens.dictionary.selection import (
+    FEW,
+    energy_by_atom,
     first_of_direction,
     normalize_rows,
     order_by_energy,
@@ -182,13 +184,16 @@ class TestPieces:
         assert kept.tolist() == list(range(25, 35))
 
     def test_order_nests_what_pruning_leaves(self):
-        x, atoms = rows(500), normalize_rows(rows(40, seed=1))[0]
+        x, atoms = rows(2000), normalize_rows(rows(400, seed=1))[0]
         options = dict(signed=True, drop=0.5)
         order = order_by_energy(x, atoms, 4, **options)
-        assert order.sort().values.tolist() == list(range(40))
-        for size in (20, 10, 5, 2, 1):
+        assert order.sort().values.tolist() == list(range(400))
+        for size in (200, 100, FEW):
             left = prune_by_energy(x, atoms, size, 4, progress=False, **options)
             assert order[:size].sort().values.tolist() == left.tolist()
+        few = order[:FEW]
+        energy = energy_by_atom(encode(x, atoms[left], 4), FEW)
+        assert few.tolist() == left[energy.argsort(descending=True)].tolist()
 
     def test_running_fvu(self):
         x, y = rows(100) + 5, rows(100, seed=1) + 5

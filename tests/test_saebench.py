@@ -32,7 +32,7 @@ from itda_lens.saebench import (
     principal_components,
     random_atoms,
     save_inference,
-    train_topk,
+    train_sae,
 )
 from itda_lens.saebench.results import read_metrics
 from itda_lens.saebench.subjects import subjects_of
@@ -96,7 +96,7 @@ def saes(activations, metadata, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("saes")
     x, labels = activations
     fit(x, d_sae=60, k=4, labels=labels, metadata=metadata).save_model(folder / "itda")
-    save_inference(train_topk(x, d_sae=60, k=4, epochs=1, metadata=metadata), folder / "topk")
+    save_inference(train_sae(x, d_sae=60, k=4, epochs=1, metadata=metadata), folder / "topk")
     return folder
 
 
@@ -506,7 +506,7 @@ class TestBaselines:
         x = activations.values
         fvu = {}
         for epochs in (1, 6):
-            trained = train_topk(x, d_sae=60, k=4, epochs=epochs, batch_size=256)
+            trained = train_sae(x, d_sae=60, k=4, epochs=epochs, batch_size=256)
             save_inference(trained, tmp_path / str(epochs))
             sae = SAE.load_from_disk(tmp_path / str(epochs))
             assert sae.cfg.architecture() == "topk"
@@ -514,7 +514,7 @@ class TestBaselines:
                 assert (sae.encode(x) != 0).sum(dim=-1).max() <= 4
                 fvu[epochs] = ((x - sae(x)).square().sum() / (x - x.mean(dim=0)).square().sum()).item()
         assert fvu[6] < fvu[1] < 1
-        again = train_topk(x, d_sae=60, k=4, epochs=6, batch_size=256)
+        again = train_sae(x, d_sae=60, k=4, epochs=6, batch_size=256)
         save_inference(again, tmp_path / "again")
         assert torch.equal(SAE.load_from_disk(tmp_path / "again").W_dec, sae.W_dec)
 
@@ -522,7 +522,7 @@ class TestBaselines:
     @pytest.mark.parametrize("scale", [0.1, 10.0])
     def test_topk_over_the_batch_has_k_on_average(self, activations, tmp_path, scale):
         x = scale * activations.values
-        trained = train_topk(x, d_sae=60, k=4, over_batch=True, epochs=8, batch_size=256)
+        trained = train_sae(x, d_sae=60, k=4, architecture="batchtopk", epochs=8, batch_size=256)
         save_inference(trained, tmp_path)
         sae = SAE.load_from_disk(tmp_path)
         assert sae.cfg.architecture() == "jumprelu"
@@ -536,7 +536,7 @@ class TestBaselines:
         x = activations.values
         for change, message in ((dict(k=61), "k must be"), (dict(epochs=0), "epochs must be")):
             with pytest.raises(ValueError, match=message):
-                train_topk(x, **dict(d_sae=60, k=4) | change)
+                train_sae(x, **dict(d_sae=60, k=4) | change)
 
 
 class TestBaselinesLike:

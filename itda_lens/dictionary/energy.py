@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from itda_lens.dictionary.labels import Label
+from itda_lens.dictionary.mean import RunningMean
 from itda_lens.dictionary.outliers import limit_outliers, robust_centre
 from itda_lens.dictionary.sampling import StreamSample
 from itda_lens.dictionary.selection import (
@@ -77,7 +78,7 @@ class EnergySelector:
             for i in range(UPDATE_ROUNDS if update else 1)
         ]
         self._sample = sample
-        self._sum = torch.zeros(d_in, dtype=torch.float64, device=device)
+        self._mean = RunningMean(d_in, dtype, device)
 
     @property
     def n_atoms(self) -> int:
@@ -88,8 +89,7 @@ class EnergySelector:
         return False
 
     def update(self, x: Float[Tensor, "m d"], labels: Sequence[Label]) -> None:
-        # Row by row: a sum by batches would depend, in its last bits, on the batches.
-        self._sum = torch.cat([self._sum[None], x.double()]).cumsum(dim=0)[-1]
+        self._mean.update(x)
         self._candidates.update(x, labels)
         for sample in (self._scored, *self._parts):
             sample.update(x, labels)
@@ -101,7 +101,7 @@ class EnergySelector:
         """
         if self._candidates.n_seen <= self._d_sae:
             return float("nan")
-        mean = self._mean()
+        mean = self._mean.value()
         atoms, usable = normalize_rows(self._candidates.held[: self._d_sae] - mean)
         atoms = atoms[usable]
         # The last rows: while the samples still hold everything, they are not among those atoms.
@@ -113,7 +113,7 @@ class EnergySelector:
 
     def finish(self, progress: bool) -> Dictionary:
         scored = self._scored.rows()
-        mean = robust_centre(scored, self._mean())
+        mean = robust_centre(scored, self._mean.value())
         unit, usable = normalize_rows(self._candidates.rows() - mean)
         keep = self._distinct(unit, usable)
         labels = self._candidates.labels()
@@ -152,9 +152,6 @@ class EnergySelector:
             alike(part, atoms, SAME_DIRECTION, self._signed).any(dim=-1) for part in unit.split(BLOCK)
         ]
         return _spread(rows[~torch.cat(own)], CALIBRATION_ROWS)
-
-    def _mean(self) -> Float[Tensor, " d"]:
-        return (self._sum / max(1, self._candidates.n_seen)).to(self._candidates.held.dtype)
 
     def _distinct(self, unit: Tensor, usable: Tensor) -> Tensor:
         """Candidates that repeat no earlier one; where they are few, by a less strict cosine."""

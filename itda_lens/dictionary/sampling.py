@@ -31,8 +31,8 @@ class StreamSample:
         self._generator = np.random.Generator(np.random.Philox(seed))
         self._distinct = distinct
         self._identities = np.empty(0, dtype=np.uint64)
-        # Odd multipliers of the row's 16-bit pieces; a sum of products modulo 2**64.
-        odd = np.random.default_rng(seed).integers(0, 2**63, d * dtype.itemsize // 2, dtype=np.uint64)
+        # Odd multipliers of the row's 32-bit pieces; a sum of products modulo 2**64.
+        odd = np.random.default_rng(seed).integers(0, 2**63, d * dtype.itemsize // 4, dtype=np.uint64)
         odd = odd * 2 + 1
         self._multipliers = torch.from_numpy(odd.view(np.int64)).to(device)
         self.n_seen = 0
@@ -43,9 +43,15 @@ class StreamSample:
     def update(self, rows: Float[Tensor, "m d"], labels: Sequence[Label]) -> None:
         """Show the sample the next rows of the stream; only rows that it keeps read their label."""
         priorities = self._generator.integers(0, 2**64, len(rows), dtype=np.uint64)
-        seen_at = np.arange(self.n_seen, self.n_seen + len(rows))
-        identities = self._hash(rows) if self._distinct else seen_at.view(np.uint64)
+        offered = np.arange(len(rows))
+        if self._store.room == 0:  # a full sample has smaller priorities than most of what comes
+            offered = np.flatnonzero(priorities < self._priorities.max())
+        priorities, seen_at = priorities[offered], self.n_seen + offered
         self.n_seen += len(rows)
+        if not len(offered):
+            return
+        rows = rows[torch.from_numpy(offered).to(rows.device)]
+        identities = self._hash(rows) if self._distinct else seen_at.view(np.uint64)
 
         held = len(self)
         order = np.argsort(np.concatenate([self._priorities, priorities]), kind="stable")
@@ -58,7 +64,7 @@ class StreamSample:
         evicted = np.setdiff1d(np.arange(held), kept)
         n_replaced = len(evicted)
         picked = rows[torch.from_numpy(incoming).to(rows.device)]
-        picked_labels = [labels[int(i)] for i in incoming]
+        picked_labels = [labels[int(i)] for i in offered[incoming]]
         self._store.replace(evicted.tolist(), picked[:n_replaced], picked_labels[:n_replaced])
         self._store.append(picked[n_replaced:], picked_labels[n_replaced:])
         slots = np.concatenate([evicted, np.arange(held, len(self))])
@@ -88,7 +94,7 @@ class StreamSample:
         return torch.from_numpy(np.argsort(self._seen_at))
 
     def _hash(self, rows: Tensor) -> np.ndarray:
-        pieces = rows.contiguous().view(torch.int16)
+        pieces = rows.contiguous().view(torch.int32)
         digest = torch.cat(
             [(part.long() * self._multipliers).sum(dim=-1) for part in pieces.split(1024)]
             or [torch.empty(0, dtype=torch.long)]

@@ -15,6 +15,9 @@ from itda_lens.pursuit import SparseCodes, encode, gram_matrix
 SAME_DIRECTION = 1 - 1e-6
 """Cosine from which two float32 directions count as the same one: their rounding allows no better."""
 
+FEW = 64
+"""Atoms that need no rounds of pruning to be put in order: about as many as one code has."""
+
 
 @dataclass(frozen=True)
 class Dictionary:
@@ -123,6 +126,11 @@ def energy_by_atom(codes: SparseCodes, n_atoms: int) -> Float[Tensor, " n"]:
     return energy.index_add_(0, codes.indices.flatten(), squares)
 
 
+def _by_energy(codes: SparseCodes, n_atoms: int) -> Int[Tensor, " n"]:
+    """Atoms in the order of their energy, the largest first; equal ones by index."""
+    return energy_by_atom(codes, n_atoms).argsort(descending=True, stable=True)
+
+
 def prune_by_energy(
     x: Float[Tensor, "n d"],
     candidates: Float[Tensor, "m d"],
@@ -146,9 +154,15 @@ def prune_by_energy(
 def order_by_energy(
     x: Float[Tensor, "n d"], atoms: Float[Tensor, "m d"], k: int, *, signed: bool, drop: float
 ) -> Int[Tensor, " m"]:
-    """Indices of `atoms`, the most important first: the first of them are what pruning would leave."""
-    last, dropped = _prune(x, atoms, 1, k, signed, drop, progress=False)
-    return torch.cat([last, *reversed(dropped)])
+    """Indices of `atoms`, the most important first: the first of them are what pruning would leave.
+
+    The last `FEW` are put in the order of their energy at once.
+    """
+    few, dropped = _prune(x, atoms, min(FEW, len(atoms)), k, signed, drop, progress=False)
+    gram = gram_matrix(atoms[few], signed=signed)
+    codes = encode(x, atoms[few], min(k, len(few)), signed=signed, gram=gram)
+    order = _by_energy(codes, len(few))
+    return torch.cat([few[order], *reversed(dropped)])
 
 
 def _prune(
@@ -163,7 +177,7 @@ def _prune(
     ) as bar:
         while len(kept) > n_keep:
             codes = encode(x, candidates, min(k, len(kept)), signed=signed, gram=gram)
-            order = energy_by_atom(codes, len(kept)).argsort(descending=True, stable=True)
+            order = _by_energy(codes, len(kept))
             size = max(n_keep, int(len(kept) * (1 - drop)))
             dropped.append(kept[order[size:]])
             best = order[:size].sort().values

@@ -11,14 +11,15 @@ from torch import Tensor
 from itda_lens.pursuit.encode import DEFAULT_RTOL, Method, encode
 from itda_lens.pursuit.gram import GramMatrix
 
-CLOSE_ENOUGH = 0.002
-"""Relative distance from the mean L0 asked for at which calibration stops."""
+CLOSE_ENOUGH = 0.005
+"""Relative distance from the mean L0 asked for at which calibration stops: of some thousands of rows the
+mean is not known better."""
 
 FIRST_ROWS = 512
 """Rows, about, on which the search begins."""
 
-FASTER = 1.3
-"""Exponent by which the factor grows: a start that is far off is left behind soon."""
+STEEPNESS = 2.0
+"""Power of the threshold with which mean L0 is taken to fall, for a first guess; SmolLM2 has 1.8."""
 
 MOST_TRIALS = 60
 """Thresholds tried at most: mean L0 is a step function, which may jump over what was asked for."""
@@ -75,9 +76,14 @@ def calibrate_threshold(
 
     # From above, where codes are short and cheap; first on few rows, then near what they say.
     least = 1e-6 * scale
-    few = x[:: max(1, len(x) // FIRST_ROWS)]
-    threshold = _solve(partial(mean_l0, few), l0, scale, 2.0, least)
-    return _solve(partial(mean_l0, x), l0, max(threshold, least), 1.05, least)
+    few = partial(mean_l0, x[:: max(1, len(x) // FIRST_ROWS)])
+    threshold = max(least, _solve(few, l0, {scale: few(scale)}, 2.0, least))
+    trials = {threshold: mean_l0(x, threshold)}
+    # Near l0 mean L0 falls about as the threshold to the power of -2 rises; often one step is enough.
+    step = min(max((trials[threshold] / l0) ** (1 / STEEPNESS), 0.5), 2.0)
+    if not _close(trials, l0):
+        trials[threshold * step] = mean_l0(x, threshold * step)
+    return _solve(partial(mean_l0, x), l0, trials, 1.05, least)
 
 
 def check_l0(l0: float, k: int) -> None:
@@ -86,27 +92,32 @@ def check_l0(l0: float, k: int) -> None:
         raise ValueError(f"l0 must be above 0 and at most k={k}, got {l0}")
 
 
+def _close(trials: dict[float, float], l0: float) -> bool:
+    return min(abs(found - l0) for found in trials.values()) <= CLOSE_ENOUGH * l0
+
+
 def _solve(
-    mean_l0: Callable[[float], float], l0: float, start: float, factor: float, least: float
+    mean_l0: Callable[[float], float],
+    l0: float,
+    trials: dict[float, float],
+    factor: float,
+    least: float,
 ) -> float:
     """Where `mean_l0`, which falls with the threshold, is `l0`; 0 if it is lower at `least` still.
 
-    Thresholds from `start` on, by `factor` and faster, until two of them enclose it; then by
-    interpolation of their logarithms.
+    Thresholds from those of `trials` (which holds the mean L0 of some) outwards, by `factor`, until two
+    of them enclose it; then by interpolation of their logarithms.
     """
-    trials = {start: mean_l0(start)}
-    low = high = start
-    while trials[low] < l0:
+    low, high = min(trials), max(trials)
+    while trials[low] < l0 and not _close(trials, l0):
         if low < least:
             return 0.0
-        high, low, factor = low, low / factor, factor**FASTER
+        high, low = low, low / factor
         trials[low] = mean_l0(low)
-    while trials[high] > l0:
-        low, high, factor = high, high * factor, factor**FASTER
+    while trials[high] > l0 and not _close(trials, l0):
+        low, high = high, high * factor
         trials[high] = mean_l0(high)
-    while len(trials) < MOST_TRIALS and high > low * (1 + 1e-9):
-        if min(abs(found - l0) for found in trials.values()) <= CLOSE_ENOUGH * l0:
-            break
+    while len(trials) < MOST_TRIALS and high > low * (1 + 1e-9) and not _close(trials, l0):
         share = (trials[low] - l0) / (trials[low] - trials[high])
         middle = low * (high / low) ** min(max(share, 0.05), 0.95)
         trials[middle] = found = mean_l0(middle)

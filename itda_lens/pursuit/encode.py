@@ -9,6 +9,7 @@ from torch import Tensor
 
 from itda_lens.pursuit import compiled, matching, orthogonal
 from itda_lens.pursuit.codes import SparseCodes
+from itda_lens.pursuit.finite import first_nonfinite_row
 from itda_lens.pursuit.gram import GramMatrix, gram_dtype
 
 Method = Literal["mp", "omp"]
@@ -164,6 +165,6 @@ def _check(
             f"gram in {gram.dtype} does not serve method={method!r}, signed={signed} on "
             f"{atoms.device.type}; pass gram_matrix(atoms, method=method, signed=signed)"
         )
-    if not torch.isfinite(x).all():
-        bad = (~torch.isfinite(x.reshape(-1, d))).any(dim=-1).nonzero()[0].item()
+    bad = first_nonfinite_row(x.reshape(-1, d))
+    if bad is not None:
         raise ValueError(f"x has NaN or infinite values, first in row {bad}")

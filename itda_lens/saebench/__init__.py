@@ -6,7 +6,7 @@ from itda_lens.saebench.baselines import (
     principal_components,
     random_atoms,
     save_inference,
-    train_topk,
+    train_sae,
 )
 from itda_lens.saebench.evaluations import EVALUATIONS, Evaluation, Metric
 from itda_lens.saebench.results import Result
@@ -26,5 +26,5 @@ __all__ = [
     "principal_components",
     "random_atoms",
     "save_inference",
-    "train_topk",
+    "train_sae",
 ]

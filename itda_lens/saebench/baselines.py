@@ -1,9 +1,9 @@
-"""What a dictionary has to beat: random atoms, principal components, TopK SAEs on the same tokens."""
+"""What a dictionary has to beat: random atoms, principal components, SAEs trained on the same tokens."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -11,8 +11,13 @@ from sae_lens import (
     SAE,
     BatchTopKTrainingSAE,
     BatchTopKTrainingSAEConfig,
+    MatchingPursuitTrainingSAE,
+    MatchingPursuitTrainingSAEConfig,
+    MatryoshkaBatchTopKTrainingSAE,
+    MatryoshkaBatchTopKTrainingSAEConfig,
     TopKTrainingSAE,
     TopKTrainingSAEConfig,
+    TrainingSAE,
 )
 from sae_lens.config import SAETrainerConfig
 from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, SPARSITY_FILENAME
@@ -24,10 +29,14 @@ from itda_lens.dictionary import Label
 from itda_lens.pursuit import Method
 from itda_lens.sae import ITDA, assemble, replacing
 
-Baseline = Literal["random", "pca", "topk", "batchtopk"]
+Architecture = Literal["topk", "batchtopk", "matryoshka", "matching_pursuit"]
+Baseline = Literal["random", "pca", Architecture]
 
-TOPK_LEARNING_RATE = 3e-3
-TOPK_BATCH = 1024
+LEARNING_RATE = 3e-3
+BATCH = 1024
+
+NESTED = (8, 4, 2, 1)
+"""The widths of a Matryoshka SAE's levels, as divisors of d_sae."""
 
 
 def baseline(
@@ -42,9 +51,7 @@ def baseline(
     seed: int = 0,
     metadata: Mapping[str, Any] | None = None,
 ) -> SAE[Any]:
-    """The baseline of this kind: `random_atoms`, `principal_components` (d_sae = d_in) or `train_topk`.
-
-    "batchtopk" is `train_topk(over_batch=True)`.
+    """The baseline of this kind: `random_atoms`, `principal_components` (d_sae = d_in) or `train_sae`.
 
     Raises:
         ValueError: a setting is out of range.
@@ -55,11 +62,11 @@ def baseline(
         )
     if kind == "pca":
         return principal_components(activations, k=k, metadata=metadata)
-    return train_topk(
+    return train_sae(
         activations,
+        architecture=kind,
         d_sae=d_sae,
         k=k,
-        over_batch=kind == "batchtopk",
         epochs=epochs,
         seed=seed,
         metadata=metadata,
@@ -116,37 +123,41 @@ def principal_components(
     return assemble(atoms, mean, k=k, method="mp", metadata=metadata)
 
 
-def train_topk(
+def train_sae(
     activations: Float[Tensor, "n_tokens d_in"],
     *,
     d_sae: int,
     k: int,
-    over_batch: bool = False,
+    architecture: Architecture = "topk",
     epochs: int = 8,
-    learning_rate: float = TOPK_LEARNING_RATE,
-    batch_size: int = TOPK_BATCH,
+    learning_rate: float = LEARNING_RATE,
+    batch_size: int = BATCH,
     seed: int = 0,
     metadata: Mapping[str, Any] | None = None,
-) -> TopKTrainingSAE:
-    """SAELens's TopK SAE, trained by SAELens on `activations`, in a new random order each epoch.
+) -> TrainingSAE[Any]:
+    """One of SAELens's SAEs, trained by SAELens on `activations`, in a new random order each epoch.
 
     Adam, the auxiliary loss for dead latents, activations scaled to mean norm sqrt(d_in), `b_dec` begun
     at the mean, a warm-up over the first 5 % of the steps and a linear decay over the last 20 %.
 
     Args:
-        over_batch: SAELens's BatchTopK instead: k nonzeros a row on average over each batch, and a
-            threshold in their place afterwards (`save_inference` writes a JumpReLU SAE).
+        architecture: "topk"; "batchtopk", k nonzeros a row on average over each batch, and a threshold
+            in their place afterwards (`save_inference` writes a JumpReLU SAE); "matryoshka", the same
+            with losses of nested prefixes (an eighth, a quarter, half of the latents); or
+            "matching_pursuit", at most k steps a row and no end before them but a latent picked again.
         epochs: passes over the activations.
-        learning_rate, batch_size: the defaults were chosen on a validation split; see docs/saebench.md.
-            A batch is no larger than the activations.
+        learning_rate, batch_size: the defaults were chosen on a validation split, for "topk"; see
+            docs/saebench.md. A batch is no larger than the activations.
 
     Returns:
-        The trained SAE; `save_inference` writes it as a SAELens TopK SAE.
+        The trained SAE; `save_inference` writes it as a SAELens SAE for inference.
 
     Raises:
-        ValueError: k, d_sae or epochs is out of range.
+        ValueError: architecture is unknown; k, d_sae or epochs is out of range.
     """
     n, d_in = activations.shape
+    if architecture not in get_args(Architecture):
+        raise ValueError(f"architecture must be one of {get_args(Architecture)}, got {architecture!r}")
     if not 1 <= k <= d_sae:
         raise ValueError(f"k must be between 1 and d_sae={d_sae}, got {k}")
     if epochs < 1:
@@ -157,17 +168,11 @@ def train_topk(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         common: dict[str, Any] = dict(
-            d_in=d_in, d_sae=d_sae, k=k, device=device, normalize_activations="expected_average_only_in"
+            d_in=d_in, d_sae=d_sae, device=device, normalize_activations="expected_average_only_in"
         )
-        if over_batch:
-            # A running mean that begins at 0: with few steps SAELens's rate, 0.01, does not get there.
-            rate = max(0.01, min(1.0, 10 / steps))
-            cfg = BatchTopKTrainingSAEConfig(**common, topk_threshold_lr=rate)
-        else:
-            cfg = TopKTrainingSAEConfig(**common)
+        sae = _untrained(architecture, common, k, steps)
         for key, value in (metadata or {}).items():
-            cfg.metadata[key] = value
-        sae = (BatchTopKTrainingSAE if over_batch else TopKTrainingSAE)(cfg)  # pyright: ignore
+            sae.cfg.metadata[key] = value
         trainer = SAETrainer(
             cfg=SAETrainerConfig(
                 total_training_samples=steps * batch_size,
@@ -195,13 +200,34 @@ def train_topk(
         return trained
 
 
+def _untrained(
+    architecture: Architecture, common: dict[str, Any], k: int, steps: int
+) -> TrainingSAE[Any]:
+    if architecture == "topk":
+        return TopKTrainingSAE(TopKTrainingSAEConfig(**common, k=k))
+    if architecture == "matching_pursuit":
+        return MatchingPursuitTrainingSAE(
+            MatchingPursuitTrainingSAEConfig(
+                **common, max_iterations=k, residual_threshold=0.0, decoder_init_norm=1.0
+            )
+        )
+    # A running mean that begins at 0: with few steps SAELens's rate, 0.01, does not get there.
+    common |= dict(k=k, topk_threshold_lr=max(0.01, min(1.0, 10 / steps)))
+    if architecture == "batchtopk":
+        return BatchTopKTrainingSAE(BatchTopKTrainingSAEConfig(**common))
+    widths = sorted({max(1, common["d_sae"] // part) for part in NESTED})
+    return MatryoshkaBatchTopKTrainingSAE(
+        MatryoshkaBatchTopKTrainingSAEConfig(**common, matryoshka_widths=widths)
+    )
+
+
 def save_inference(sae: SAE[Any], folder: str | Path) -> None:
     """Write a dictionary or a trained SAE, as it is used for inference, into `folder`.
 
     Raises:
         OSError: the folder cannot be written.
     """
-    if not isinstance(sae, TopKTrainingSAE):
+    if not isinstance(sae, TrainingSAE):
         sae.save_model(folder)
         return
     target = Path(folder)

@@ -10,7 +10,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from itda_lens.dictionary import Label, RowLabels, as_label
-from itda_lens.pursuit import Method
+from itda_lens.pursuit import Method, first_nonfinite_row
 from itda_lens.sae import ITDA
 from itda_lens.training.presets import Preset, Recipe
 from itda_lens.training.record import BUILD_KEY, versions
@@ -97,8 +97,6 @@ def _check(activations: Tensor, d_sae: int | None, batch_size: int) -> None:
             f"d_sae must be at most the number of activations: got d_sae={d_sae} for "
             f"{len(activations)} rows"
         )
-    for start in range(0, len(activations), 65_536):
-        finite = torch.isfinite(activations[start : start + 65_536]).all(dim=-1)
-        if not finite.all():
-            row = start + int((~finite).nonzero()[0])
-            raise ValueError(f"activations must be finite, but row {row} has NaN or infinite values")
+    row = first_nonfinite_row(activations)
+    if row is not None:
+        raise ValueError(f"activations must be finite, but row {row} has NaN or infinite values")

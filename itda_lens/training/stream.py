@@ -11,6 +11,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from itda_lens.dictionary import Label
+from itda_lens.pursuit import first_nonfinite_row
 from itda_lens.sources import (
     ContextBatch,
     LanguageModel,
@@ -126,10 +127,9 @@ def stream_activations(
         for name, activation in lm.capture(batch.tokens, batch.attention_mask, hook_names).items():
             x = activation[keep.to(activation.device)]
             x = x.to(torch.promote_types(x.dtype, torch.float32))
-            finite = torch.isfinite(x).all(dim=-1)
-            if not finite.all():
-                where = labels[int((~finite).nonzero()[0])]
-                raise ValueError(f"NaN or infinite activation at {name!r}, {where}")
+            bad = first_nonfinite_row(x)
+            if bad is not None:
+                raise ValueError(f"NaN or infinite activation at {name!r}, {labels[bad]}")
             activations[name] = x
         yield labels, activations
         if n_tokens == max_tokens:
