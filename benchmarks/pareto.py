@@ -10,7 +10,6 @@ like. Nothing else should run meanwhile, or the seconds mean nothing.
 
 import argparse
 import time
-from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +20,7 @@ from sae_lens import SAE
 from torch import Tensor
 
 from itda_lens import ITDA, fit
+from itda_lens.analysis import evaluate
 from itda_lens.demo.prose import HELD_OUT, reference_prose
 from itda_lens.demo.smollm2 import load
 from itda_lens.dictionary import RunningFVU
@@ -34,6 +34,7 @@ KINDS = {
     "prefix": "ITDA, first half of one twice as wide",
     "updated": "ITDA updated",
     "updated-l0": "ITDA updated, mean L0",
+    "near-l0": "ITDA updated, cosines of 0.99, mean L0",
     "paper": "ITDA, preset paper",
     "random": "random activations",
     "pca": "principal components",
@@ -60,8 +61,11 @@ def make(kind: str, x: Activations, d_sae: int, l0: int, seed: int) -> ITDA:
         return fit(x.values, k=l0, **common | {"d_sae": 2 * d_sae}).prefix(d_sae)
     if kind in ("itda", "updated"):
         return fit(x.values, k=l0, update=kind == "updated", **common)
-    if kind in ("itda-l0", "updated-l0"):
-        return fit(x.values, k=k_for(l0), l0=l0, update=kind == "updated-l0", **common)
+    if kind in ("itda-l0", "updated-l0", "near-l0"):
+        update: dict[str, Any] = dict(update=kind != "itda-l0")
+        if kind == "near-l0":
+            update |= dict(least_cosine=0.99)
+        return fit(x.values, k=k_for(l0), l0=l0, **update, **common)
     if kind == "paper":
         return fit(x.values, k=l0, preset="paper", **common)
     if kind == "random":
@@ -115,12 +119,14 @@ def measure(sae: SAE[Any], x: Activations) -> dict[str, float]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown; FVU as a multiple of the TopK SAE's at the same setting, seconds likewise."""
+    """Markdown; FVU and seconds also as multiples of those of the TopK SAE of most epochs."""
     lines = [
-        "| dictionary | L0 | FVU | by TopK's | seconds | by TopK's | token | shuffled | cosine |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| dictionary | epochs | L0 | FVU | by TopK's | CE-loss score | seconds | by TopK's | token "
+        "| shuffled | cosine |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    rival = next((row for row in rows if row["kind"] == "topk"), None)
+    trained_longest = sorted(rows, key=lambda row: -(row["epochs"] or 0))
+    rival = next((row for row in trained_longest if row["kind"] == "topk"), None)
     for row in rows:
         ratios = ("", "")
         if rival is not None:
@@ -130,16 +136,16 @@ def table(rows: list[dict[str, Any]]) -> str:
         if "labelled" in row:
             cosine = f"{row['cosine']:.3f} ({row['cosine_5']:.3f})"
             labels = (f"{row['labelled']:.3f}", f"{row['shuffled']:.3f}", cosine)
-        lines.append(
-            f"| {KINDS[row['kind']]} | {row['l0']:.1f} | {row['fvu']:.4f} | {ratios[0]} "
-            f"| {row['seconds']:.1f} | {ratios[1]} | {' | '.join(labels)} |"
-        )
+        cells = [KINDS[row["kind"]], str(row["epochs"] or ""), f"{row['l0']:.1f}", f"{row['fvu']:.4f}"]
+        cells += [ratios[0], f"{row['ce_loss_score']:.4f}", f"{row['seconds']:.1f}", ratios[1], *labels]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 class Splits(NamedTuple):
     """Activations at one hook point: to build from, to calibrate thresholds on, to measure on."""
 
+    hook: str
     train: Activations
     validation: Tensor
     test: Activations
@@ -151,6 +157,7 @@ def split(lm: LanguageModel, layer: int, max_tokens: int) -> Splits:
     validation = collect(lm, texts[-HELD_OUT:], [hook])[hook].values
     drawn = torch.randperm(len(validation), generator=torch.Generator().manual_seed(0))
     return Splits(
+        hook,
         collect(lm, texts[:-HELD_OUT], [hook], max_tokens=max_tokens)[hook],
         validation[drawn[:4096]],
         collect(lm, held_out, [hook])[hook],
@@ -177,8 +184,8 @@ def trained(setting: dict[str, Any], x: Activations, out: Path) -> tuple[SAE[Any
     return SAE.load_from_disk(folder / name, device=str(x.values.device)), seconds
 
 
-def run(setting: dict[str, Any], data: Splits, out: Path) -> dict[str, float]:
-    """Build or train one dictionary, calibrate it, measure it."""
+def obtain(setting: dict[str, Any], data: Splits, out: Path) -> tuple[SAE[Any], float]:
+    """Build or train one dictionary, and calibrate it; the seconds are of the former."""
     kind, l0 = setting["kind"], setting["target"]
     if kind in TRAINED:
         sae, seconds = trained(setting, data.train, out)
@@ -187,7 +194,33 @@ def run(setting: dict[str, Any], data: Splits, out: Path) -> dict[str, float]:
         sae = make(kind, data.train, setting["d_sae"], l0, setting["seed"])
         seconds = time.perf_counter() - start
     at_equal_l0(sae, kind, l0, data.validation)
-    return {"seconds": seconds} | measure(sae, data.test)
+    return sae, seconds
+
+
+def splice(lm: LanguageModel, saes: list[SAE[Any]], hook: str, max_tokens: int) -> list[float]:
+    """CE-loss scores on the first held-out tokens."""
+    for sae in saes:
+        sae.cfg.metadata.hook_name = hook
+    found = evaluate(lm, saes, reference_prose()[1], max_tokens=max_tokens, progress=False)
+    return [evaluation.ce_loss_score for evaluation in found]
+
+
+def compare(
+    settings: list[dict[str, Any]],
+    lm: LanguageModel,
+    data: Splits,
+    out: Path,
+    results: Results,
+    max_tokens: int,
+) -> list[dict[str, Any]]:
+    """Rows of these settings, side by side; what is not there yet is made and measured."""
+    missing = [setting for setting in settings if results.find(setting) is None]
+    made = [obtain(setting, data, out) for setting in missing]
+    scores = splice(lm, [sae for sae, _ in made], data.hook, max_tokens) if made else []
+    for setting, (sae, seconds), score in zip(missing, made, scores, strict=True):
+        found = {"seconds": seconds, "ce_loss_score": score, "ce_tokens": max_tokens}
+        results.add(setting | found | measure(sae, data.test))
+    return [row for setting in settings if (row := results.find(setting))]
 
 
 @torch.no_grad()
@@ -199,25 +232,25 @@ def main() -> None:
     parser.add_argument("--l0", type=int, nargs="+", default=[10, 20, 40, 80])
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--tokens", type=int, default=80_000, help="activations to build from, at most")
-    parser.add_argument("--epochs", type=int, default=8, help="of the trained SAEs")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[80_000], help="to build from, at most")
+    parser.add_argument("--epochs", type=int, nargs="+", default=[8], help="of the trained SAEs")
+    parser.add_argument("--ce-tokens", type=int, default=4096, help="spliced into the model")
     options = parser.parse_args()
 
     results = Results(options.out)
     lm = language_model(load())
-    for layer in options.layers:
-        data = split(lm, layer, options.tokens)
+    for layer, tokens in product(options.layers, options.tokens):
+        data = split(lm, layer, tokens)
         for d_sae, l0, seed in product(options.d_sae, options.l0, options.seeds):
-            shown = []
-            for kind in options.kinds:
-                setting = dict(layer=layer, d_sae=d_sae, target=l0, kind=kind, seed=seed)
-                setting |= dict(tokens=len(data.train.values))
-                setting |= dict(epochs=options.epochs if kind in TRAINED else None)
-                shown.append(results.once(setting, partial(run, setting, data, options.out)))
-                print(shown[-1], flush=True)
-            print(
-                f"\nlayer {layer}, {d_sae} atoms, L0 {l0}, seed {seed}\n\n{table(shown)}\n", flush=True
-            )
+            common = dict(layer=layer, d_sae=d_sae, target=l0)
+            settings = [
+                common | dict(kind=kind, seed=seed, tokens=len(data.train.values), epochs=epochs)
+                for kind in options.kinds
+                for epochs in (options.epochs if kind in TRAINED else [None])
+            ]
+            rows = compare(settings, lm, data, options.out, results, options.ce_tokens)
+            title = f"layer {layer}, {d_sae} atoms, L0 {l0}, seed {seed}, {settings[0]['tokens']} tokens"
+            print(f"\n{title}\n\n{table(rows)}\n", flush=True)
 
 
 if __name__ == "__main__":

@@ -15,13 +15,19 @@ class Results:
         lines = self._file.read_text().splitlines() if self._file.exists() else []
         self.rows: list[dict[str, Any]] = [json.loads(line) for line in lines]
 
-    def once(self, setting: dict[str, Any], compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """The row of this setting: what is there, or what `compute` gives."""
+    def find(self, setting: dict[str, Any]) -> dict[str, Any] | None:
+        """The row of this setting, if there is one."""
         for row in self.rows:
             if all(row.get(name) == value for name, value in setting.items()):
                 return row
-        row = setting | compute()
+        return None
+
+    def add(self, row: dict[str, Any]) -> dict[str, Any]:
         self.rows.append(row)
         with self._file.open("a") as file:
             file.write(json.dumps(row) + "\n")
         return row
+
+    def once(self, setting: dict[str, Any], compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The row of this setting: what is there, or what `compute` gives."""
+        return self.find(setting) or self.add(setting | compute())

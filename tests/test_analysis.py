@@ -1,8 +1,10 @@
 """Evaluation and decomposition on the tiny model, against SAELens's own figures and closed forms."""
 
+import copy
+
 import pytest
 import torch
-from sae_lens import HookedSAETransformer
+from sae_lens import HookedSAETransformer, TopKSAE, TopKSAEConfig
 from sae_lens.evals import get_recons_loss
 from sae_lens.training.activation_scaler import ActivationScaler
 
@@ -91,6 +93,33 @@ def test_per_head_hook(tiny, texts):
     (found,) = evaluate(tiny, itda, texts, progress=False)
     assert 0 < found.fvu < 0.5
     assert len(decompose(tiny, itda, "the cat sat")) == 3
+
+
+def test_other_saes_are_measured_beside(itda, tiny, texts):
+    """TopK SAEs, one of them by heads, against the same figures by hand."""
+    batches = list(Tokenization(tiny.tokenizer, 12).batches(texts, 8))
+    for hook, shape, options in (
+        (HOOK, (32,), {}),
+        ("blocks.1.attn.hook_z", (4, 8), dict(reshape_activations="hook_z")),
+    ):
+        x = torch.cat([tiny.capture(b.tokens, b.attention_mask, [hook])[hook][b.keep] for b in batches])
+        sae = TopKSAE(TopKSAEConfig(d_in=32, d_sae=40, k=5, **options))
+        sae.cfg.metadata = copy.deepcopy(itda.cfg.metadata)
+        sae.cfg.metadata.hook_name = hook
+        beside, found = evaluate(tiny, [itda, sae], texts, progress=False)
+        assert found.hook_name == hook
+        assert (found.k, found.d_sae, found.n_tokens) == (5, 40, len(x))
+        with torch.no_grad():
+            codes = sae.encode(x.reshape(-1, *shape))
+            reconstruction = sae.decode(codes).reshape(x.shape)
+        spread = (x - x.mean(dim=0)).square().sum()
+        expected = ((x - reconstruction).square().sum() / spread).item()
+        assert found.fvu == pytest.approx(expected, rel=1e-4)
+        assert found.l0 == pytest.approx((codes != 0).sum(dim=1).float().mean().item())
+        torch.testing.assert_close(found.feature_density, (codes != 0).float().mean(dim=0))
+        assert found.ce_loss_spliced != found.ce_loss
+        alone = evaluate(tiny, itda, texts, progress=False)[0]
+        assert beside == alone
 
 
 def test_decompose(itda, tiny):

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from itda_lens.dictionary import EnergySelector, GreedySelector, Label, Labels, RowLabels, RunningFVU
+from itda_lens.dictionary.mean import RunningMean
 from itda_lens.dictionary.outliers import OUTLIER, limit_outliers, robust_centre
 from itda_lens.dictionary.rows import RowStore
 from itda_lens.dictionary.sampling import StreamSample
@@ -19,7 +20,7 @@ from itda_lens.dictionary.selection import (
     order_by_energy,
     prune_by_energy,
 )
-from itda_lens.dictionary.update import RIDGE, least_squares_atoms, update_atoms
+from itda_lens.dictionary.update import RIDGE, hold_near, least_squares_atoms, update_atoms
 from itda_lens.pursuit import encode
 
 CPU = torch.device("cpu")
@@ -29,10 +30,11 @@ def rows(n=500, d=16, seed=0):
     return torch.randn(n, d, generator=torch.Generator().manual_seed(seed))
 
 
-def energy(d_sae=40, k=4, seed=0, d=16, update=False):
+def energy(d_sae=40, k=4, seed=0, d=16, **options):
     return EnergySelector(
-        d, d_sae, k, signed=True, update=update, sample=True, seed=seed, dtype=torch.float32, device=CPU
-    )
+        d, d_sae, k, sample=True, seed=seed, dtype=torch.float32, device=CPU,
+        **dict(signed=True, update=False) | options,
+    )  # fmt: skip
 
 
 def greedy(max_atoms, k=4, tau=0.2, d=16):
@@ -93,6 +95,29 @@ class TestRowStore:
         assert store.room == 0
         with pytest.raises(ValueError, match="exceed the limit of 5"):
             store.append(rows(1, 4), [Label(5)])
+
+
+class TestRunningMean:
+    def test_equals_the_mean_bit_for_bit_whatever_the_batches(self):
+        x = 1e3 + rows(1000)
+        values = []
+        for size in (1000, 64, 7, 1):
+            running = RunningMean(16, x.dtype, CPU)
+            for part in x.split(size):
+                running.update(part)
+            assert running.n == 1000
+            values.append(running.value())
+        torch.testing.assert_close(values[0], x.double().mean(dim=0).float(), rtol=1e-7, atol=0)
+        assert all(torch.equal(value, values[0]) for value in values)
+
+    def test_keeps_no_reference_to_the_batch(self):
+        x = rows(10)
+        running = RunningMean(16, x.dtype, CPU)
+        running.update(x)
+        expected = running.value()
+        x.zero_()
+        assert torch.equal(running.value(), expected)
+        assert (RunningMean(16, x.dtype, CPU).value() == 0).all()
 
 
 class TestStreamSample:
@@ -361,7 +386,7 @@ class TestUpdate:
         code.scatter_(1, picked, 2 * torch.randn(4000, 2, generator=generator))
         x = code @ true + 0.02 * rows(4000, 32, seed=3)
         start = normalize_rows(true + 0.15 * rows(24, 32, seed=2))[0]
-        found = update_atoms(x.split(1000), start, 2, signed=True, progress=False)
+        found = update_atoms(x.split(1000), start, 2, least_cosine=0.5, signed=True, progress=False)
         before, after = ((atoms * true).sum(dim=1).min() for atoms in (start, found))
         assert before < 0.9
         assert after > 0.995
@@ -376,6 +401,36 @@ class TestUpdate:
         torch.testing.assert_close(cosines, expected, atol=1e-5, rtol=0)
         assert 0 < cosines.min() < 0.99
         assert torch.equal(moved.atoms, feed(energy(update=True), x, batch=7).atoms)
+
+    @pytest.mark.parametrize("least_cosine", [0.0, 0.95, 1.0])
+    def test_no_atom_leaves_the_activation_of_its_label(self, least_cosine):
+        x = torch.cat([rows(2000), 3 * rows(20, seed=5).repeat(40, 1) + 0.3 * rows(800, seed=6)]) + 1
+        pure = feed(energy(), x)
+        moved = feed(energy(update=True, least_cosine=least_cosine), x)
+        cosines = (pure.atoms * moved.atoms).sum(dim=1)
+        assert cosines.min() >= least_cosine - 1e-6
+        torch.testing.assert_close(moved.atoms.norm(dim=1), torch.ones(40))
+        if least_cosine == 0.95:  # it holds those that would go farther, and no others
+            assert (cosines < least_cosine + 1e-6).any()
+            assert (cosines > least_cosine + 1e-3).any()
+        if least_cosine == 1:
+            torch.testing.assert_close(moved.atoms, pure.atoms, atol=1e-6, rtol=0)
+
+    def test_held_atoms_are_the_nearest_that_are_allowed(self):
+        origin, aside = (normalize_rows(rows(50, seed=seed).double())[0] for seed in (1, 2))
+        atoms = normalize_rows(origin + 0.5 * aside)[0]
+        held = hold_near(atoms, origin, 0.9)
+        near = (atoms * origin).sum(dim=1) >= 0.9
+        assert near.any()
+        assert not near.all()
+        assert torch.equal(held[near], atoms[near])
+        assert ((held * origin).sum(dim=1)[~near] - 0.9).abs().max() < 1e-6
+        # On the cap around the origin no other point is nearer to where the atom was.
+        others = rows(4000, seed=3).double()
+        for atom, start, found in zip(atoms[~near], origin[~near], held[~near], strict=True):
+            away = others - (others @ start)[:, None] * start
+            cap = 0.9 * start + (1 - 0.9**2) ** 0.5 * normalize_rows(away)[0]
+            assert (cap @ atom).max() <= found @ atom + 1e-9
 
     def test_sample_has_none_of_the_atoms(self):
         x = rows(300)
@@ -396,7 +451,7 @@ class TestUpdate:
     def test_an_unused_atom_stays_through_all_rounds(self):
         atoms = normalize_rows(rows(30, seed=1))[0]
         x = 3 * atoms[:20] + 0.01 * rows(20, seed=2)
-        found = update_atoms([x, x], atoms, 1, signed=True, progress=False)
+        found = update_atoms([x, x], atoms, 1, least_cosine=0.9, signed=True, progress=False)
         assert torch.equal(found[20:], atoms[20:])
         assert not torch.equal(found[:20], atoms[:20])
 

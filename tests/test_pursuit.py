@@ -13,6 +13,7 @@ from itda_lens.pursuit import (
     calibrate_threshold,
     compiled,
     encode,
+    first_nonfinite_row,
     gram_matrix,
     inner_products,
     matching,
@@ -444,3 +445,18 @@ def test_bad_input(change, error, message):
     arguments = dict(x=x, atoms=atoms, k=3) | change
     with pytest.raises(error, match=message):
         encode(arguments.pop("x"), arguments.pop("atoms"), arguments.pop("k"), **arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_first_nonfinite_row(dtype):
+    largest = torch.finfo(dtype).max
+    x = torch.ones(50, 8, dtype=dtype)
+    assert first_nonfinite_row(x) is None
+    x[7] = largest  # a sum that overflows
+    x[8, ::2], x[8, 1::2] = largest, -largest
+    assert first_nonfinite_row(x) is None
+    x[40, 3] = torch.nan
+    assert first_nonfinite_row(x) == 40
+    x[30, 0], x[30, 1] = torch.inf, -torch.inf
+    assert first_nonfinite_row(x) == 30
+    assert first_nonfinite_row(x[:0]) is None

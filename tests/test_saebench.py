@@ -532,9 +532,30 @@ class TestBaselines:
             assert l0.min() < l0.max()
             assert (x - sae(x)).square().sum() < (x - x.mean(dim=0)).square().sum()
 
-    def test_topk_bad_input(self, activations):
+    def test_matryoshka_has_nested_levels(self, activations):
+        trained = train_sae(activations.values, d_sae=60, k=4, architecture="matryoshka", epochs=1)
+        assert trained.cfg.matryoshka_widths == [7, 15, 30, 60]
+
+    def test_matching_pursuit_learns(self, activations, tmp_path):
         x = activations.values
-        for change, message in ((dict(k=61), "k must be"), (dict(epochs=0), "epochs must be")):
+        errors = []
+        for epochs in (1, 8):
+            options = dict(architecture="matching_pursuit", epochs=epochs, batch_size=256)
+            save_inference(train_sae(x, d_sae=60, k=4, **options), tmp_path)
+            sae = SAE.load_from_disk(tmp_path)
+            assert sae.cfg.architecture() == "matching_pursuit"
+            with torch.no_grad():
+                assert (sae.encode(x) != 0).sum(dim=-1).max() <= 4
+                errors.append((x - sae(x)).square().sum())
+        assert errors[1] < errors[0]
+
+    def test_bad_input(self, activations):
+        x = activations.values
+        for change, message in (
+            (dict(k=61), "k must be"),
+            (dict(epochs=0), "epochs must be"),
+            (dict(architecture="gated"), "architecture must be one of .*'gated'"),
+        ):
             with pytest.raises(ValueError, match=message):
                 train_sae(x, **dict(d_sae=60, k=4) | change)
 
@@ -582,7 +603,7 @@ class TestBaselinesLike:
 
     def test_bad_input(self, saes, activations, tmp_path):
         itda = itda_lens.load(saes / "itda")
-        with pytest.raises(ValueError, match="must be among random, pca, topk, batchtopk; got 'sae'"):
+        with pytest.raises(ValueError, match="must be among random, .*matching_pursuit; got 'sae'"):
             build_baselines([itda], ["sae"], tmp_path, texts="t", model=None)
         bare = fit(activations.values, d_sae=20, k=2)
         with pytest.raises(ValueError, match="name their hook_name"):

@@ -84,6 +84,39 @@ class TestFit:
         assert torch.equal(first.W_dec, second.W_dec)
         assert first.cfg.threshold == second.cfg.threshold
 
+    def test_least_cosine_trades_reconstruction_for_nearness(self):
+        x = activations(3000) @ torch.diag(torch.linspace(0.2, 3, 16))
+        made = [fit(x, d_sae=50, k=3, update=True, least_cosine=least) for least in (0, 0.95, 0.995)]
+        made.append(fit(x, d_sae=50, k=3))
+        errors = [(x - itda(x)).square().sum().item() for itda in made]
+        assert errors == sorted(errors)
+        assert min(label.cosine for label in made[2].labels) == pytest.approx(0.995, abs=1e-5)
+        assert made[0].cfg.metadata.itda_build["least_cosine"] == 0
+
+    def test_rtol_ends_codes_early(self):
+        x = activations(1000)
+        whole, early = (fit(x, d_sae=50, k=8, rtol=rtol) for rtol in (0.001, 0.5))
+        assert torch.equal(whole.W_dec, early.W_dec)
+        centred = x - early.b_dec
+        relative = (x - early(x)).norm(dim=-1) / centred.norm(dim=-1)
+        l0 = early.encode_sparse(x).l0()
+        assert (l0 < 8).any()
+        assert (relative[l0 < 8] <= 0.5).all()
+        # With one atom less they would not have been there yet.
+        for length in l0[l0 > 1].unique().tolist():
+            early.cfg.k = length - 1
+            shorter = (x - early(x)).norm(dim=-1) / centred.norm(dim=-1)
+            assert (shorter[l0 == length] > 0.5).all()
+
+    def test_l0_is_met_with_rtol_in_force(self):
+        itda = fit(activations(3000), d_sae=50, k=8, l0=3, rtol=0.3)
+        others = torch.ones(3000, dtype=torch.bool)
+        others[[label.row for label in itda.labels]] = False
+        assert itda.cfg.rtol == 0.3
+        assert itda.encode_sparse(activations(3000)[others]).l0().float().mean() == pytest.approx(
+            3, rel=0.02
+        )
+
     def test_nothing_left_to_calibrate_on(self):
         with pytest.raises(ValueError, match="l0=2 needs activations besides those that became atoms"):
             fit(torch.eye(20), d_sae=20, k=4, l0=2)
@@ -131,6 +164,10 @@ class TestFit:
             (dict(l0=4.5), ValueError, "at most k=4, got 4.5"),
             (dict(preset="paper", l0=2), ValueError, "l0 is a setting of preset='best' only"),
             (dict(preset="paper", update=True), ValueError, "update is a setting of preset='best' only"),
+            (dict(least_cosine=0.9), ValueError, "least_cosine is a setting of update=True only"),
+            (dict(update=True, least_cosine=1.1), ValueError, "between 0 and 1, got 1.1"),
+            (dict(update=True, least_cosine=float("nan")), ValueError, "between 0 and 1, got nan"),
+            (dict(rtol=1.0), ValueError, "rtol must be at least 0 and below 1, got 1.0"),
             (dict(labels=[(0, 0, 0)]), ValueError, "1 labels for 400 rows"),
             (dict(labels=["x"] * 400), TypeError, "got 'x'"),
         ],

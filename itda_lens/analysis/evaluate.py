@@ -1,13 +1,14 @@
 """How well dictionaries reconstruct a model's activations, and what that does to the model."""
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
+from sae_lens import SAE
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -26,12 +27,12 @@ from itda_lens.training import build_record, hook_name_of
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Figures of one dictionary on given texts, over the tokens that count.
+    """Figures of one dictionary or SAE on given texts, over the tokens that count.
 
     Attributes:
         hook_name: where the dictionary was attached.
         d_sae: atoms.
-        k: most nonzeros per code.
+        k: most nonzeros per code; None for an SAE that has no such limit.
         n_tokens: tokens that counted (not position 0, special tokens or padding).
         l0: mean nonzeros per code.
         fvu: sum |x - xhat|^2 / sum |x - mean x|^2.
@@ -48,7 +49,7 @@ class Evaluation:
 
     hook_name: str
     d_sae: int
-    k: int
+    k: int | None
     n_tokens: int
     l0: float
     fvu: float
@@ -63,7 +64,7 @@ class Evaluation:
 
 def evaluate(
     model: Any,
-    dictionaries: ITDA | Sequence[ITDA],
+    dictionaries: SAE[Any] | Sequence[SAE[Any]],
     texts: str | Path | Iterable[str],
     *,
     batch_size: int = 8,
@@ -75,7 +76,7 @@ def evaluate(
     device: str | None = None,
     progress: bool = True,
 ) -> list[Evaluation]:
-    """Evaluate dictionaries, each at its own hook point, on the same texts.
+    """Evaluate dictionaries and SAEs, each at its own hook point, on the same texts.
 
     Contexts are cut as when the dictionaries were built. As in SAELens, positions that do not count
     keep their activation when a reconstruction is spliced in, and every position is zeroed for the zero
@@ -83,8 +84,8 @@ def evaluate(
 
     Args:
         model: as in `build`; one that `dictionaries` belong to.
-        dictionaries: ITDAs with hook_name, context_size and prepend_bos in their metadata, the latter
-            two the same for all.
+        dictionaries: ITDAs or other SAEs of SAELens, with hook_name, context_size and prepend_bos in
+            their metadata, the latter two the same for all.
         max_tokens: stop after the batch that reaches so many tokens; default: all of the texts.
         texts, batch_size, text_field, split, tokenizer, loader, device, progress: as in `build`.
 
@@ -92,8 +93,8 @@ def evaluate(
         ValueError: no dictionaries or no tokens, dictionaries that need different contexts, a hook that
             does not exist or never fires, or one whose width is not the dictionary's.
     """
-    itdas = [dictionaries] if isinstance(dictionaries, ITDA) else list(dictionaries)
-    if not itdas:
+    saes = [dictionaries] if isinstance(dictionaries, SAE) else list(dictionaries)
+    if not saes:
         raise ValueError("dictionaries must be one or more, got none")
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
@@ -101,10 +102,11 @@ def evaluate(
     stream = iterate_texts(texts, text_field=text_field, split=split)
     stream = itertools.chain(list(itertools.islice(stream, 1)), stream)
     lm = language_model(model, tokenizer=tokenizer, loader=loader, device=device)
-    tokenization = tokenization_of(itdas, lm)
-    lm.check_hooks([hook_name_of(itda) for itda in itdas])
+    tokenization = tokenization_of(saes, lm)
+    hooks = sorted({hook_name_of(sae) for sae in saes})
+    lm.check_hooks(hooks)
 
-    meters = [_Meter(itda) for itda in itdas]
+    meters = [_Meter(sae) for sae in saes]
     n_tokens = 0
     with (
         torch.no_grad(),
@@ -116,9 +118,12 @@ def evaluate(
             n = int(batch.keep.sum())
             if n == 0:
                 continue
-            baseline = _Predictions(lm.logits(batch.tokens, batch.attention_mask), batch)
-            for meter in meters:
-                meter.update(lm, batch, baseline)
+            baseline = _predictions(lm, batch, {})
+            for hook in hooks:
+                zeroed = _predictions(lm, batch, {hook: torch.zeros_like})
+                for meter in meters:
+                    if meter.hook == hook:
+                        meter.update(lm, batch, baseline, zeroed)
             n_tokens += n
             bar.update(n)
             if max_tokens is not None and n_tokens >= max_tokens:
@@ -128,8 +133,8 @@ def evaluate(
     return [meter.result() for meter in meters]
 
 
-def tokenization_of(itdas: Sequence[ITDA], lm: LanguageModel) -> Tokenization:
-    """How the contexts that `itdas` were built from were cut.
+def tokenization_of(saes: Sequence[SAE[Any]], lm: LanguageModel) -> Tokenization:
+    """How the contexts that `saes` were built from were cut.
 
     Raises:
         ValueError: they were cut in different ways.
@@ -137,11 +142,11 @@ def tokenization_of(itdas: Sequence[ITDA], lm: LanguageModel) -> Tokenization:
     default_bos = lm.tokenizer.bos_token_id is not None
     ways = {
         (
-            itda.cfg.metadata.get("context_size", 128),
-            bool(itda.cfg.metadata.get("prepend_bos", default_bos)),
-            bool(build_record(itda).get("keep_special_tokens", False)),
+            sae.cfg.metadata.get("context_size", 128),
+            bool(sae.cfg.metadata.get("prepend_bos", default_bos)),
+            bool(build_record(sae).get("keep_special_tokens", False)),
         )
-        for itda in itdas
+        for sae in saes
     }
     if len(ways) > 1:
         raise ValueError(
@@ -174,26 +179,29 @@ class _Predictions:
         return divergence.sum(dim=-1).double().sum().item()
 
 
+def _predictions(
+    lm: LanguageModel, batch: ContextBatch, edits: dict[str, Callable[[Tensor], Tensor]]
+) -> _Predictions:
+    return _Predictions(lm.logits(batch.tokens, batch.attention_mask, edits), batch)
+
+
 class _Meter:
     """Running figures of one dictionary."""
 
-    def __init__(self, itda: ITDA) -> None:
-        self._itda = itda
-        self._hook = hook_name_of(itda)
+    def __init__(self, sae: SAE[Any]) -> None:
+        self._sae = sae
+        self.hook = hook_name_of(sae)
         self._fvu = RunningFVU()
-        self._fired = torch.zeros(itda.cfg.d_sae, dtype=torch.int64)
+        self._fired = torch.zeros(sae.cfg.d_sae, dtype=torch.int64)
         self._nonzeros = 0
         self._kl = 0.0
         self._losses = {"base": 0.0, "spliced": 0.0, "zero": 0.0}
         self._n_losses = 0
 
-    def update(self, lm: LanguageModel, batch: ContextBatch, baseline: _Predictions) -> None:
-        spliced = _Predictions(
-            lm.logits(batch.tokens, batch.attention_mask, {self._hook: self._splice(batch)}), batch
-        )
-        zeroed = _Predictions(
-            lm.logits(batch.tokens, batch.attention_mask, {self._hook: torch.zeros_like}), batch
-        )
+    def update(
+        self, lm: LanguageModel, batch: ContextBatch, baseline: _Predictions, zeroed: _Predictions
+    ) -> None:
+        spliced = _predictions(lm, batch, {self.hook: self._splice(batch)})
         for name, predictions in (("base", baseline), ("spliced", spliced), ("zero", zeroed)):
             loss, n = predictions.loss()
             self._losses[name] += loss
@@ -204,13 +212,14 @@ class _Meter:
         def splice(activation: Tensor) -> Tensor:
             keep = batch.keep.to(activation.device)
             flat = activation.flatten(2)
-            if flat.shape[-1] != self._itda.cfg.d_in:
+            if flat.shape[-1] != self._sae.cfg.d_in:
                 raise ValueError(
-                    f"the model gives activations of width {flat.shape[-1]} at {self._hook!r}, but the "
-                    f"dictionary has d_in={self._itda.cfg.d_in}: it belongs to another model or hook"
+                    f"the model gives activations of width {flat.shape[-1]} at {self.hook!r}, but the "
+                    f"dictionary has d_in={self._sae.cfg.d_in}: it belongs to another model or hook"
                 )
             x = flat[keep]
             reconstruction = self._reconstruct(x)
+            self._fvu.update(x, reconstruction)
             out = flat.clone()
             out[keep] = reconstruction.to(out.dtype)
             return out.reshape(activation.shape)
@@ -218,14 +227,21 @@ class _Meter:
         return splice
 
     def _reconstruct(self, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_in"]:
-        itda = self._itda
-        codes = itda.encode_rows(x.to(itda.device))
-        reconstruction = itda.decode_sparse(codes).reshape(x.shape).to(x.device)
-        self._fvu.update(x, reconstruction)
-        used = codes.values != 0
-        self._nonzeros += int(used.sum())
-        self._fired += codes.indices[used].cpu().bincount(minlength=len(self._fired))
-        return reconstruction
+        sae = self._sae
+        rows = x.to(sae.device)
+        if isinstance(sae, ITDA):
+            codes = sae.encode_rows(rows)
+            reconstruction = sae.decode_sparse(codes)
+            used = codes.values != 0
+            fired = codes.indices[used].cpu().bincount(minlength=len(self._fired))
+        else:
+            by_head = sae.cfg.reshape_activations == "hook_z"
+            dense = sae.encode(rows[:, None] if by_head else rows)  # one head of full width will do
+            reconstruction = sae.decode(dense)
+            fired = (dense != 0).sum(dim=0).cpu()
+        self._fired += fired
+        self._nonzeros += int(fired.sum())
+        return reconstruction.reshape(x.shape).to(x.device)
 
     def result(self) -> Evaluation:
         n_losses = max(1, self._n_losses)
@@ -233,9 +249,9 @@ class _Meter:
         gap = zero - base
         n = self._fvu.n
         return Evaluation(
-            hook_name=self._hook,
-            d_sae=self._itda.cfg.d_sae,
-            k=self._itda.cfg.k,
+            hook_name=self.hook,
+            d_sae=self._sae.cfg.d_sae,
+            k=getattr(self._sae.cfg, "k", None),
             n_tokens=n,
             l0=self._nonzeros / n,
             fvu=self._fvu.value(),

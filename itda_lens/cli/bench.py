@@ -50,7 +50,10 @@ def bench_command(
     split: Split = "train",
     baselines: Annotated[
         str,
-        typer.Option(help="Baselines to build beside the ITDAs: random,pca,topk,batchtopk."),
+        typer.Option(
+            help="Baselines to build beside the ITDAs: random,pca,topk,batchtopk,matryoshka,"
+            "matching_pursuit."
+        ),
     ] = "",
     train_texts: Annotated[
         str | None, typer.Option(help="What to build the baselines from: the dictionaries' own text.")

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from itda_lens.cli.options import DeviceOption, LoaderOption, Split, TextField, Texts, as_loader
+from itda_lens.pursuit import DEFAULT_RTOL
 from itda_lens.reports import make_console
 from itda_lens.training import Preset, build, output_folder, save_all
 
@@ -38,6 +39,13 @@ def build_command(
     update: Annotated[
         bool, typer.Option("--update", help="Move the atoms by least squares: better, no longer pure.")
     ] = False,
+    least_cosine: Annotated[
+        float | None,
+        typer.Option(help="With --update: how near atoms stay to their activations; default 0.9."),
+    ] = None,
+    rtol: Annotated[
+        float, typer.Option(help="End a code once its residual is this, relative to the activation.")
+    ] = DEFAULT_RTOL,
     seed: Annotated[int, typer.Option(help="Seed of the samples.")] = 0,
     max_tokens: Annotated[
         int | None, typer.Option(help="Stop after so many tokens; default: all of the texts.")
@@ -73,6 +81,8 @@ def build_command(
             loss_threshold=loss_threshold,
             l0=l0,
             update=update,
+            least_cosine=least_cosine,
+            rtol=rtol,
             seed=seed,
             max_tokens=max_tokens,
             context_size=context_size,

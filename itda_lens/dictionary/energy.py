@@ -21,7 +21,7 @@ from itda_lens.dictionary.selection import (
     order_by_energy,
     prune_by_energy,
 )
-from itda_lens.dictionary.update import update_atoms
+from itda_lens.dictionary.update import DEFAULT_LEAST_COSINE, update_atoms
 from itda_lens.dictionary.variance import RunningFVU
 from itda_lens.pursuit import encode
 
@@ -67,9 +67,9 @@ class EnergySelector:
 
     def __init__(
         self, d_in: int, d_sae: int, k: int, *, signed: bool, update: bool, sample: bool, seed: int,
-        dtype: torch.dtype, device: torch.device,
+        least_cosine: float = DEFAULT_LEAST_COSINE, dtype: torch.dtype, device: torch.device,
     ) -> None:  # fmt: skip
-        self._d_sae, self._k, self._signed = d_sae, k, signed
+        self._d_sae, self._k, self._signed, self._least_cosine = d_sae, k, signed, least_cosine
         n_candidates = CANDIDATES_PER_ATOM * d_sae
         n_scored = max(MIN_SCORED, n_candidates)
         self._candidates = StreamSample(d_in, n_candidates, seed, dtype, device, distinct=True)
@@ -134,7 +134,10 @@ class EnergySelector:
         sample = self._others(scored, atoms, mean) if self._sample else None
         if self._parts:
             parts = chain([x], (limit_outliers(part.rows() - mean) for part in self._parts))
-            updated = update_atoms(parts, atoms, self._k, signed=self._signed, progress=progress)
+            updated = update_atoms(
+                parts, atoms, self._k,
+                least_cosine=self._least_cosine, signed=self._signed, progress=progress,
+            )  # fmt: skip
             cosines = (updated * atoms).sum(dim=-1).tolist()
             # Six digits: a label is text, and an atom that did not move has exactly 1.
             labels = [replace(a, cosine=round(c, 6)) for a, c in zip(labels, cosines, strict=True)]

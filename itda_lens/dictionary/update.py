@@ -15,12 +15,16 @@ CG_STEPS = 4
 RIDGE = 1e-3
 """Pull towards the atoms as they are, in multiples of an average atom's energy: rare atoms move less."""
 
+DEFAULT_LEAST_COSINE = 0.9
+"""How near atoms stay to the activations that their labels name; docs/quality.md has its price."""
+
 
 def update_atoms(
     parts: Iterable[Float[Tensor, "m d"]],
     atoms: Float[Tensor, "n d"],
     k: int,
     *,
+    least_cosine: float,
     signed: bool,
     progress: bool,
 ) -> Float[Tensor, "n d"]:
@@ -28,20 +32,34 @@ def update_atoms(
 
     The method of optimal directions (Engan, Aase & Husoy, 1999) on codes of matching pursuit, a round a
     part, by conjugate gradients from the atoms as they are: memory for the codes and a few copies of the
-    atoms, none for atoms by atoms. An atom that no code uses stays as it is, bit for bit.
+    atoms, none for atoms by atoms. An atom that no code uses stays as it is, bit for bit; none gets
+    farther from where it began than `least_cosine`.
 
     Args:
         parts: activations, centred; other ones in each round fit the atoms to none of them too closely.
         atoms: rows of unit norm.
         k: nonzeros per code.
+        least_cosine: of each atom to the atom as it was; 1 lets none move, 0 any.
         signed: whether coefficients may be negative.
     """
+    origin = atoms
     for x in tqdm(parts, desc="updating", unit="round", disable=not progress, leave=False):
         codes = encode(x, atoms, k, signed=signed, gram=gram_matrix(atoms, signed=signed))
         found = least_squares_atoms(x, codes, atoms)
         moved = (found != atoms).any(dim=-1, keepdim=True)
         atoms = torch.where(moved, torch.nn.functional.normalize(found, dim=-1), atoms)
+        atoms = hold_near(atoms, origin, least_cosine)
     return atoms
+
+
+def hold_near(
+    atoms: Float[Tensor, "n d"], origin: Float[Tensor, "n d"], least_cosine: float
+) -> Float[Tensor, "n d"]:
+    """Unit atoms, those of a smaller cosine to their origin moved to the nearest point that has it."""
+    cosine = (atoms * origin).sum(dim=-1, keepdim=True)
+    away = torch.nn.functional.normalize(atoms - cosine * origin, dim=-1)
+    held = least_cosine * origin + (1 - least_cosine**2) ** 0.5 * away
+    return torch.where(cosine < least_cosine, held, atoms)
 
 
 def least_squares_atoms(

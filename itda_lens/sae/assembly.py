@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from itda_lens.dictionary import Label, Labels
-from itda_lens.pursuit import Method
+from itda_lens.pursuit import DEFAULT_RTOL, Method
 from itda_lens.sae.itda import ITDA, LABELS_KEY, ITDAConfig
 
 
@@ -19,6 +19,7 @@ def assemble(
     k: int,
     method: Method,
     signed: bool = True,
+    rtol: float = DEFAULT_RTOL,
     threshold: float = 0.0,
     l0: float | None = None,
     labels: Sequence[Label] | None = None,
@@ -30,7 +31,7 @@ def assemble(
     Args:
         atoms: rows of `W_dec`, of unit norm.
         mean: `b_dec`.
-        k, method, signed, threshold, l0, reshape_activations: fields of `ITDAConfig`.
+        k, method, signed, rtol, threshold, l0, reshape_activations: fields of `ITDAConfig`.
         labels: where each atom came from; default: the dictionary carries none.
         metadata: entries for `cfg.metadata`.
 
@@ -43,6 +44,7 @@ def assemble(
         d_sae=d_sae,
         k=k,
         signed=signed,
+        rtol=rtol,
         threshold=threshold,
         l0=l0,
         method=method,

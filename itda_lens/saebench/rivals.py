@@ -44,13 +44,13 @@ def build_baselines(
 
     Args:
         itdas: the dictionaries to rival.
-        kinds: "random" (activations drawn at random), "pca" (principal components), "topk" (SAELens's
-            TopK SAE, trained by SAELens on the same activations), "batchtopk" (its BatchTopK).
+        kinds: "random" (activations drawn at random), "pca" (principal components), or an
+            architecture of `train_sae`, trained by SAELens on the same activations.
         folder: where to save them, a subfolder each.
         texts: what to build them from; for a fair comparison what the dictionaries were built from.
         model: as in `build`; one that the dictionaries belong to.
         max_tokens: activations to build from; default: as many as the dictionaries record.
-        epochs: passes of the TopK SAE over the activations.
+        epochs: passes of trained SAEs over the activations.
         seed, batch_size, text_field, split, device, progress: as in `build`.
 
     Returns:

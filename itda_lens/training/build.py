@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from itda_lens.dictionary import Dictionary, Label, Selector
-from itda_lens.pursuit import Method
+from itda_lens.pursuit import DEFAULT_RTOL, Method
 from itda_lens.sae import ITDA
 from itda_lens.sources import (
     ContextBatch,
@@ -53,6 +53,8 @@ def build(
     loss_threshold: float | None = None,
     l0: float | None = None,
     update: bool = False,
+    least_cosine: float | None = None,
+    rtol: float = DEFAULT_RTOL,
     context_size: int = 128,
     prepend_bos: bool | None = None,
     keep_special_tokens: bool = False,
@@ -77,7 +79,8 @@ def build(
         texts: strings, a text or jsonl file, or the name of a `datasets` data set; see
             `itda_lens.sources.iterate_texts`.
         hook_names: one hook point or several, by TransformerLens's names.
-        d_sae, k, preset, seed, method, signed, loss_threshold, l0, update: as in `fit`.
+        d_sae, k, preset, seed, method, signed, loss_threshold, l0, update, least_cosine, rtol:
+            as in `fit`.
         context_size: tokens per context, the BOS token included; longer texts are cut.
         prepend_bos: begin each context with the BOS token; default: if the tokenizer has one.
         keep_special_tokens: let position 0 and special tokens count; padding never does.
@@ -95,7 +98,9 @@ def build(
             never fires, NaN or infinite activations, or fewer distinct activations than d_sae.
         TypeError: a model or text of the wrong kind.
     """
-    recipe = Recipe(d_sae, k, preset, seed, method, signed, loss_threshold, l0, update)
+    recipe = Recipe(
+        d_sae, k, preset, seed, method, signed, loss_threshold, l0, update, least_cosine, rtol
+    )
     names = [hook_names] if isinstance(hook_names, str) else list(hook_names)
     if not names or len(set(names)) != len(names):
         raise ValueError(f"hook_names must be one or more different names, got {names}")

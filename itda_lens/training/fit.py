@@ -10,7 +10,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from itda_lens.dictionary import Label, RowLabels, as_label
-from itda_lens.pursuit import Method, first_nonfinite_row
+from itda_lens.pursuit import DEFAULT_RTOL, Method, first_nonfinite_row
 from itda_lens.sae import ITDA
 from itda_lens.training.presets import Preset, Recipe
 from itda_lens.training.record import BUILD_KEY, versions
@@ -29,6 +29,8 @@ def fit(
     loss_threshold: float | None = None,
     l0: float | None = None,
     update: bool = False,
+    least_cosine: float | None = None,
+    rtol: float = DEFAULT_RTOL,
     batch_size: int = 4096,
     metadata: dict[str, Any] | None = None,
     progress: bool = False,
@@ -55,6 +57,10 @@ def fit(
             Default: k nonzeros in every code.
         update: move the atoms by three rounds of least squares. They reconstruct far better, and are no
             longer activations themselves: each keeps its label with its cosine to that activation.
+        least_cosine: what an update must leave that cosine; 1 moves no atom, 0 lets them go anywhere.
+            Default 0.9.
+        rtol: a code ends once |residual| <= rtol |x|, x less the mean. The default, 0.001, only keeps
+            coefficients from coding rounding errors; 0.3, say, ends codes at 9 % of the energy.
         batch_size: rows looked at together. Changes nothing for "best"; the paper's rule depends on it.
         metadata: entries for `cfg.metadata`, such as model_name and hook_name.
         progress: show a progress bar.
@@ -64,7 +70,9 @@ def fit(
             ones than d_sae; labels of the wrong number.
         TypeError: `activations` is no floating-point tensor, or a label is none.
     """
-    recipe = Recipe(d_sae, k, preset, seed, method, signed, loss_threshold, l0, update)
+    recipe = Recipe(
+        d_sae, k, preset, seed, method, signed, loss_threshold, l0, update, least_cosine, rtol
+    )
     _check(activations, d_sae, batch_size)
     n, d_in = activations.shape
     if labels is not None and len(labels) != n:

@@ -7,13 +7,14 @@ from typing import Any, Literal, get_args
 import torch
 
 from itda_lens.dictionary import (
+    DEFAULT_LEAST_COSINE,
     DEFAULT_LOSS_THRESHOLD,
     Dictionary,
     EnergySelector,
     GreedySelector,
     Selector,
 )
-from itda_lens.pursuit import Method, calibrate_threshold, check_l0, gram_matrix
+from itda_lens.pursuit import DEFAULT_RTOL, Method, calibrate_threshold, check_l0, gram_matrix
 from itda_lens.sae import ITDA, assemble
 
 Preset = Literal["best", "paper"]
@@ -36,6 +37,8 @@ class Recipe:
         loss_threshold: tau of preset "paper"; None takes its default.
         l0: mean nonzeros per code, met by a threshold; None gives every code k. Of preset "best".
         update: whether a least-squares update moves the chosen atoms. Of preset "best".
+        least_cosine: of an updated atom to its activation; None takes its default. Of `update`.
+        rtol: a code ends once the residual is at most this, relative to the activation.
     """
 
     d_sae: int | None
@@ -47,6 +50,8 @@ class Recipe:
     loss_threshold: float | None = None
     l0: float | None = None
     update: bool = False
+    least_cosine: float | None = None
+    rtol: float = DEFAULT_RTOL
 
     def __post_init__(self) -> None:
         if self.preset not in get_args(Preset):
@@ -68,6 +73,12 @@ class Recipe:
         for name, given in (("l0", self.l0 is not None), ("update", self.update)):
             if given and self.preset != "best":
                 raise ValueError(f"{name} is a setting of preset='best' only")
+        if self.least_cosine is not None and not self.update:
+            raise ValueError("least_cosine is a setting of update=True only")
+        if self.least_cosine is not None and not 0 <= self.least_cosine <= 1:
+            raise ValueError(f"least_cosine must be between 0 and 1, got {self.least_cosine}")
+        if not 0 <= self.rtol < 1:
+            raise ValueError(f"rtol must be at least 0 and below 1, got {self.rtol}")
         if self.l0 is not None:
             check_l0(self.l0, self.k)
         if self.seed < 0:
@@ -88,6 +99,7 @@ class Recipe:
             self.k if self.l0 is None else max(1, round(self.l0)),
             signed=self.signed,
             update=self.update,
+            least_cosine=DEFAULT_LEAST_COSINE if self.least_cosine is None else float(self.least_cosine),
             sample=self.l0 is not None,
             seed=self.seed,
             dtype=dtype,
@@ -117,6 +129,7 @@ class Recipe:
                 k,
                 method=method,
                 signed=self.signed,
+                rtol=self.rtol,
                 gram=gram_matrix(atoms, method=method, signed=self.signed),
             )
         return assemble(
@@ -125,6 +138,7 @@ class Recipe:
             k=k,
             method=method,
             signed=self.signed,
+            rtol=self.rtol,
             threshold=threshold,
             l0=self.l0,
             labels=dictionary.labels,

@@ -3,7 +3,7 @@
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from itda_lens.sae import ITDA
+from sae_lens import SAE
 
 BUILD_KEY = "itda_build"
 """Where `cfg.metadata` keeps the settings of the build."""
@@ -22,18 +22,18 @@ def versions() -> dict[str, dict[str, str]]:
     return {"versions": found}
 
 
-def build_record(itda: ITDA) -> dict[str, Any]:
+def build_record(sae: SAE[Any]) -> dict[str, Any]:
     """The settings of a dictionary's build, by name; empty where it records none."""
-    return dict(itda.cfg.metadata[BUILD_KEY] or {})
+    return dict(sae.cfg.metadata[BUILD_KEY] or {})
 
 
-def hook_name_of(itda: ITDA) -> str:
+def hook_name_of(sae: SAE[Any]) -> str:
     """The hook point that a dictionary belongs to.
 
     Raises:
         ValueError: its metadata names none.
     """
-    name = itda.cfg.metadata.hook_name
+    name = sae.cfg.metadata.hook_name
     if not name:
         raise ValueError("the dictionary's metadata names no hook_name; it was fit on bare activations")
     return name
