@@ -432,6 +432,25 @@ class TestUpdate:
             cap = 0.9 * start + (1 - 0.9**2) ** 0.5 * normalize_rows(away)[0]
             assert (cap @ atom).max() <= found @ atom + 1e-9
 
+    def test_outliers_of_one_direction_are_no_duplicates_of_each_other(self):
+        # Two massive activations with a cosine of 0.995: what one leaves of the other is 25 times as
+        # long as an ordinary activation.
+        axis, aside = torch.zeros(16), torch.zeros(16)
+        axis[0] = aside[1] = 1
+        massive = 1000 * (axis[None] + torch.tensor([[0.0], [0.1]]) * aside)
+        x = rows(2000)
+        x[::50] = massive[0]
+        x[7::50] = massive[1]
+        found = feed(energy(), x)
+        for activation in massive - found.mean:
+            cosine = found.atoms @ activation / activation.norm()
+            assert cosine.abs().max() > 1 - 1e-6
+        # Ordinary activations that are as near to each other do repeat each other.
+        x = rows(2000)
+        x[::50], x[7::50] = 3 * axis, 3 * (axis + 0.1 * aside)
+        atoms = feed(energy(d_sae=100), x).atoms
+        assert (atoms @ atoms.T).fill_diagonal_(0).abs().max() < 0.85
+
     def test_sample_has_none_of_the_atoms(self):
         x = rows(300)
         found = feed(energy(), x)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from itda_lens.dictionary.labels import Label
 from itda_lens.dictionary.mean import RunningMean
-from itda_lens.dictionary.outliers import limit_outliers, robust_centre
+from itda_lens.dictionary.outliers import limit_outliers, outliers, robust_centre
 from itda_lens.dictionary.sampling import StreamSample
 from itda_lens.dictionary.selection import (
     SAME_DIRECTION,
@@ -114,8 +114,9 @@ class EnergySelector:
     def finish(self, progress: bool) -> Dictionary:
         scored = self._scored.rows()
         mean = robust_centre(scored, self._mean.value())
-        unit, usable = normalize_rows(self._candidates.rows() - mean)
-        keep = self._distinct(unit, usable)
+        rows = self._candidates.rows() - mean
+        unit, usable = normalize_rows(rows)
+        keep = self._distinct(unit, usable, outliers(rows))
         labels = self._candidates.labels()
         candidates = unit[keep]
         x = limit_outliers(scored - mean)
@@ -156,12 +157,17 @@ class EnergySelector:
         ]
         return _spread(rows[~torch.cat(own)], CALIBRATION_ROWS)
 
-    def _distinct(self, unit: Tensor, usable: Tensor) -> Tensor:
-        """Candidates that repeat no earlier one; where they are few, by a less strict cosine."""
-        keep = usable
+    def _distinct(self, unit: Tensor, usable: Tensor, outlying: Tensor) -> Tensor:
+        """Candidates that repeat no earlier one; where they are few, by a less strict cosine.
+
+        Outliers are repeated by their own direction only: what one like them leaves of one, with a
+        cosine of 0.99, is longer than another activation is as a whole.
+        """
+        keep = torch.zeros_like(usable)
+        far, near = usable & outlying, usable & ~outlying
+        keep[far] = first_of_direction(unit[far], SAME_DIRECTION, self._signed)
         for cosine in (NEAR_DUPLICATE, *(c for c in RELAXED if c > NEAR_DUPLICATE)):
-            keep = usable.clone()
-            keep[usable] = first_of_direction(unit[usable], cosine, self._signed)
+            keep[near] = first_of_direction(unit[near], cosine, self._signed)
             if keep.sum() >= self._d_sae:
                 return keep
         raise ValueError(

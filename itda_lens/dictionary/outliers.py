@@ -1,7 +1,7 @@
 """Activations a hundred times the usual size: they must not decide how all others are coded."""
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 OUTLIER = 8.0
@@ -14,6 +14,11 @@ TRIMMINGS = 5
 def limit_outliers(x: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
     """Centred rows, those longer than `OUTLIER` median norms cut to that; the others as they are."""
     return x * _weights(x)[:, None]
+
+
+def outliers(x: Float[Tensor, "n d"]) -> Bool[Tensor, " n"]:
+    """Which centred rows are longer than `OUTLIER` median norms."""
+    return _weights(x) < 1
 
 
 def robust_centre(x: Float[Tensor, "n d"], mean: Float[Tensor, " d"]) -> Float[Tensor, " d"]:
