@@ -1,10 +1,11 @@
 """How atoms should be chosen: the presets and their settings, on SmolLM2's residual stream.
 
-    python benchmarks/selection.py [--layers 5 10 20] [--d-sae 2048] [--k 20] [--sweep]
+    python benchmarks/selection.py [--layers 5 10 20] [--d-sae 2048] [--k 20]
+        [--sweep | --least-cosine | --prefixes]
 
 Text: the Python language reference, as in `itda demo`. The last eight of the articles to build from are
-left out as a validation split for `--sweep`; the held-out articles are used for the table alone. FVU on
-all tokens that count; "random" is the preset "best" without anything to choose from.
+left out as a validation split for `--sweep` and `--least-cosine`; the held-out articles are used for the
+tables alone. FVU on all tokens that count; "random" is the preset "best" without anything to choose from.
 """
 
 import argparse
@@ -66,6 +67,8 @@ def main() -> None:
     parser.add_argument("--d-sae", type=int, default=2048)
     parser.add_argument("--k", type=int, default=20)
     parser.add_argument("--sweep", action="store_true", help="settings, on the validation split")
+    parser.add_argument("--least-cosine", action="store_true", help="of updated atoms, likewise")
+    parser.add_argument("--prefixes", action="store_true", help="and what is built with as many atoms")
     args = parser.parse_args()
 
     lm = language_model(load())
@@ -75,12 +78,28 @@ def main() -> None:
     sizes = {name: len(found[args.layers[0]]) for name, found in data.items()}
     print(f"tokens: {sizes}; d_sae = {args.d_sae}, k = {args.k}")
 
+    part = "validation" if args.sweep or args.least_cosine else "held out"
     for layer in args.layers:
-        x = data["train"][layer]
-        test = data["validation" if args.sweep else "held out"][layer]
-        print(f"\nlayer {layer}, {'validation' if args.sweep else 'held out'}")
-        print("| atoms | number | FVU, MP | FVU, OMP | seconds |\n|---|---|---|---|---|")
-        if args.sweep:
+        x, test = data["train"][layer], data[part][layer]
+        print(f"\nlayer {layer}, {part}")
+        columns = ["atoms", "number", "FVU, MP", "FVU, OMP", "seconds"]
+        if args.prefixes:
+            columns = ["atoms", "prefix, MP", "prefix, OMP", "built, MP", "built, OMP"]
+        print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
+        if args.least_cosine:
+            row("not updated", x, test, args.d_sae, args.k)
+            for cosine in (0.995, 0.99, 0.98, 0.95, 0.9, 0.8, 0.0):
+                options = dict(update=True, least_cosine=cosine)
+                row(f"updated, least cosine {cosine}", x, test, args.d_sae, args.k, **options)
+        elif args.prefixes:
+            whole = fit(x, d_sae=args.d_sae, k=args.k)
+            for m in (args.d_sae // 2**i for i in range(6)):
+                built, prefix = fit(x, d_sae=m, k=args.k), whole.prefix(m)
+                figures = [
+                    fvu(itda, test, method) for itda in (prefix, built) for method in ("mp", "omp")
+                ]
+                print(f"| {m} | {' | '.join(f'{figure:.4f}' for figure in figures)} |", flush=True)
+        elif args.sweep:
             for cosine in (0.99, 0.95, 0.9, 0.85, 0.8, 0.7):
                 with settings(NEAR_DUPLICATE=cosine):
                     row(f"near-duplicates from {cosine}", x, test, args.d_sae, args.k)
