@@ -5,7 +5,7 @@
 
 Text: the Python language reference, as in `itda demo`. The last eight of the articles to build from are
 left out as a validation split for `--sweep` and `--least-cosine`; the held-out articles are used for the
-tables alone. FVU on all tokens that count; "random" is the preset "best" without anything to choose from.
+tables alone. FVU on all tokens that count; "random" is preset "best" without anything to choose from.
 """
 
 import argparse
