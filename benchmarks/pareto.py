@@ -46,6 +46,9 @@ KINDS = {
 
 TRAINED = ("topk", "batchtopk", "matryoshka", "matching_pursuit")
 
+TRAINING = ("layer", "d_sae", "target", "kind", "seed", "tokens", "epochs")
+"""What in a setting decides about training."""
+
 ROWS = 1024
 """Activations encoded at once."""
 
@@ -167,6 +170,7 @@ def split(lm: LanguageModel, layer: int, max_tokens: int) -> Splits:
 def trained(setting: dict[str, Any], x: Activations, out: Path) -> tuple[SAE[Any], float]:
     """The SAE of this setting as it is used, kept in OUT/trained, and the seconds of its training."""
     folder = out / "trained"
+    setting = {name: setting[name] for name in TRAINING}
     name = "-".join(str(value) for value in setting.values())
 
     def train() -> dict[str, Any]:
@@ -211,15 +215,14 @@ def compare(
     data: Splits,
     out: Path,
     results: Results,
-    max_tokens: int,
 ) -> list[dict[str, Any]]:
     """Rows of these settings, side by side; what is not there yet is made and measured."""
     missing = [setting for setting in settings if results.find(setting) is None]
     made = [obtain(setting, data, out) for setting in missing]
-    scores = splice(lm, [sae for sae, _ in made], data.hook, max_tokens) if made else []
+    saes = [sae for sae, _ in made]
+    scores = splice(lm, saes, data.hook, missing[0]["ce_tokens"]) if made else []
     for setting, (sae, seconds), score in zip(missing, made, scores, strict=True):
-        found = {"seconds": seconds, "ce_loss_score": score, "ce_tokens": max_tokens}
-        results.add(setting | found | measure(sae, data.test))
+        results.add(setting | {"seconds": seconds, "ce_loss_score": score} | measure(sae, data.test))
     return [row for setting in settings if (row := results.find(setting))]
 
 
@@ -242,13 +245,13 @@ def main() -> None:
     for layer, tokens in product(options.layers, options.tokens):
         data = split(lm, layer, tokens)
         for d_sae, l0, seed in product(options.d_sae, options.l0, options.seeds):
-            common = dict(layer=layer, d_sae=d_sae, target=l0)
+            common = dict(layer=layer, d_sae=d_sae, target=l0, ce_tokens=options.ce_tokens)
             settings = [
                 common | dict(kind=kind, seed=seed, tokens=len(data.train.values), epochs=epochs)
                 for kind in options.kinds
                 for epochs in (options.epochs if kind in TRAINED else [None])
             ]
-            rows = compare(settings, lm, data, options.out, results, options.ce_tokens)
+            rows = compare(settings, lm, data, options.out, results)
             title = f"layer {layer}, {d_sae} atoms, L0 {l0}, seed {seed}, {settings[0]['tokens']} tokens"
             print(f"\n{title}\n\n{table(rows)}\n", flush=True)
 

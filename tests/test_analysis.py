@@ -4,7 +4,15 @@ import copy
 
 import pytest
 import torch
-from sae_lens import HookedSAETransformer, TopKSAE, TopKSAEConfig
+from sae_lens import (
+    HookedSAETransformer,
+    TopKSAE,
+    TopKSAEConfig,
+    TopKTrainingSAE,
+    TopKTrainingSAEConfig,
+    Transcoder,
+    TranscoderConfig,
+)
 from sae_lens.evals import get_recons_loss
 from sae_lens.training.activation_scaler import ActivationScaler
 
@@ -120,6 +128,20 @@ def test_other_saes_are_measured_beside(itda, tiny, texts):
         assert found.ce_loss_spliced != found.ce_loss
         alone = evaluate(tiny, itda, texts, progress=False)[0]
         assert beside == alone
+
+
+def test_what_cannot_be_measured_is_refused(itda, tiny, texts):
+    cfg = TopKTrainingSAEConfig(d_in=32, d_sae=40, k=5)
+    with pytest.raises(ValueError, match="got one of topk in training; save a trained SAE"):
+        evaluate(tiny, [itda, TopKTrainingSAE(cfg)], texts, progress=False)
+    transcoder = Transcoder(TranscoderConfig(d_in=32, d_sae=40, d_out=32, apply_b_dec_to_input=False))
+    with pytest.raises(ValueError, match="dictionaries must be among .*, got one of transcoder"):
+        evaluate(tiny, transcoder, texts, progress=False)
+    scaled = TopKSAE(
+        TopKSAEConfig(d_in=32, d_sae=40, k=5, normalize_activations="expected_average_only_in")
+    )
+    with pytest.raises(ValueError, match="expected_average_only_in.* must be folded"):
+        evaluate(tiny, scaled, texts, progress=False)
 
 
 def test_decompose(itda, tiny):

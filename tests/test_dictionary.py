@@ -33,7 +33,7 @@ def rows(n=500, d=16, seed=0):
 def energy(d_sae=40, k=4, seed=0, d=16, **options):
     return EnergySelector(
         d, d_sae, k, sample=True, seed=seed, dtype=torch.float32, device=CPU,
-        **dict(signed=True, update=False) | options,
+        **dict(signed=True, update=False, least_cosine=0.9) | options,
     )  # fmt: skip
 
 
@@ -413,12 +413,15 @@ class TestUpdate:
         if least_cosine == 0.95:  # it holds those that would go farther, and no others
             assert (cosines < least_cosine + 1e-6).any()
             assert (cosines > least_cosine + 1e-3).any()
+        if least_cosine == 0:  # it lets them go where they are drawn to
+            assert cosines.min() < 0.94
         if least_cosine == 1:
-            torch.testing.assert_close(moved.atoms, pure.atoms, atol=1e-6, rtol=0)
+            assert torch.equal(moved.atoms, pure.atoms)
 
     def test_held_atoms_are_the_nearest_that_are_allowed(self):
         origin, aside = (normalize_rows(rows(50, seed=seed).double())[0] for seed in (1, 2))
         atoms = normalize_rows(origin + 0.5 * aside)[0]
+        assert torch.equal(hold_near(origin, origin, 1 - 1e-9), origin)
         held = hold_near(atoms, origin, 0.9)
         near = (atoms * origin).sum(dim=1) >= 0.9
         assert near.any()
@@ -445,11 +448,31 @@ class TestUpdate:
         for activation in massive - found.mean:
             cosine = found.atoms @ activation / activation.norm()
             assert cosine.abs().max() > 1 - 1e-6
+        # So near that what is left is less than that of ordinary ones: repetitions.
+        spray = rows(2000)
+        spray[::20] = 1000 * axis + 0.2 * spray[::20]
+        atoms = feed(energy(d_sae=100), spray).atoms
+        assert (atoms[:, 0].abs() > 0.99).sum() == 1
         # Ordinary activations that are as near to each other do repeat each other.
         x = rows(2000)
         x[::50], x[7::50] = 3 * axis, 3 * (axis + 0.1 * aside)
         atoms = feed(energy(d_sae=100), x).atoms
         assert (atoms @ atoms.T).fill_diagonal_(0).abs().max() < 0.85
+
+    def test_an_outlier_and_an_ordinary_activation_of_one_direction_are_one(self):
+        y = rows(20)
+        x = torch.cat([y, -y, 1000 * y[:3], -1000 * y[:3]])
+        with pytest.raises(ValueError, match="in only 20 directions"):
+            feed(energy(d_sae=23, k=3), x)
+        atoms = feed(energy(d_sae=20, k=3), x).atoms
+        assert (atoms @ atoms.T).fill_diagonal_(0).abs().max() < 0.999
+
+    @pytest.mark.parametrize("make", [torch.sign, lambda x: x.bfloat16().float()])
+    def test_rows_of_few_digits_are_told_apart(self, make):
+        x = make(rows(100_000, 32)).unique(dim=0)
+        sample = StreamSample(32, len(x), 0, x.dtype, CPU, distinct=True)
+        sample.update(x, RowLabels(0, len(x)))
+        assert len(sample) == len(x)
 
     def test_sample_has_none_of_the_atoms(self):
         x = rows(300)

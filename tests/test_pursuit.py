@@ -11,6 +11,7 @@ from sklearn.linear_model import orthogonal_mp_gram
 from itda_lens.pursuit import (
     SparseCodes,
     calibrate_threshold,
+    calibration,
     compiled,
     encode,
     first_nonfinite_row,
@@ -460,3 +461,20 @@ def test_first_nonfinite_row(dtype):
     x[30, 0], x[30, 1] = torch.inf, -torch.inf
     assert first_nonfinite_row(x) == 30
     assert first_nonfinite_row(x[:0]) is None
+
+
+@pytest.mark.parametrize("share", [1.01, 1.03, 1.1])
+def test_calibration_gives_up_soon_where_the_mean_cannot_be_had(share, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2000, 16, generator=generator)
+    atoms = torch.nn.functional.normalize(torch.randn(64, 16, generator=generator), dim=-1)
+    most = encode(x, atoms, 8, rtol=0.5).l0().double().mean().item()
+    trials = []
+
+    def counted(*args, **kwargs):
+        trials.append(len(args[0]))
+        return encode(*args, **kwargs)
+
+    monkeypatch.setattr(calibration, "encode", counted)
+    assert calibrate_threshold(x, atoms, share * most, 8, rtol=0.5) == 0
+    assert sum(n == 2000 for n in trials) < 25

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
-from sae_lens import SAE
+from sae_lens import SAE, TrainingSAE
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -23,6 +23,12 @@ from itda_lens.sources import (
     language_model,
 )
 from itda_lens.training import build_record, hook_name_of
+
+ARCHITECTURES = frozenset({"itda", "standard", "gated", "jumprelu", "topk", "matching_pursuit"})
+"""SAEs that code one activation at a time and give it back. Others, such as transcoders, do not."""
+
+NORMALIZED_BY_ITSELF = ("none", "constant_norm_rescale", "layer_norm")
+"""Values of `normalize_activations` that an SAE sees to as it runs."""
 
 
 @dataclass(frozen=True)
@@ -84,13 +90,15 @@ def evaluate(
 
     Args:
         model: as in `build`; one that `dictionaries` belong to.
-        dictionaries: ITDAs or other SAEs of SAELens, with hook_name, context_size and prepend_bos in
-            their metadata, the latter two the same for all.
+        dictionaries: ITDAs or other SAEs of SAELens (as they are used, not as they are trained; see
+            `ARCHITECTURES`), with hook_name, context_size and prepend_bos in their metadata, the latter
+            two the same for all.
         max_tokens: stop after the batch that reaches so many tokens; default: all of the texts.
         texts, batch_size, text_field, split, tokenizer, loader, device, progress: as in `build`.
 
     Raises:
-        ValueError: no dictionaries or no tokens, dictionaries that need different contexts, a hook that
+        ValueError: no dictionaries or no tokens, one that cannot be measured (a transcoder, an SAE in
+            training), dictionaries that need different contexts, a hook that
             does not exist or never fires, or one whose width is not the dictionary's.
     """
     saes = [dictionaries] if isinstance(dictionaries, SAE) else list(dictionaries)
@@ -102,6 +110,7 @@ def evaluate(
     stream = iterate_texts(texts, text_field=text_field, split=split)
     stream = itertools.chain(list(itertools.islice(stream, 1)), stream)
     lm = language_model(model, tokenizer=tokenizer, loader=loader, device=device)
+    _check_measurable(saes)
     tokenization = tokenization_of(saes, lm)
     hooks = sorted({hook_name_of(sae) for sae in saes})
     lm.check_hooks(hooks)
@@ -142,7 +151,7 @@ def tokenization_of(saes: Sequence[SAE[Any]], lm: LanguageModel) -> Tokenization
     default_bos = lm.tokenizer.bos_token_id is not None
     ways = {
         (
-            sae.cfg.metadata.get("context_size", 128),
+            sae.cfg.metadata.get("context_size") or 128,
             bool(sae.cfg.metadata.get("prepend_bos", default_bos)),
             bool(build_record(sae).get("keep_special_tokens", False)),
         )
@@ -154,6 +163,22 @@ def tokenization_of(saes: Sequence[SAE[Any]], lm: LanguageModel) -> Tokenization
             f"taken together: {sorted(ways)}"
         )
     return Tokenization(lm.tokenizer, *ways.pop())
+
+
+def _check_measurable(saes: Sequence[SAE[Any]]) -> None:
+    for sae in saes:
+        name = sae.cfg.architecture()
+        if name not in ARCHITECTURES or isinstance(sae, TrainingSAE):
+            kind = f"{name} in training" if isinstance(sae, TrainingSAE) else name
+            raise ValueError(
+                f"dictionaries must be among {', '.join(sorted(ARCHITECTURES))}, got one of {kind}; "
+                "save a trained SAE for inference and load it"
+            )
+        if sae.cfg.normalize_activations not in NORMALIZED_BY_ITSELF:
+            raise ValueError(
+                f"normalize_activations={sae.cfg.normalize_activations!r} must be folded into an SAE's "
+                "weights before it is measured"
+            )
 
 
 class _Predictions:
@@ -238,7 +263,7 @@ class _Meter:
             by_head = sae.cfg.reshape_activations == "hook_z"
             dense = sae.encode(rows[:, None] if by_head else rows)  # one head of full width will do
             reconstruction = sae.decode(dense)
-            fired = (dense != 0).sum(dim=0).cpu()
+            fired = (dense.flatten(0, -2) != 0).sum(dim=0).cpu()
         self._fired += fired
         self._nonzeros += int(fired.sum())
         return reconstruction.reshape(x.shape).to(x.device)
@@ -251,7 +276,7 @@ class _Meter:
         return Evaluation(
             hook_name=self.hook,
             d_sae=self._sae.cfg.d_sae,
-            k=getattr(self._sae.cfg, "k", None),
+            k=getattr(self._sae.cfg, "k", getattr(self._sae.cfg, "max_iterations", None)),
             n_tokens=n,
             l0=self._nonzeros / n,
             fvu=self._fvu.value(),

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from itda_lens.dictionary.labels import Label
 from itda_lens.dictionary.mean import RunningMean
-from itda_lens.dictionary.outliers import limit_outliers, outliers, robust_centre
+from itda_lens.dictionary.outliers import duplicate_cosines, limit_outliers, robust_centre
 from itda_lens.dictionary.sampling import StreamSample
 from itda_lens.dictionary.selection import (
     SAME_DIRECTION,
@@ -21,7 +21,7 @@ from itda_lens.dictionary.selection import (
     order_by_energy,
     prune_by_energy,
 )
-from itda_lens.dictionary.update import DEFAULT_LEAST_COSINE, update_atoms
+from itda_lens.dictionary.update import update_atoms
 from itda_lens.dictionary.variance import RunningFVU
 from itda_lens.pursuit import encode
 
@@ -67,7 +67,7 @@ class EnergySelector:
 
     def __init__(
         self, d_in: int, d_sae: int, k: int, *, signed: bool, update: bool, sample: bool, seed: int,
-        least_cosine: float = DEFAULT_LEAST_COSINE, dtype: torch.dtype, device: torch.device,
+        least_cosine: float, dtype: torch.dtype, device: torch.device,
     ) -> None:  # fmt: skip
         self._d_sae, self._k, self._signed, self._least_cosine = d_sae, k, signed, least_cosine
         n_candidates = CANDIDATES_PER_ATOM * d_sae
@@ -116,7 +116,7 @@ class EnergySelector:
         mean = robust_centre(scored, self._mean.value())
         rows = self._candidates.rows() - mean
         unit, usable = normalize_rows(rows)
-        keep = self._distinct(unit, usable, outliers(rows))
+        keep = self._distinct(rows, unit, usable)
         labels = self._candidates.labels()
         candidates = unit[keep]
         x = limit_outliers(scored - mean)
@@ -157,17 +157,13 @@ class EnergySelector:
         ]
         return _spread(rows[~torch.cat(own)], CALIBRATION_ROWS)
 
-    def _distinct(self, unit: Tensor, usable: Tensor, outlying: Tensor) -> Tensor:
-        """Candidates that repeat no earlier one; where they are few, by a less strict cosine.
-
-        Outliers are repeated by their own direction only: what one like them leaves of one, with a
-        cosine of 0.99, is longer than another activation is as a whole.
-        """
-        keep = torch.zeros_like(usable)
-        far, near = usable & outlying, usable & ~outlying
-        keep[far] = first_of_direction(unit[far], SAME_DIRECTION, self._signed)
+    def _distinct(self, rows: Tensor, unit: Tensor, usable: Tensor) -> Tensor:
+        """Candidates that repeat no earlier one; where they are few, by a less strict cosine."""
+        keep = usable
         for cosine in (NEAR_DUPLICATE, *(c for c in RELAXED if c > NEAR_DUPLICATE)):
-            keep[near] = first_of_direction(unit[near], cosine, self._signed)
+            cosines = duplicate_cosines(rows[usable], cosine).clamp(max=SAME_DIRECTION)
+            keep = usable.clone()
+            keep[usable] = first_of_direction(unit[usable], cosines, self._signed)
             if keep.sum() >= self._d_sae:
                 return keep
         raise ValueError(

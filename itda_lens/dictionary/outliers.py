@@ -1,7 +1,7 @@
 """Activations a hundred times the usual size: they must not decide how all others are coded."""
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 OUTLIER = 8.0
@@ -16,9 +16,15 @@ def limit_outliers(x: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
     return x * _weights(x)[:, None]
 
 
-def outliers(x: Float[Tensor, "n d"]) -> Bool[Tensor, " n"]:
-    """Which centred rows are longer than `OUTLIER` median norms."""
-    return _weights(x) < 1
+def duplicate_cosines(x: Float[Tensor, "n d"], cosine: float) -> Float[Tensor, " n"]:
+    """The cosine to another direction from which each centred row counts as a repetition of it.
+
+    `cosine`, but for outliers: these are repeated by what leaves no more of them than a direction at
+    `cosine` leaves of a row of median norm.
+    """
+    norm = x.norm(dim=-1)
+    share = torch.where(_weights(x) < 1, norm.median() / norm, 1)
+    return (1 - (1 - cosine**2) * share**2).sqrt()
 
 
 def robust_centre(x: Float[Tensor, "n d"], mean: Float[Tensor, " d"]) -> Float[Tensor, " d"]:

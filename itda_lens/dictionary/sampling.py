@@ -50,7 +50,8 @@ class StreamSample:
         self.n_seen += len(rows)
         if not len(offered):
             return
-        rows = rows[torch.from_numpy(offered).to(rows.device)]
+        if len(offered) < len(rows):
+            rows = rows[torch.from_numpy(offered).to(rows.device)]
         identities = self._hash(rows) if self._distinct else seen_at.view(np.uint64)
 
         held = len(self)
@@ -94,9 +95,14 @@ class StreamSample:
         return torch.from_numpy(np.argsort(self._seen_at))
 
     def _hash(self, rows: Tensor) -> np.ndarray:
-        pieces = rows.contiguous().view(torch.int32)
+        pieces = rows.contiguous().view(torch.int32)  # rows are float32 or float64
         digest = torch.cat(
-            [(part.long() * self._multipliers).sum(dim=-1) for part in pieces.split(1024)]
+            [_mix(part.long() * self._multipliers).sum(dim=-1) for part in pieces.split(1024)]
             or [torch.empty(0, dtype=torch.long)]
         )
         return digest.cpu().numpy().view(np.uint64)
+
+
+def _mix(products: Int[Tensor, "m p"]) -> Int[Tensor, "m p"]:
+    """Spread the high bits over the low ones: numbers of few digits end in zeros, and so do products."""
+    return products ^ (products >> 32)

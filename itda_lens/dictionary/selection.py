@@ -16,7 +16,7 @@ SAME_DIRECTION = 1 - 1e-6
 """Cosine from which two float32 directions count as the same one: their rounding allows no better."""
 
 FEW = 64
-"""Atoms that need no rounds of pruning to be put in order: about as many as one code has."""
+"""Atoms that need no rounds of pruning to be put in order: a few codes use them all."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,10 @@ def normalize_rows(
 
 
 def alike(
-    rows: Float[Tensor, "n d"], others: Float[Tensor, "m d"], cosine: float, signed: bool
+    rows: Float[Tensor, "n d"],
+    others: Float[Tensor, "m d"],
+    cosine: float | Float[Tensor, "n 1"],
+    signed: bool,
 ) -> Bool[Tensor, "n m"]:
     """Which unit rows have at least this cosine to which others; d and -d too, if codes are signed."""
     similarity = rows @ others.T
@@ -87,7 +90,7 @@ def alike(
 
 def first_of_direction(
     unit: Float[Tensor, "n d"],
-    cosine: float,
+    cosine: float | Float[Tensor, " n"],
     signed: bool,
     known: Float[Tensor, "m d"] | None = None,
     block: int = 512,
@@ -96,7 +99,8 @@ def first_of_direction(
 
     Args:
         unit: rows of unit norm.
-        cosine: rows at least this similar count as duplicates.
+        cosine: rows at least this similar to an earlier one count as duplicates; one number, or one
+            for each row.
         signed: whether d and -d are duplicates too, as they are for signed codes.
         known: unit rows that count as marked before the first.
         block: rows compared at once; does not change the result.
@@ -106,10 +110,11 @@ def first_of_direction(
 
     for start in range(0, len(unit), block):
         rows = unit[start : start + block]
-        keep = ~alike(rows, kept[:n_kept], cosine, signed).any(dim=-1)
+        limit = cosine[start : start + block, None] if isinstance(cosine, Tensor) else cosine
+        keep = ~alike(rows, kept[:n_kept], limit, signed).any(dim=-1)
         if known is not None:
-            keep &= ~alike(rows, known, cosine, signed).any(dim=-1)
-        clashes = alike(rows, rows, cosine, signed).tril(diagonal=-1)
+            keep &= ~alike(rows, known, limit, signed).any(dim=-1)
+        clashes = alike(rows, rows, limit, signed).tril(diagonal=-1)
         for i in clashes.any(dim=-1).nonzero().flatten().tolist():
             keep[i] &= not (clashes[i] & keep).any()
         marks[start : start + block] = keep
@@ -156,7 +161,7 @@ def order_by_energy(
 ) -> Int[Tensor, " m"]:
     """Indices of `atoms`, the most important first: the first of them are what pruning would leave.
 
-    The last `FEW` are put in the order of their energy at once.
+    The first `FEW` are among themselves in the order of their energy.
     """
     few, dropped = _prune(x, atoms, min(FEW, len(atoms)), k, signed, drop, progress=False)
     gram = gram_matrix(atoms[few], signed=signed)

@@ -39,9 +39,11 @@ def update_atoms(
         parts: activations, centred; other ones in each round fit the atoms to none of them too closely.
         atoms: rows of unit norm.
         k: nonzeros per code.
-        least_cosine: of each atom to the atom as it was; 1 lets none move, 0 any.
+        least_cosine: of each atom to the atom as it was, 0 to 1; 1 lets none move.
         signed: whether coefficients may be negative.
     """
+    if least_cosine == 1:
+        return atoms
     origin = atoms
     for x in tqdm(parts, desc="updating", unit="round", disable=not progress, leave=False):
         codes = encode(x, atoms, k, signed=signed, gram=gram_matrix(atoms, signed=signed))
@@ -56,10 +58,13 @@ def hold_near(
     atoms: Float[Tensor, "n d"], origin: Float[Tensor, "n d"], least_cosine: float
 ) -> Float[Tensor, "n d"]:
     """Unit atoms, those of a smaller cosine to their origin moved to the nearest point that has it."""
-    cosine = (atoms * origin).sum(dim=-1, keepdim=True)
-    away = torch.nn.functional.normalize(atoms - cosine * origin, dim=-1)
-    held = least_cosine * origin + (1 - least_cosine**2) ** 0.5 * away
-    return torch.where(cosine < least_cosine, held, atoms)
+    # In float64: the cosine of what has hardly moved differs from 1 by less than float32 can tell.
+    start, end = origin.double(), atoms.double()
+    cosine = (start * end).sum(dim=-1, keepdim=True) / start.norm(dim=-1, keepdim=True)
+    away = torch.nn.functional.normalize(end - cosine * start, dim=-1)
+    held = least_cosine * start + (1 - least_cosine**2) ** 0.5 * away
+    far = (cosine < least_cosine) & (atoms != origin).any(dim=-1, keepdim=True)
+    return torch.where(far, torch.nn.functional.normalize(held, dim=-1).to(atoms.dtype), atoms)
 
 
 def least_squares_atoms(

@@ -18,6 +18,9 @@ mean is not known better."""
 FIRST_ROWS = 512
 """Rows, about, on which the search begins."""
 
+FASTER = 1.5
+"""Exponent by which the factor grows: an L0 that cannot be had is recognised after a dozen trials."""
+
 STEEPNESS = 2.0
 """Power of the threshold with which mean L0 is taken to fall, for a first guess; SmolLM2 has 1.8."""
 
@@ -77,13 +80,13 @@ def calibrate_threshold(
     # From above, where codes are short and cheap; first on few rows, then near what they say.
     least = 1e-6 * scale
     few = partial(mean_l0, x[:: max(1, len(x) // FIRST_ROWS)])
-    threshold = max(least, _solve(few, l0, {scale: few(scale)}, 2.0, least))
+    threshold = max(least, _solve(few, l0, {scale: few(scale)}, 2.0, 1.0, least))
     trials = {threshold: mean_l0(x, threshold)}
     # Near l0 mean L0 falls about as the threshold to the power of -2 rises; often one step is enough.
     step = min(max((trials[threshold] / l0) ** (1 / STEEPNESS), 0.5), 2.0)
     if not _close(trials, l0):
         trials[threshold * step] = mean_l0(x, threshold * step)
-    return _solve(partial(mean_l0, x), l0, trials, 1.05, least)
+    return _solve(partial(mean_l0, x), l0, trials, 1.05, FASTER, least)
 
 
 def check_l0(l0: float, k: int) -> None:
@@ -101,21 +104,22 @@ def _solve(
     l0: float,
     trials: dict[float, float],
     factor: float,
+    faster: float,
     least: float,
 ) -> float:
     """Where `mean_l0`, which falls with the threshold, is `l0`; 0 if it is lower at `least` still.
 
-    Thresholds from those of `trials` (which holds the mean L0 of some) outwards, by `factor`, until two
-    of them enclose it; then by interpolation of their logarithms.
+    Thresholds from those of `trials` (which holds the mean L0 of some) outwards, by `factor`, whose
+    power `faster` is the next one, until two of them enclose it; then by interpolation of logarithms.
     """
     low, high = min(trials), max(trials)
     while trials[low] < l0 and not _close(trials, l0):
         if low < least:
             return 0.0
-        high, low = low, low / factor
+        high, low, factor = low, low / factor, factor**faster
         trials[low] = mean_l0(low)
     while trials[high] > l0 and not _close(trials, l0):
-        low, high = high, high * factor
+        low, high, factor = high, high * factor, factor**faster
         trials[high] = mean_l0(high)
     while len(trials) < MOST_TRIALS and high > low * (1 + 1e-9) and not _close(trials, l0):
         share = (trials[low] - l0) / (trials[low] - trials[high])

@@ -99,8 +99,9 @@ def build(
         TypeError: a model or text of the wrong kind.
     """
     recipe = Recipe(
-        d_sae, k, preset, seed, method, signed, loss_threshold, l0, update, least_cosine, rtol
-    )
+        d_sae, k, preset, seed, method, signed, loss_threshold,
+        l0=l0, update=update, least_cosine=least_cosine, rtol=rtol,
+    )  # fmt: skip
     names = [hook_names] if isinstance(hook_names, str) else list(hook_names)
     if not names or len(set(names)) != len(names):
         raise ValueError(f"hook_names must be one or more different names, got {names}")

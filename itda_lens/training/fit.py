@@ -57,10 +57,11 @@ def fit(
             Default: k nonzeros in every code.
         update: move the atoms by three rounds of least squares. They reconstruct far better, and are no
             longer activations themselves: each keeps its label with its cosine to that activation.
-        least_cosine: what an update must leave that cosine; 1 moves no atom, 0 lets them go anywhere.
+        least_cosine: the least that an update may leave of that cosine, 0 to 1; 1 moves no atom.
             Default 0.9.
         rtol: a code ends once |residual| <= rtol |x|, x less the mean. The default, 0.001, only keeps
-            coefficients from coding rounding errors; 0.3, say, ends codes at 9 % of the energy.
+            coefficients from coding rounding errors; 0.3, say, ends codes at 9 % of the energy. Which
+            atoms are chosen, and how they are updated, does not depend on it.
         batch_size: rows looked at together. Changes nothing for "best"; the paper's rule depends on it.
         metadata: entries for `cfg.metadata`, such as model_name and hook_name.
         progress: show a progress bar.
@@ -71,8 +72,9 @@ def fit(
         TypeError: `activations` is no floating-point tensor, or a label is none.
     """
     recipe = Recipe(
-        d_sae, k, preset, seed, method, signed, loss_threshold, l0, update, least_cosine, rtol
-    )
+        d_sae, k, preset, seed, method, signed, loss_threshold,
+        l0=l0, update=update, least_cosine=least_cosine, rtol=rtol,
+    )  # fmt: skip
     _check(activations, d_sae, batch_size)
     n, d_in = activations.shape
     if labels is not None and len(labels) != n:
