@@ -3,7 +3,8 @@
     python benchmarks/quality_plots.py OUT docs/images
 
 OUT is the folder that pareto.py wrote to. Writes quality_l0.png (FVU over L0, by width) and
-quality_tokens.png (FVU over the tokens that a dictionary is built from), of layer 10 and seed 0.
+quality_tokens.png (FVU over the tokens that a dictionary is built from, where there are several), of
+layer 10 and seed 0.
 """
 
 import argparse
@@ -68,9 +69,11 @@ def main() -> None:
     figure.axes[0].legend(fontsize=7)
     figure.savefig(options.images / "quality_l0.png", dpi=150)
 
+    wide = [row for row in rows if (row["d_sae"], row["target"]) == (widths[-1], 20)]
+    if len({row["tokens"] for row in wide}) < 2:
+        return
     figure = Figure(figsize=(4.5, 4), layout="constrained")
     axes = figure.subplots()
-    wide = [row for row in rows if (row["d_sae"], row["target"]) == (widths[-1], 20)]
     draw(axes, wide, "tokens")
     axes.set_title(f"{widths[-1]:,} atoms, 20 nonzeros a token")
     axes.set_xlabel("tokens to build from")
