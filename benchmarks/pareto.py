@@ -24,7 +24,7 @@ from itda_lens.analysis import evaluate
 from itda_lens.demo.prose import HELD_OUT, reference_prose
 from itda_lens.demo.smollm2 import load
 from itda_lens.dictionary import RunningFVU
-from itda_lens.saebench import principal_components, random_atoms, save_inference, train_sae
+from itda_lens.saebench import baseline, save_inference, train_sae
 from itda_lens.sources import LanguageModel, language_model
 from itda_lens.training import Activations, collect
 
@@ -58,7 +58,7 @@ def k_for(l0: int) -> int:
     return 3 * l0 if l0 <= 40 else 2 * l0
 
 
-def make(kind: str, x: Activations, d_sae: int, l0: int, seed: int) -> ITDA:
+def make(kind: str, x: Activations, d_sae: int, l0: int, seed: int) -> SAE[Any]:
     common: dict[str, Any] = dict(d_sae=d_sae, seed=seed, labels=x.labels)
     if kind == "prefix":
         return fit(x.values, k=l0, **common | {"d_sae": 2 * d_sae}).prefix(d_sae)
@@ -71,9 +71,7 @@ def make(kind: str, x: Activations, d_sae: int, l0: int, seed: int) -> ITDA:
         return fit(x.values, k=k_for(l0), l0=l0, **update, **common)
     if kind == "paper":
         return fit(x.values, k=l0, preset="paper", **common)
-    if kind == "random":
-        return random_atoms(x.values, k=l0, **common)
-    return principal_components(x.values, k=l0)
+    return baseline(kind, x.values, k=l0, **common)  # pyright: ignore
 
 
 def at_equal_l0(sae: SAE[Any], kind: str, l0: int, x: Tensor) -> None:

@@ -98,19 +98,19 @@ def evaluate(
 
     Raises:
         ValueError: no dictionaries or no tokens, one that cannot be measured (a transcoder, an SAE in
-            training), dictionaries that need different contexts, a hook that
-            does not exist or never fires, or one whose width is not the dictionary's.
+            training), dictionaries that need different contexts, a hook that does not exist or never
+            fires, or one whose width is not the dictionary's.
     """
     saes = [dictionaries] if isinstance(dictionaries, SAE) else list(dictionaries)
     if not saes:
         raise ValueError("dictionaries must be one or more, got none")
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    _check_measurable(saes)
     # Looked at before the model is loaded, so that missing texts are told at once.
     stream = iterate_texts(texts, text_field=text_field, split=split)
     stream = itertools.chain(list(itertools.islice(stream, 1)), stream)
     lm = language_model(model, tokenizer=tokenizer, loader=loader, device=device)
-    _check_measurable(saes)
     tokenization = tokenization_of(saes, lm)
     hooks = sorted({hook_name_of(sae) for sae in saes})
     lm.check_hooks(hooks)
