@@ -1,5 +1,9 @@
 """The pursuits against slow float64 loops, scikit-learn and scipy, and their invariants."""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -20,6 +24,7 @@ from itda_lens.pursuit import (
     matching,
     orthogonal,
 )
+from itda_lens.pursuit.kernels import gram as kernels
 
 METHODS = ("mp", "omp")
 FORMS = ("compiled", "gram", "gemm")
@@ -345,6 +350,57 @@ def test_compiled_pursuit_follows_a_residual_far_below_the_precision_of_its_gram
     torch.testing.assert_close(values, coefficients, atol=FLOAT64_ATOL, rtol=0)
     left = x - SparseCodes(picks.clamp(min=0), values).decode(atoms)
     assert (left.norm(dim=1) < 1e-6 * x.norm(dim=1)).all()
+
+
+def test_compiled_omp_on_nearly_dependent_atoms_is_that_of_float64():
+    # Coefficients a hundred times as large as the activation: their fixed point is a coarse one.
+    x, atoms = problem(n=8, d=24, rows=40)
+    twins = torch.nn.functional.normalize(atoms + 0.01 * x[:8], dim=1)
+    x, atoms = x[8:], torch.cat([atoms, twins])
+    picks, values = compiled.search(x, atoms, gram_matrix(atoms), 16, "omp", True, 0.0, 0.0)
+    expected, coefficients = float64_search(x, atoms, 16, "omp", rtol=0.0)
+    assert torch.equal(picks, expected)
+    assert values.abs().max() > 30
+    torch.testing.assert_close(values, coefficients, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("n_slots", [1, 2, 7])
+def test_sums_of_packed_gram_rows_are_exact_up_to_the_stated_rounding_of_coefficients(n_slots):
+    generator = np.random.default_rng(0)
+    gram = generator.integers(-32767, 32768, (600, 600)).astype(np.int16)
+    c = generator.normal(size=n_slots)
+    c /= 30 * np.linalg.norm(c)  # so that no sum is above 1, as in a pursuit
+    packed, packed_c = np.zeros((2, 4, 512), np.int32), np.full(4, 7, np.int32)
+    for slot in range(n_slots):
+        kernels.pack_row(packed, slot, gram, 20 * slot)
+    unit, lost = kernels.pack_coefficients(c, n_slots, 3.0, packed_c)
+    rounded = np.rint(3 * c * unit)
+    assert lost == pytest.approx(np.linalg.norm(rounded / unit - 3 * c), rel=1e-6)
+    assert np.abs(rounded).max() <= 32767
+    sums = np.empty((2, 512), np.int32)
+    for block in range(2):
+        kernels.packed_sums(sums[block], packed[block], packed_c, (n_slots + 1) // 2)
+    expected = rounded @ gram[: 20 * n_slots : 20].astype(np.float64)
+    assert np.array_equal(sums.flatten()[:600], expected)
+
+
+def test_kernels_on_a_processor_without_vector_instructions_for_pairs_of_integers(tmp_path):
+    x, atoms = problem(n=600, d=32, rows=10)
+    torch.save((x, atoms), tmp_path / "problem.pt")
+    script = (
+        "import sys, torch\n"
+        "from itda_lens.pursuit import encode, gram_matrix\n"
+        "x, atoms = torch.load(sys.argv[1] + '/problem.pt')\n"
+        "codes = encode(x, atoms, 9, method='omp', gram=gram_matrix(atoms))\n"
+        "torch.save(codes.to_dense(600), sys.argv[1] + '/codes.pt')\n"
+    )
+    generic = dict(NUMBA_CPU_NAME="generic", NUMBA_CPU_FEATURES="", NUMBA_CACHE_DIR=str(tmp_path))
+    subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)], env={**os.environ, **generic}, check=True
+    )
+    codes = torch.load(tmp_path / "codes.pt")
+    expected = run(x, atoms, 9, method="omp").to_dense(600)
+    torch.testing.assert_close(codes, expected, atol=FLOAT64_ATOL, rtol=0)
 
 
 @pytest.mark.parametrize("method", METHODS)
