@@ -1,5 +1,6 @@
 """The pursuits against slow float64 loops, scikit-learn and scipy, and their invariants."""
 
+import copy
 import os
 import subprocess
 import sys
@@ -372,7 +373,7 @@ def test_sums_of_packed_gram_rows_are_exact_up_to_the_stated_rounding_of_coeffic
     c /= 30 * np.linalg.norm(c)  # so that no sum is above 1, as in a pursuit
     packed, packed_c = np.zeros((2, 4, 512), np.int32), np.full(4, 7, np.int32)
     for slot in range(n_slots):
-        kernels.pack_row(packed, slot, gram, 20 * slot)
+        kernels.pack_row(packed, slot, gram, 20 * slot, 600)
     unit, lost = kernels.pack_coefficients(c, n_slots, 3.0, packed_c)
     rounded = np.rint(3 * c * unit)
     assert lost == pytest.approx(np.linalg.norm(rounded / unit - 3 * c), rel=1e-6)
@@ -471,8 +472,64 @@ def test_decode_is_differentiable():
 def test_gram_respects_its_budget():
     _, atoms = problem()
     for pursuit, itemsize in ((dict(method="mp"), 2), (dict(method="omp", signed=False), 8)):
-        assert gram_matrix(atoms, budget_bytes=60 * 60 * itemsize, **pursuit) is not None
-        assert gram_matrix(atoms, budget_bytes=60 * 60 * itemsize - 1, **pursuit) is None
+        assert isinstance(gram_matrix(atoms, 60 * 60 * itemsize, **pursuit), torch.Tensor)
+        over = gram_matrix(atoms, 60 * 60 * itemsize - 1, **pursuit)
+        assert over is None if itemsize == 8 else len(over) == 59
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("capacity", [9, 40, 599])
+def test_codes_do_not_depend_on_how_many_gram_rows_fit(method, capacity):
+    x, atoms = problem(n=600, d=32, rows=150, dtype=torch.float32)
+    codes = run(x, atoms, 9, method=method)
+    rows = gram_matrix(atoms, capacity * 600 * 2, method=method)
+    for _ in range(2):  # empty; then with rows of the first time
+        found = encode(x, atoms, 9, method=method, gram=rows)
+        assert torch.equal(found.indices, codes.indices)
+        assert torch.equal(found.values, codes.values)
+    held = (rows.slots >= 0).nonzero().flatten()
+    assert len(held) <= capacity == len(rows)
+    expected = inner_products(atoms[held], atoms, torch.int16)
+    # Products of some rows may be summed in another order than those of all.
+    assert (rows.rows[rows.slots[held]].int() - expected.int()).abs().max() <= 1
+
+
+def test_gram_rows_that_are_still_there_are_not_computed_again(monkeypatch):
+    x, atoms = problem(n=600, d=32, rows=50, dtype=torch.float32)
+    rows = gram_matrix(atoms, 500 * 600 * 2)
+    encode(x, atoms, 9, gram=rows)
+    computed = []
+    monkeypatch.setattr(rows, "add", lambda missing: computed.extend(missing.tolist()))
+    encode(x, atoms, 9, gram=rows)
+    assert not computed
+
+
+def test_gram_rows_unused_for_longest_make_room():
+    _, atoms = problem(n=10, d=8)
+    rows = gram_matrix(atoms, 4 * 10 * 2)
+    rows.turn = 1
+    rows.add(torch.tensor([3, 5]))
+    rows.turn = 2
+    rows.add(torch.tensor([7, 1]))
+    rows.used[rows.slots[3]] = rows.turn = 3
+    rows.add(torch.tensor([0]))
+    assert (rows.slots >= 0).nonzero().flatten().tolist() == [0, 1, 3, 7]
+
+
+def test_a_copy_of_gram_rows_begins_empty():
+    x, atoms = problem(n=60, d=8)
+    rows = gram_matrix(atoms, 20 * 60 * 2)
+    codes = encode(x, atoms, 5, gram=rows)
+    copied = copy.deepcopy(rows)
+    assert len(copied) == 20
+    assert (copied.slots == -1).all()
+    assert torch.equal(encode(x, atoms, 5, gram=copied).values, codes.values)
+
+
+def test_gram_rows_without_room_for_one_code():
+    x, atoms = problem(n=60, d=8)
+    with pytest.raises(ValueError, match="room for at least k=5 rows, got 4"):
+        encode(x, atoms, 5, gram=gram_matrix(atoms, 4 * 60 * 2))
 
 
 @pytest.mark.parametrize(

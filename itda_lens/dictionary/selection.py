@@ -188,6 +188,8 @@ def _prune(
             best = order[:size].sort().values
             bar.update(len(kept) - size)
             kept, candidates = kept[best], candidates[best]
-            # Candidates that were too many for a Gram matrix may have become few enough.
-            gram = gram_matrix(candidates, signed=signed) if gram is None else gram[best][:, best]
+            if isinstance(gram, Tensor):
+                gram = gram[best][:, best]
+            else:  # candidates that were too many for a Gram matrix may have become few enough
+                gram = gram_matrix(candidates, signed=signed)
     return kept, dropped

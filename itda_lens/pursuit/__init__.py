@@ -4,11 +4,19 @@ from itda_lens.pursuit.calibration import calibrate_threshold, check_l0
 from itda_lens.pursuit.codes import SparseCodes
 from itda_lens.pursuit.encode import DEFAULT_RTOL, Method, encode
 from itda_lens.pursuit.finite import first_nonfinite_row
-from itda_lens.pursuit.gram import GRAM_BUDGET_BYTES, gram_dtype, gram_fits, gram_matrix, inner_products
+from itda_lens.pursuit.gram import (
+    GRAM_BUDGET_BYTES,
+    GramMatrix,
+    gram_dtype,
+    gram_fits,
+    gram_matrix,
+    inner_products,
+)
 
 __all__ = [
     "DEFAULT_RTOL",
     "GRAM_BUDGET_BYTES",
+    "GramMatrix",
     "Method",
     "SparseCodes",
     "calibrate_threshold",

@@ -11,6 +11,7 @@ from itda_lens.pursuit import compiled, matching, orthogonal
 from itda_lens.pursuit.codes import SparseCodes
 from itda_lens.pursuit.finite import first_nonfinite_row
 from itda_lens.pursuit.gram import GramMatrix, gram_dtype
+from itda_lens.pursuit.gram_rows import GramRows
 
 Method = Literal["mp", "omp"]
 
@@ -58,8 +59,9 @@ def encode(
             pick of MP removes the square of its correlation, that of OMP at least as much. See
             `calibrate_threshold`.
         gram: `gram_matrix(atoms, method=method, signed=signed)`. In int16 it selects the compiled loops,
-            whose result for a row does not depend, bit for bit, on the rows beside it; in floating
-            point, torch's Gram form; None, torch's GEMM form.
+            whose result for a row does not depend, bit for bit, on the rows beside it, nor on how many
+            rows of the Gram matrix fit into memory; in floating point, torch's Gram form; None, torch's
+            GEMM form.
 
     Raises:
         ValueError: shapes do not fit, k, rtol or threshold is out of range, an unknown method, NaN or
@@ -70,7 +72,7 @@ def encode(
     dtype = torch.promote_types(torch.promote_types(x.dtype, atoms.dtype), torch.float32)
     rows = x.reshape(-1, x.shape[-1]).to(dtype)
     atoms = atoms.to(dtype)
-    if gram is not None and gram.is_floating_point():
+    if isinstance(gram, Tensor) and gram.is_floating_point():
         gram = gram.detach().to(dtype)
     if not len(rows):
         empty = torch.zeros(*x.shape[:-1], k, device=x.device)
@@ -99,7 +101,7 @@ def _encode_chunk(
     """Search without gradients; then, where gradients are wanted, the coefficients once more."""
     module = matching if method == "mp" else orthogonal
     with torch.no_grad():
-        if gram is not None and gram.dtype == torch.int16:
+        if isinstance(gram, GramRows) or (gram is not None and gram.dtype == torch.int16):
             picks, coefficients = compiled.search(x, atoms, gram, k, method, signed, rtol, threshold)
         else:
             picks, coefficients = module.search(x, atoms, gram, k, signed, rtol, threshold)
@@ -120,7 +122,7 @@ def _merge(picks: Int[Tensor, "b k"], coefficients: Float[Tensor, "b k"]) -> Spa
     return SparseCodes(indices, values)
 
 
-def _chunk_rows(rows: Tensor, gram: Tensor | None) -> int:
+def _chunk_rows(rows: Tensor, gram: GramMatrix | None) -> int:
     if rows.device.type != "cpu":
         return CUDA_ROWS_PER_CHUNK
     if gram is None:
@@ -136,7 +138,7 @@ def _check(
     signed: bool,
     rtol: float,
     threshold: float,
-    gram: Tensor | None,
+    gram: GramMatrix | None,
 ) -> None:
     for name, tensor in (("x", x), ("atoms", atoms)):
         if not tensor.is_floating_point():
@@ -158,12 +160,17 @@ def _check(
         raise ValueError(f"gram must have shape {(n, n)}, got {tuple(gram.shape)}")
     if (
         gram is not None
-        and not gram.is_floating_point()
+        and not gram.dtype.is_floating_point
         and gram.dtype != gram_dtype(atoms, method, signed)
     ):
         raise ValueError(
             f"gram in {gram.dtype} does not serve method={method!r}, signed={signed} on "
             f"{atoms.device.type}; pass gram_matrix(atoms, method=method, signed=signed)"
+        )
+    if isinstance(gram, GramRows) and len(gram) < k:
+        raise ValueError(
+            f"gram must have room for at least k={k} rows, got {len(gram)}; "
+            "give gram_matrix a larger budget"
         )
     bad = first_nonfinite_row(x.reshape(-1, d))
     if bad is not None:

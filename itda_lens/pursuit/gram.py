@@ -1,18 +1,24 @@
 """The Gram matrix of a dictionary, in the form that the pursuits run fastest with."""
 
+import psutil
 import torch
 from jaxtyping import Float, Int16
 from torch import Tensor
 
 from itda_lens.pursuit import compiled
+from itda_lens.pursuit.fixed_point import fixed_point
+from itda_lens.pursuit.gram_rows import GramRows
 
 GRAM_BUDGET_BYTES = 2 * 1024**3
-"""Default budget: 32,768 atoms in fixed point, 23,170 in float32. A constant, not a share of the memory
-that happens to be free: the torch forms of pursuit round differently with and without a Gram matrix, and
-the same inputs must give the same bits."""
+"""Default budget of whole matrices: 32,768 atoms in fixed point, 23,170 in float32. A constant, not a
+share of the memory that happens to be free: the torch forms of pursuit round differently with and
+without a Gram matrix, and the same inputs must give the same bits."""
 
-GramMatrix = Float[Tensor, "n n"] | Int16[Tensor, "n n"]
-"""Floating point, for the torch forms; int16 fixed point, for the compiled ones."""
+ROWS_SHARE = 1 / 3
+"""Share of the memory available that rows of a larger matrix may take; codes do not depend on it."""
+
+GramMatrix = Float[Tensor, "n n"] | Int16[Tensor, "n n"] | GramRows
+"""Floating point, for the torch forms; int16 fixed point, or rows of it, for the compiled ones."""
 
 
 def gram_dtype(atoms: Float[Tensor, "n d"], method: str = "mp", signed: bool = True) -> torch.dtype:
@@ -29,24 +35,37 @@ def gram_fits(n_atoms: int, dtype: torch.dtype, budget_bytes: int = GRAM_BUDGET_
 def inner_products(
     a: Float[Tensor, "m d"], b: Float[Tensor, "n d"], dtype: torch.dtype
 ) -> Float[Tensor, "m n"] | Int16[Tensor, "m n"]:
-    """`a @ b.T`: rows of a Gram matrix of this dtype (int16: see `compiled.fixed_point`)."""
-    return compiled.fixed_point(a, b) if dtype == torch.int16 else (a @ b.T).to(dtype)
+    """`a @ b.T`: rows of a Gram matrix of this dtype (int16: see `fixed_point`)."""
+    return fixed_point(a, b) if dtype == torch.int16 else (a @ b.T).to(dtype)
 
 
 def gram_matrix(
     atoms: Float[Tensor, "n d"],
-    budget_bytes: int = GRAM_BUDGET_BYTES,
+    budget_bytes: int | None = None,
     *,
     method: str = "mp",
     signed: bool = True,
 ) -> GramMatrix | None:
-    """`atoms @ atoms.T` for this pursuit, or None where it would not fit into `budget_bytes`.
+    """`atoms @ atoms.T` for this pursuit, or what serves instead where it is larger than allowed.
 
     With the Gram matrix a pursuit step costs one row of it per activation (memory-bound), under OMP one
     for each atom held; without it, one product of the residuals with all atoms (arithmetic-bound). Both
     give the same codes up to rounding; pass the result on as the `gram` argument of `encode`.
+
+    Args:
+        budget_bytes: memory for it; by default `GRAM_BUDGET_BYTES`, and for `GramRows` a third of the
+            memory available, if that is more.
+
+    Returns:
+        Over the budget: for compiled pursuits a `GramRows`, whose codes are the same bit for bit; for
+        the others None.
     """
     dtype = gram_dtype(atoms, method, signed)
-    if not gram_fits(len(atoms), dtype, budget_bytes):
+    if gram_fits(len(atoms), dtype, GRAM_BUDGET_BYTES if budget_bytes is None else budget_bytes):
+        return inner_products(atoms, atoms, dtype)
+    if dtype != torch.int16:
         return None
-    return inner_products(atoms, atoms, dtype)
+    if budget_bytes is None:
+        available = psutil.virtual_memory().available
+        budget_bytes = max(GRAM_BUDGET_BYTES, int(ROWS_SHARE * available))
+    return GramRows(atoms, budget_bytes)

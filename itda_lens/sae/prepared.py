@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from itda_lens.pursuit import Method, gram_matrix
+from itda_lens.pursuit import GramMatrix, Method, gram_matrix
 
 
 class Prepared(NamedTuple):
@@ -16,12 +16,12 @@ class Prepared(NamedTuple):
         key: the state of the atoms, and the pursuit, that the rest was derived from and for.
         norms: of the rows, at least float32; None where all are 1 up to rounding, as they are unless
             the dictionary is stored in half precision or was rescaled.
-        gram: of the unit rows; None over the memory budget.
+        gram: of the unit rows, or some of its rows, or None: see `gram_matrix`.
     """
 
     key: tuple[object, ...]
     norms: Tensor | None
-    gram: Tensor | None
+    gram: GramMatrix | None
 
 
 # What is cached in inference mode must serve later passes that need gradients.

@@ -27,21 +27,22 @@ _f4, _i2, _i4 = np.float32, np.int16, np.int32
 
 
 @jit
-def quantize(products, out):
-    """Inner products of unit vectors, float32, into the fixed-point form."""
+def quantize(products, where, out):
+    """Inner products of unit vectors, float32, into rows `where` of a matrix in fixed point."""
     for i in range(products.shape[0]):
+        row = out[where[i]]
         for j in range(products.shape[1]):
-            out[i, j] = _i2(np.rint(min(max(products[i, j], _f4(-1)), _f4(1)) * _f4(GRAM_SCALE)))
+            row[j] = _i2(np.rint(min(max(products[i, j], _f4(-1)), _f4(1)) * _f4(GRAM_SCALE)))
 
 
 @jit
-def pack_row(packed, slot, gram, row):
-    """Copy a row of the Gram matrix into `packed` [n_blocks, pairs, block].
+def pack_row(packed, slot, gram, row, n):
+    """Copy `n` columns of a row of the Gram matrix into `packed` [n_blocks, pairs, block].
 
     Each 32-bit number holds two neighbouring slots, the even one in its lower half: what a processor
     multiplies and adds in one instruction. An odd slot must come after its even one.
     """
-    n, size = gram.shape[0], packed.shape[2]
+    size = packed.shape[2]
     for b in range(packed.shape[0]):
         out = packed[b, slot // 2]
         values = gram[row, b * size : min(n, (b + 1) * size)]

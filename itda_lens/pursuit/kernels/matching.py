@@ -22,45 +22,42 @@ _f4, _i4 = np.float32, np.int32
 
 @jit
 def matching_rows(
-    first,
-    last,
-    correlations,
-    x,
-    energies,
-    atoms,
-    gram,
-    signed,
-    rtol,
-    threshold,
-    error_0,
-    error_g,
-    picks,
-    coefficients,
-):
-    """Matching pursuit of rows `first` to `last`.
+    rows, correlations, x, energies, atoms, gram, slots, used, turn, signed, rtol, threshold, error_0,
+    error_g, missing, picks, coefficients
+):  # fmt: skip
+    """Matching pursuit of some rows of x.
 
     Args:
-        correlations: float32 [b, n], of the rows of x scaled to norm 1 with the atoms; overwritten.
+        rows: int64, which rows.
+        correlations: float32 [b, n], of the rows of x scaled to norm 1 with the atoms.
         x: float64 [b, d].
         energies: float64 [b], squared norms of x.
         atoms: [n, d].
-        gram: int16 [n, >= n], fixed point.
+        gram: int16 [m, >= n], rows of the Gram matrix in fixed point.
+        slots: int64 [n], the row of `gram` of each atom, -1 where it is not there.
+        used: int64 [m], receives `turn` for each row of `gram` that is read.
         threshold: a row stops before it picks an atom whose correlation is smaller.
         error_0: bound on the error of `correlations`.
         error_g: bound on the error of an entry of `gram`.
-        picks: int64 [b, k], filled with -1; receives the atom of each step.
-        coefficients: float64 [b, k], filled with 0.
-    """  # fmt: skip
+        missing: int64 [b], receives the atom whose row of the Gram matrix a pursuit had to end for, to
+            be begun again; -1 where it was completed.
+        picks: int64 [b, k], receives the atom of each step; -1 once it has ended.
+        coefficients: float64 [b, k]; 0 once it has ended.
+    """
     n, k = correlations.shape[1], picks.shape[1]
+    current = np.empty(n, _f4)
+    bits = current.view(_i4)
     tops = np.empty((n + BLOCK - 1) // BLOCK, _i4)
     residual = np.empty(x.shape[1])
     found = np.empty(n, np.int64)
     mask = MAGNITUDE if signed else _i4(-1)
-    for row in range(first, last):
+    for row in rows:
+        missing[row] = -1
+        picks[row] = -1
+        coefficients[row] = 0
         if energies[row] == 0:
             continue
-        current = correlations[row]
-        bits = current.view(_i4)
+        current[:] = correlations[row]
         residual[:] = x[row]
         error, inverse = error_0, 1 / np.sqrt(energies[row])
         block_tops(bits, mask, tops)
@@ -78,11 +75,17 @@ def matching_rows(
             left = subtract(residual, atoms, atom, c)
             if t + 1 == k or left <= rtol * rtol * energies[row]:
                 break
+            slot = slots[atom]
+            if slot < 0:
+                missing[row] = atom
+                break
+            if used[slot] != turn:
+                used[slot] = turn
             error += abs(c) * inverse * error_g + ROUNDING  # the last: of the update itself
             scaled = _f4(c * inverse / GRAM_SCALE)
             for b in range(tops.shape[0]):
                 low, high = b * BLOCK, min(n, (b + 1) * BLOCK)
-                tops[b] = _subtract(current[low:high], gram[atom, low:high], scaled, mask)
+                tops[b] = _subtract(current[low:high], gram[slot, low:high], scaled, mask)
 
 
 @jit

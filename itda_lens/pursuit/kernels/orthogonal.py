@@ -24,10 +24,10 @@ _f4, _f8, _i4 = np.float32, np.float64, np.int32
 
 @jit
 def orthogonal_rows(
-    first, last, correlations, x, energies, atoms, gram, rtol, threshold, tolerance, error_0, error_g,
-    picks, coefficients
+    rows, correlations, x, energies, atoms, gram, slots, used, turn, rtol, threshold, tolerance, error_0,
+    error_g, missing, picks, coefficients
 ):  # fmt: skip
-    """Orthogonal matching pursuit of rows `first` to `last`; arguments as in `matching_rows`.
+    """Orthogonal matching pursuit of some rows of x; arguments as in `matching_rows`.
 
     Batch OMP (Rubinstein, Zibulevsky & Elad, 2008) by the inverse of L, the Cholesky factor of the
     support's inner products. Its new row m gives the new direction q = m D_S, orthogonal to the old
@@ -48,7 +48,10 @@ def orthogonal_rows(
     packed = np.zeros((tops.shape[0], (k + 1) // 2, BLOCK), _i4)
     packed_c = np.empty((k + 1) // 2, _i4)
     sums = np.empty(BLOCK, _i4)
-    for row in range(first, last):
+    for row in rows:
+        missing[row] = -1
+        picks[row] = -1
+        coefficients[row] = 0
         if energies[row] == 0:
             continue
         support, c = picks[row], coefficients[row]
@@ -99,7 +102,13 @@ def orthogonal_rows(
             left -= step * step
             if t + 1 == k or left <= rtol * rtol * energies[row]:
                 break
-            pack_row(packed, t, gram, atom)
+            slot = slots[atom]
+            if slot < 0:
+                missing[row] = atom
+                break
+            if used[slot] != turn:
+                used[slot] = turn
+            pack_row(packed, t, gram, slot, n)
             unit, lost = pack_coefficients(c, t + 1, scale, packed_c)
             error = error_0 + ROUNDING + lost * np.sqrt(t + 1)
             for i in range(t + 1):

@@ -1,0 +1,78 @@
+"""Tables of the rows of a Gram matrix: all of them, or those that fit into memory."""
+
+import threading
+
+import torch
+from jaxtyping import Float, Int, Int16
+from torch import Tensor
+
+from itda_lens.pursuit.fixed_point import fixed_point
+
+
+class GramRows:
+    """Rows of the Gram matrix of `atoms` in fixed point, computed when a pursuit first needs them.
+
+    As many as fit into a budget are kept; where it is full, those that were not used for longest make
+    room. A row costs one product with all atoms. Real activations use some atoms much more than others,
+    so that most rows, once there, are used again. Codes do not depend on which rows are there. One
+    pursuit, of any number of threads, uses a table at a time (`lock`).
+
+    Attributes:
+        shape: of the whole matrix.
+        rows: int16 [capacity, n]; memory is taken as rows are filled.
+        slots: int64 [n], where each atom's row is; -1 if nowhere.
+        used: int64 [capacity], the last turn in which a row was used; 0 for an empty one.
+        turn: the current turn. Rows used in it stay.
+    """
+
+    dtype = torch.int16
+
+    def __init__(self, atoms: Float[Tensor, "n d"], budget_bytes: int) -> None:
+        n = len(atoms)
+        capacity = min(n, budget_bytes // (n * self.dtype.itemsize))
+        self.shape = torch.Size((n, n))
+        self.rows = torch.empty(capacity, n, dtype=self.dtype)
+        self.slots = torch.full((n,), -1, dtype=torch.long)
+        self.used = torch.zeros(capacity, dtype=torch.long)
+        self.turn = 0
+        self.lock = threading.Lock()
+        self._atoms, self._budget_bytes = atoms.detach(), budget_bytes
+        self._atom_of = torch.full((capacity,), -1, dtype=torch.long)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __reduce__(self) -> tuple[type["GramRows"], tuple[Tensor, int]]:
+        return type(self), (self._atoms, self._budget_bytes)  # a copy begins empty, with its own lock
+
+    def add(self, atoms: Int[Tensor, " m"]) -> None:
+        """Compute the rows of these atoms; those used in this turn must leave room for them."""
+        where = self.used.argsort(stable=True)[: len(atoms)]
+        replaced = self._atom_of[where]
+        self.slots[replaced[replaced >= 0]] = -1
+        fixed_point(self._atoms[atoms], self._atoms, self.rows, where)
+        self.slots[atoms] = where
+        self._atom_of[where] = atoms
+        self.used[where] = self.turn
+
+
+class WholeGram:
+    """A whole Gram matrix, in the form of `GramRows`."""
+
+    def __init__(self, gram: Int16[Tensor, "n n"]) -> None:
+        n, pitch = len(gram), gram.stride(0)
+        # Rows without gaps, which the kernels want: of the larger matrix if this is a corner of one.
+        if gram.stride(1) == 1 and pitch >= n and gram.storage_offset() == 0:
+            self.rows = gram.as_strided((n, pitch), (pitch, 1))
+        else:
+            self.rows = gram.contiguous()
+        self.slots = torch.arange(n)
+        self.used = torch.zeros(n, dtype=torch.long)
+        self.turn = 0
+        self.lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def add(self, atoms: Int[Tensor, " m"]) -> None:
+        assert not len(atoms), "every row is there"
