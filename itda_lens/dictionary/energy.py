@@ -28,6 +28,9 @@ from itda_lens.pursuit import encode
 CANDIDATES_PER_ATOM = 4
 """Size of the pool that atoms are chosen from, in multiples of the atoms wanted."""
 
+MIN_CANDIDATES = 1024
+"""Size of the pool at least: a few atoms are chosen badly from a few times as many."""
+
 MIN_SCORED = 16_384
 """Activations, at least, on which candidates are scored; see docs/selection.md for its effect."""
 
@@ -40,7 +43,7 @@ NEAR_DUPLICATE = 0.85
 RELAXED = (0.9, 0.95, 0.99, SAME_DIRECTION)
 """What counts as a repetition instead, in turn, while fewer candidates than atoms are left."""
 
-ORDERED_ON = 4096
+ORDERED_ON = 2048
 """Activations, at most, that decide the order of the chosen atoms."""
 
 UPDATE_ROUNDS = 3
@@ -70,7 +73,7 @@ class EnergySelector:
         least_cosine: float, dtype: torch.dtype, device: torch.device,
     ) -> None:  # fmt: skip
         self._d_sae, self._k, self._signed, self._least_cosine = d_sae, k, signed, least_cosine
-        n_candidates = CANDIDATES_PER_ATOM * d_sae
+        n_candidates = max(MIN_CANDIDATES, CANDIDATES_PER_ATOM * d_sae)
         n_scored = max(MIN_SCORED, n_candidates)
         self._candidates = StreamSample(d_in, n_candidates, seed, dtype, device, distinct=True)
         self._scored, *self._parts = [
@@ -92,7 +95,7 @@ class EnergySelector:
         self._mean.update(x)
         self._candidates.update(x, labels)
         for sample in (self._scored, *self._parts):
-            sample.update(x, labels)
+            sample.update(x)
 
     def running_fvu(self) -> float:
         """FVU of a random dictionary from the candidates so far: what selection starts from.

@@ -1,4 +1,4 @@
-"""Rows of numbers, each with a label, in a buffer that grows by doubling."""
+"""Rows of numbers, with labels or without, in a buffer that grows by doubling."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ from itda_lens.dictionary.labels import Label
 
 
 class RowStore:
-    """Append-only rows with labels; a row may be overwritten in place.
+    """Append-only rows; a row may be overwritten in place. Labels come with each row, or with none.
 
     The buffer doubles when it is full, so `n` appended rows cost O(n) copies, and stops doubling at
     `limit`, so that it never holds more than that.
@@ -18,11 +18,11 @@ class RowStore:
 
     def __init__(self, d: int, dtype: torch.dtype, device: torch.device, limit: int) -> None:
         self._buffer = torch.empty(0, d, dtype=dtype, device=device)
-        self._limit = limit
+        self._limit, self._n = limit, 0
         self.labels: list[Label] = []
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return self._n
 
     @property
     def rows(self) -> Float[Tensor, "n d"]:
@@ -34,8 +34,8 @@ class RowStore:
         """How many more rows fit under the limit."""
         return self._limit - len(self)
 
-    def append(self, rows: Float[Tensor, "m d"], labels: Sequence[Label]) -> None:
-        """Add `rows`, one label each, at the end."""
+    def append(self, rows: Float[Tensor, "m d"], labels: Sequence[Label] = ()) -> None:
+        """Add `rows`, and their labels, at the end."""
         n, needed = len(self), len(self) + len(rows)
         if needed > self._limit:
             raise ValueError(f"{needed} rows exceed the limit of {self._limit}")
@@ -45,10 +45,14 @@ class RowStore:
             grown[:n] = self.rows
             self._buffer = grown
         self._buffer[n:needed] = rows
+        self._n = needed
         self.labels.extend(labels)
 
-    def replace(self, slots: Sequence[int], rows: Float[Tensor, "m d"], labels: Sequence[Label]) -> None:
-        """Overwrite the rows at `slots`."""
+    def replace(
+        self, slots: Sequence[int], rows: Float[Tensor, "m d"], labels: Sequence[Label] = ()
+    ) -> None:
+        """Overwrite the rows at `slots`, and their labels."""
         self._buffer[torch.tensor(slots, dtype=torch.long, device=self._buffer.device)] = rows
-        for slot, label in zip(slots, labels, strict=True):
-            self.labels[slot] = label
+        if self.labels:
+            for slot, label in zip(slots, labels, strict=True):
+                self.labels[slot] = label

@@ -40,8 +40,11 @@ class StreamSample:
     def __len__(self) -> int:
         return len(self._store)
 
-    def update(self, rows: Float[Tensor, "m d"], labels: Sequence[Label]) -> None:
-        """Show the sample the next rows of the stream; only rows that it keeps read their label."""
+    def update(self, rows: Float[Tensor, "m d"], labels: Sequence[Label] | None = None) -> None:
+        """Show the sample the next rows of the stream; only rows that it keeps read their label.
+
+        A sample is of rows with labels or of rows without.
+        """
         priorities = self._generator.integers(0, 2**64, len(rows), dtype=np.uint64)
         offered = np.arange(len(rows))
         if self._store.room == 0:  # a full sample has smaller priorities than most of what comes
@@ -65,7 +68,7 @@ class StreamSample:
         evicted = np.setdiff1d(np.arange(held), kept)
         n_replaced = len(evicted)
         picked = rows[torch.from_numpy(incoming).to(rows.device)]
-        picked_labels = [labels[int(i)] for i in offered[incoming]]
+        picked_labels = [] if labels is None else [labels[int(i)] for i in offered[incoming]]
         self._store.replace(evicted.tolist(), picked[:n_replaced], picked_labels[:n_replaced])
         self._store.append(picked[n_replaced:], picked_labels[n_replaced:])
         slots = np.concatenate([evicted, np.arange(held, len(self))])
