@@ -4,8 +4,8 @@
 
 SmolLM2's residual stream after layer 10 on the text of `itda demo`, under Python's profiler. "In
 the model" is `LanguageModel.capture`, the forward pass that reads activations; of what is outside, the
-largest parts by function, which overlap, since calibration is coding. Nothing else should run meanwhile. The
-first build, which compiles, does not count.
+largest parts by function, which overlap, since calibration is coding. Nothing else should run meanwhile.
+The first build, which compiles, does not count.
 """
 
 import argparse
