@@ -1,6 +1,7 @@
 """What encoding costs, as multiples of a TopK SAE's encode in the same run.
 
     python benchmarks/speed.py [--atoms 4096 16384] [--k 40] [--tokens 1024] [--rounds 5] [--curves]
+                               [--on-demand 65536] [--stream 1000000]
 
 Atoms and tokens are real: SmolLM2's residual stream after layer 10, centred, on the text of `itda demo`.
 The unit is the arithmetic of SAELens's TopK encoder: one matrix product and a top-k. Every round times
@@ -12,9 +13,12 @@ pursuit's. The first round, which compiles and fills caches, does not count.
 import argparse
 import resource
 import statistics
+import sys
 import time
 from collections.abc import Callable
+from functools import partial
 
+import psutil
 import torch
 from sae_lens import MatchingPursuitSAE, MatchingPursuitSAEConfig
 from selection import activations
@@ -23,7 +27,7 @@ from torch import Tensor
 
 from itda_lens.demo.prose import reference_prose
 from itda_lens.demo.smollm2 import load
-from itda_lens.pursuit import encode, gram_matrix, matching, orthogonal
+from itda_lens.pursuit import GramRows, encode, gram_matrix, matching, orthogonal
 from itda_lens.sources import language_model
 
 LAYER = 10
@@ -125,6 +129,40 @@ def curves(x: Tensor, pool: Tensor, rounds: int) -> None:
         print(f"| {n} | {k} | {b} | {mp:.1f} | {omp:.1f} | {omp / mp:.1f} |", flush=True)
 
 
+def on_demand(x: Tensor, atoms: Tensor, k: int, rounds: int) -> None:
+    """Atoms whose Gram matrix is too large: batch after batch, as its rows come to be there."""
+    n_new = len(x) // rounds
+    print(f"\n{len(atoms)} atoms, k = {k}, Gram rows on demand, {n_new} new tokens a batch\n")
+    print("| encoder | batch | times a TopK encode | rows held | memory, GiB |\n|---|---|---|---|---|")
+    for method in ("mp", "omp"):
+        gram = gram_matrix(atoms, method=method)
+        if not isinstance(gram, GramRows):
+            sys.exit(f"the Gram matrix of {len(atoms)} atoms is held whole; give --on-demand more")
+        for i, batch in enumerate(x.chunk(rounds)):
+            took = seconds(partial(encode, batch, atoms, k, method=method, gram=gram))
+            ratio = took / seconds(partial(topk, batch, atoms, k))
+            held = int((gram.slots >= 0).sum())
+            cells = f"| {method.upper()} | {i + 1} | {ratio:.1f} | {held} | {resident():.1f} |"
+            print(cells, flush=True)
+        del gram
+
+
+def stream(x: Tensor, atoms: Tensor, k: int, n_tokens: int) -> None:
+    """Memory of the process while tokens, the same ones with noise, go through an encoder."""
+    gram = gram_matrix(atoms)
+    generator = torch.Generator().manual_seed(0)
+    print(f"\n| tokens of {n_tokens} | memory, GiB |\n|---|---|")
+    for i in range(0, n_tokens, len(x)):
+        encode(x + 0.1 * torch.randn(x.shape, generator=generator), atoms, k, gram=gram)
+        if 10 * i // n_tokens != 10 * (i + len(x)) // n_tokens:
+            print(f"| {i + len(x)} | {resident():.2f} |", flush=True)
+
+
+def resident() -> float:
+    """Memory that the process holds now, in GiB."""
+    return psutil.Process().memory_info().rss / 2**30
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--atoms", type=int, nargs="*", default=[4096, 16384])
@@ -132,6 +170,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--curves", action="store_true", help="growth in atoms, k and tokens as well")
+    parser.add_argument("--on-demand", type=int, help="atoms of an encoder with Gram rows on demand")
+    parser.add_argument("--stream", type=int, help="tokens to put through 4,096 atoms")
     options = parser.parse_args()
     train, held_out = reference_prose()
     lm = language_model(load())
@@ -141,11 +181,16 @@ def main() -> None:
     mean = pool.mean(dim=0)
     order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(0))
     pool = torch.nn.functional.normalize(pool[order] - mean, dim=1)
-    x = (x[: options.tokens] - mean).contiguous()
+    everything = x - mean
+    x = everything[: options.tokens].contiguous()
     for n in options.atoms:
         table(x, pool[:n].contiguous(), options.k, options.rounds)
     if options.curves:
         curves(x, pool, options.rounds)
+    if options.on_demand:
+        on_demand(everything[: 4 * 1024], pool[: options.on_demand].contiguous(), options.k, 4)
+    if options.stream:
+        stream(x, pool[:4096].contiguous(), options.k, options.stream)
 
 
 if __name__ == "__main__":

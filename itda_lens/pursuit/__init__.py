@@ -12,11 +12,13 @@ from itda_lens.pursuit.gram import (
     gram_matrix,
     inner_products,
 )
+from itda_lens.pursuit.gram_rows import GramRows
 
 __all__ = [
     "DEFAULT_RTOL",
     "GRAM_BUDGET_BYTES",
     "GramMatrix",
+    "GramRows",
     "Method",
     "SparseCodes",
     "calibrate_threshold",
