@@ -66,7 +66,7 @@ def main() -> None:
         draw(axes, [row for row in rows if (row["d_sae"], row["tokens"]) == (d_sae, most)], "l0")
         axes.set_title(f"{d_sae:,} atoms")
         axes.set_xlabel("mean nonzeros a token")
-    figure.axes[0].legend(fontsize=7)
+    figure.axes[0].legend(fontsize=7, handlelength=3)
     figure.savefig(options.images / "quality_l0.png", dpi=150)
 
     wide = [row for row in rows if (row["d_sae"], row["target"]) == (widths[-1], 20)]
@@ -77,7 +77,10 @@ def main() -> None:
     draw(axes, wide, "tokens")
     axes.set_title(f"{widths[-1]:,} atoms, 20 nonzeros a token")
     axes.set_xlabel("tokens to build from")
-    axes.legend(fontsize=7)
+    tokens = sorted({row["tokens"] for row in wide})
+    axes.set_xticks(tokens, [f"{n:,}" for n in tokens])
+    axes.set_xticks([], minor=True)
+    axes.legend(fontsize=7, handlelength=3)
     figure.savefig(options.images / "quality_tokens.png", dpi=150)
 
 

@@ -14,6 +14,7 @@ from scipy.optimize import nnls
 from sklearn.linear_model import orthogonal_mp_gram
 
 from itda_lens.pursuit import (
+    GramRows,
     SparseCodes,
     calibrate_threshold,
     calibration,
@@ -21,11 +22,12 @@ from itda_lens.pursuit import (
     encode,
     first_nonfinite_row,
     gram_matrix,
+    gram_rows,
     inner_products,
+    kernels,
     matching,
     orthogonal,
 )
-from itda_lens.pursuit.kernels import gram as kernels
 
 METHODS = ("mp", "omp")
 FORMS = ("compiled", "gram", "gemm")
@@ -363,6 +365,56 @@ def test_compiled_omp_on_nearly_dependent_atoms_is_that_of_float64():
     assert torch.equal(picks, expected)
     assert values.abs().max() > 30
     torch.testing.assert_close(values, coefficients, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_compiled_pursuit_ends_where_nothing_is_left(method):
+    x = torch.zeros(3, 8, dtype=torch.float64)
+    x[0, 2], x[1, :3], x[2, :2] = 3.0, torch.tensor([0.1, -0.7, 0.3]), torch.tensor([1.0, 1e-9])
+    atoms = torch.eye(8, dtype=torch.float64)
+    picks, values = compiled.search(x, atoms, gram_matrix(atoms), 5, method, True, 0.0, 0.0)
+    dense = SparseCodes(picks.clamp(min=0), values).to_dense(8)
+    torch.testing.assert_close(dense, x, atol=1e-15, rtol=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_compiled_omp_of_exact_codes_without_a_least_residual(seed):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.zeros(10, 8, dtype=torch.float64)
+    x[:, torch.randperm(8, generator=generator)[:3]] = torch.randn(
+        10, 3, generator=generator, dtype=torch.float64
+    )
+    atoms = torch.eye(8, dtype=torch.float64)
+    codes = encode(x, atoms, 5, method="omp", rtol=0.0, gram=gram_matrix(atoms))
+    torch.testing.assert_close(codes.to_dense(8), x, atol=1e-14, rtol=0)
+
+
+def test_gram_rows_made_in_inference_mode_serve_outside_and_under_autocast():
+    x, atoms = problem(n=60, d=8, dtype=torch.float32)
+    with torch.inference_mode():
+        rows = gram_matrix(atoms, 20 * 60 * 2)
+    assert isinstance(rows, GramRows)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        codes = encode(x, atoms, 5, gram=rows)
+    assert torch.equal(codes.indices, run(x, atoms, 5).indices)
+
+
+def test_interrupted_gram_rows_are_never_another_atom_s(monkeypatch):
+    x, atoms = problem(n=60, d=8, dtype=torch.float32)
+    rows = gram_matrix(atoms, 20 * 60 * 2)
+    codes = encode(x, atoms, 5, gram=rows)
+    with monkeypatch.context() as patch:
+        patch.setattr(gram_rows, "fixed_point", interrupt)
+        rows.turn += 1
+        with pytest.raises(KeyboardInterrupt):
+            rows.add((rows.slots < 0).nonzero().flatten()[:15])
+    assert (rows.slots >= 0).sum() == 5
+    again = encode(x, atoms, 5, gram=rows)
+    assert torch.equal(again.values, codes.values)
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("n_slots", [1, 2, 7])

@@ -36,6 +36,7 @@ class RowStore:
 
     def append(self, rows: Float[Tensor, "m d"], labels: Sequence[Label] = ()) -> None:
         """Add `rows`, and their labels, at the end."""
+        assert len(labels) in (0, len(rows)), "one label a row, or none at all"
         n, needed = len(self), len(self) + len(rows)
         if needed > self._limit:
             raise ValueError(f"{needed} rows exceed the limit of {self._limit}")

@@ -68,8 +68,9 @@ def search(
             inputs = (correlations, rows[chunk], energies[chunk], atoms)
             outputs = (picks[chunk], coefficients[chunk])
             table.turn += 1
-            missing = torch.zeros(len(correlations), dtype=torch.long)
-            while len(open_rows := (missing >= 0).nonzero().flatten()):
+            missing = torch.empty(len(correlations), dtype=torch.long)
+            open_rows = torch.arange(len(correlations))
+            while len(open_rows):
                 arrays = (*inputs, table.rows, table.slots, table.used)
                 results = (missing, *outputs)
                 tasks = [
@@ -86,7 +87,9 @@ def search(
                 ]
                 for task in tasks:
                     task.result()
-                table.add(missing[missing >= 0].unique())
+                open_rows = (missing >= 0).nonzero().flatten()
+                if len(open_rows):
+                    table.add(missing[open_rows].unique())
     return picks, coefficients.to(x.dtype)
 
 

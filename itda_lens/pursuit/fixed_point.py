@@ -29,7 +29,8 @@ def fixed_point(
 ) -> Int16[Tensor, "c n"]:
     """Inner products of unit rows as int16, `round(32767 <a, b>)`.
 
-    Rounding moves each by at most 1.6e-5 from its float32 product.
+    Rounding moves each by at most 1.6e-5 from its float32 product, which is at full precision whatever
+    the user allows elsewhere (autocast; `torch.set_float32_matmul_precision`).
 
     Args:
         out: written to, and returned; by default a new matrix of as many rows as `a`.
@@ -41,6 +42,12 @@ def fixed_point(
         where = torch.arange(len(a))
     a, b = a.detach().float(), b.detach().float()
     quantize = kernels().quantize
-    for rows, targets in zip(a.split(PRODUCT_ROWS), where.split(PRODUCT_ROWS), strict=True):
-        quantize((rows @ b.T).numpy(), targets.numpy(), out.numpy())
+    precision = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("highest")
+        with torch.autocast("cpu", enabled=False):
+            for rows, targets in zip(a.split(PRODUCT_ROWS), where.split(PRODUCT_ROWS), strict=True):
+                quantize((rows @ b.T).numpy(), targets.numpy(), out.numpy())
+    finally:
+        torch.set_float32_matmul_precision(precision)
     return out

@@ -15,7 +15,11 @@ share of the memory that happens to be free: the torch forms of pursuit round di
 without a Gram matrix, and the same inputs must give the same bits."""
 
 ROWS_SHARE = 1 / 3
-"""Share of the memory available that rows of a larger matrix may take; codes do not depend on it."""
+"""Share of the memory available that a table of rows of a larger matrix may take, within bounds; codes do
+not depend on it."""
+
+MOST_ROWS_BYTES = 8 * 1024**3
+"""Most memory of such a table: a container may allow less than the machine says is available."""
 
 GramMatrix = Float[Tensor, "n n"] | Int16[Tensor, "n n"] | GramRows
 """Floating point, for the torch forms; int16 fixed point, or rows of it, for the compiled ones."""
@@ -54,7 +58,7 @@ def gram_matrix(
 
     Args:
         budget_bytes: memory for it; by default `GRAM_BUDGET_BYTES`, and for `GramRows` a third of the
-            memory available, if that is more.
+            memory available, if that is more, up to 8 GiB.
 
     Returns:
         Over the budget: for compiled pursuits a `GramRows`, whose codes are the same bit for bit; for
@@ -67,5 +71,5 @@ def gram_matrix(
         return None
     if budget_bytes is None:
         available = psutil.virtual_memory().available
-        budget_bytes = max(GRAM_BUDGET_BYTES, int(ROWS_SHARE * available))
+        budget_bytes = max(GRAM_BUDGET_BYTES, min(int(ROWS_SHARE * available), MOST_ROWS_BYTES))
     return GramRows(atoms, budget_bytes)

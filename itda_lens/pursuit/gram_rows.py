@@ -31,13 +31,14 @@ class GramRows:
         n = len(atoms)
         capacity = min(n, budget_bytes // (n * self.dtype.itemsize))
         self.shape = torch.Size((n, n))
-        self.rows = torch.empty(capacity, n, dtype=self.dtype)
-        self.slots = torch.full((n,), -1, dtype=torch.long)
-        self.used = torch.zeros(capacity, dtype=torch.long)
+        with torch.inference_mode(False):  # what is made in inference mode must serve later passes
+            self.rows = torch.empty(capacity, n, dtype=self.dtype)
+            self.slots = torch.full((n,), -1, dtype=torch.long)
+            self.used = torch.zeros(capacity, dtype=torch.long)
+            self._atom_of = torch.full((capacity,), -1, dtype=torch.long)
         self.turn = 0
         self.lock = threading.Lock()
-        self._atoms, self._budget_bytes = atoms.detach(), budget_bytes
-        self._atom_of = torch.full((capacity,), -1, dtype=torch.long)
+        self._atoms, self._budget_bytes = atoms.detach().float(), budget_bytes
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -49,11 +50,14 @@ class GramRows:
         """Compute the rows of these atoms; those used in this turn must leave room for them."""
         where = self.used.argsort(stable=True)[: len(atoms)]
         replaced = self._atom_of[where]
+        # An interrupt at any point leaves rows unused, never a row under the wrong atom.
         self.slots[replaced[replaced >= 0]] = -1
+        self._atom_of[where] = -1
+        self.used[where] = 0
         fixed_point(self._atoms[atoms], self._atoms, self.rows, where)
-        self.slots[atoms] = where
         self._atom_of[where] = atoms
         self.used[where] = self.turn
+        self.slots[atoms] = where
 
 
 class WholeGram:

@@ -1,0 +1,516 @@
+"""The inner loops of the pursuits on a CPU, compiled by numba: one row of activations at a time.
+
+Which atom correlates best is found in two stages. Correlations in float32, updated with a Gram matrix in
+16-bit fixed point, come with a bound on their error; the atoms that the bound leaves in question, about
+one, are settled by inner products in float64 with the true residual. So picks and coefficients are those
+of a float64 pursuit, though nearly all of the memory traffic is in half precision; and a row's code does
+not depend, bit for bit, on its batch, its chunk or the number of threads.
+
+Loops are written as they are because each must be one that the compiler can vectorise. A running maximum
+of floats is not, one of their bit patterns as integers (of the same order, for floats >= 0) is; and a
+loop must begin at 0, or its index might be a negative one, which counts from the end: parts are sliced.
+
+All of this is one file, because numba's cache on disk sees edits of a function's own file only.
+"""
+
+from typing import Any
+
+import numba
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+_f4, _f8, _i2, _i4 = np.float32, np.float64, np.int16, np.int32
+
+
+# No infinities or NaN get here, sums may be reordered (always in the same way), products may be fused.
+_FAST = {"nnan", "ninf", "nsz", "contract", "reassoc"}
+
+
+def jit(function: Any) -> Any:
+    """Compile on first use, without the interpreter's lock; keep the result on disk where possible."""
+    try:
+        return numba.njit(nogil=True, fastmath=_FAST, cache=True)(function)
+    except RuntimeError:  # no writable place for the cache
+        return numba.njit(nogil=True, fastmath=_FAST)(function)
+
+
+# --- Gram matrices in fixed point, and sums of their rows by integer arithmetic
+
+GRAM_SCALE = 32767
+"""What 1 is in the fixed-point Gram matrix."""
+
+TILE = 64
+"""Columns whose sums are in registers at once; their rows lie side by side in a packed matrix."""
+
+LARGEST_SCALE = 60_000.0
+"""What 1 may be, at most, in fixed-point coefficients: a sum, at most 1, must stay under 2**31 / 32767 =
+65,538, with a margin for rounding. Partial sums may overflow, since integers wrap round."""
+
+_LANES = 8
+"""32-bit numbers in a vector of AVX2; longer vectors gained nothing."""
+
+
+@jit
+def quantize(products, where, out):
+    """Inner products of unit vectors, float32, into rows `where` of a matrix in fixed point."""
+    for i in range(products.shape[0]):
+        row = out[where[i]]
+        for j in range(products.shape[1]):
+            row[j] = _i2(np.rint(min(max(products[i, j], _f4(-1)), _f4(1)) * _f4(GRAM_SCALE)))
+
+
+@jit
+def pack_row(packed, slot, gram, row, n):
+    """Copy `n` columns of a row of the Gram matrix into `packed` [n_blocks, pairs, block].
+
+    Each 32-bit number holds two neighbouring slots, the even one in its lower half: what a processor
+    multiplies and adds in one instruction. An odd slot must come after its even one.
+    """
+    size = packed.shape[2]
+    for b in range(packed.shape[0]):
+        out = packed[b, slot // 2]
+        values = gram[row, b * size : min(n, (b + 1) * size)]
+        if slot % 2:
+            for i in range(values.shape[0]):
+                out[i] |= _i4(values[i]) << _i4(16)
+        else:
+            for i in range(values.shape[0]):
+                out[i] = _i4(values[i]) & _i4(0xFFFF)
+
+
+@jit
+def pack_coefficients(c, n, scale, out):
+    """The first `n` coefficients, times `scale`, as fixed-point pairs into `out`.
+
+    Returns what 1 is in them, and the norm of what rounding changed.
+    """
+    largest = 0.0
+    for i in range(n):
+        largest = max(largest, abs(c[i]) * scale)
+    unit = min(GRAM_SCALE / largest, LARGEST_SCALE)
+    lost = 0.0
+    for i in range(n):
+        exact = c[i] * scale * unit
+        rounded = np.rint(exact)
+        lost += (rounded - exact) ** 2
+        if i % 2:
+            out[i // 2] |= _i4(rounded) << 16
+        else:
+            out[i // 2] = _i4(rounded) & 0xFFFF
+    return unit, np.sqrt(lost) / unit
+
+
+@intrinsic
+def _packed_sums(
+    typingctx: Any, sums: Any, packed: Any, coefficients: Any, n_pairs: Any
+) -> tuple[Any, Any]:
+    """`packed_sums`, which loops in numba's language do not compile to the instruction for."""
+    vector = ir.VectorType(ir.IntType(32), _LANES)
+    halves = ir.VectorType(ir.IntType(16), 2 * _LANES)
+    integer = ir.IntType(32)
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        out, rows, weights = (
+            context.make_array(kind)(context, builder, value)
+            for kind, value in zip(signature.args, arguments, strict=True)
+            if isinstance(kind, types.Array)
+        )
+        n_pairs = arguments[3]
+        size = cgutils.unpack_tuple(builder, rows.shape)[1]
+        has_avx2 = "+avx2" in context.codegen().magic_tuple()[2]
+
+        def constant(value: int) -> Any:
+            return ir.Constant(size.type, value)
+
+        def splat(value: Any) -> Any:
+            single = builder.insert_element(ir.Constant(vector, ir.Undefined), value, integer(0))
+            return builder.shuffle_vector(single, single, ir.Constant(vector, [0] * _LANES))
+
+        def lower(value: Any) -> Any:
+            by = ir.Constant(vector, [16] * _LANES)
+            return builder.ashr(builder.shl(value, by), by)
+
+        def upper(value: Any) -> Any:
+            return builder.ashr(value, ir.Constant(vector, [16] * _LANES))
+
+        def multiply(a: Any, b: Any) -> Any:
+            if has_avx2:
+                kind = ir.FunctionType(vector, [halves, halves])
+                name = "llvm.x86.avx2.pmadd.wd"
+                function = cgutils.get_or_insert_function(builder.module, kind, name)
+                return builder.call(function, [builder.bitcast(a, halves), builder.bitcast(b, halves)])
+            return builder.add(builder.mul(lower(a), lower(b)), builder.mul(upper(a), upper(b)))
+
+        def vectors(numbers: Any, start: Any) -> Any:
+            return builder.bitcast(builder.gep(numbers, [start]), vector.as_pointer())
+
+        totals = [cgutils.alloca_once(builder, vector) for _ in range(TILE // _LANES)]
+        with cgutils.for_range_slice(builder, constant(0), size, constant(TILE)) as (column, _):
+            for total in totals:
+                builder.store(ir.Constant(vector, [0] * _LANES), total)
+            with cgutils.for_range(builder, n_pairs) as loop:
+                weight = splat(builder.load(builder.gep(weights.data, [loop.index])))
+                source = vectors(rows.data, builder.add(builder.mul(loop.index, size), column))
+                for i, total in enumerate(totals):
+                    row = builder.load(builder.gep(source, [constant(i)]), align=4)
+                    builder.store(builder.add(builder.load(total), multiply(row, weight)), total)
+            target = vectors(out.data, column)
+            for i, total in enumerate(totals):
+                builder.store(builder.load(total), builder.gep(target, [constant(i)]), align=4)
+        return context.get_dummy_value()
+
+    signature = types.void(sums, packed, coefficients, types.intp)
+    return signature, generate
+
+
+@jit
+def packed_sums(sums, packed, coefficients, n_pairs):
+    """Sums over slots of packed rows times packed coefficients, for one block of columns.
+
+    Args:
+        sums: int32 [block], receives them.
+        packed: int32 [pairs, block]; an odd slot without a row may hold anything, its coefficient is 0.
+        coefficients: int32 [>= n_pairs].
+    """
+    _packed_sums(sums, packed, coefficients, n_pairs)  # pyright: ignore[reportCallIssue]
+
+
+# --- Vectors, and the search for the atom of largest correlation
+
+BLOCK = 512
+"""Correlations updated, and their maximum kept, at a time: small enough for the nearest cache."""
+
+REFRESH = 4
+"""Correlations are computed anew from the residual once the largest is under this many error bounds."""
+
+ROUNDING = 2.4e-7
+"""Bound on four roundings of a number below 1 to float32: those of an update of a correlation."""
+
+CANCELLED = 1e-8
+"""Share of a row's energy under which what is left of it is computed, not tracked, in float64."""
+
+MAGNITUDE = np.int32(0x7FFFFFFF)
+"""Bits of a float without its sign."""
+
+_SEARCHED = 64
+"""Correlations looked at one by one."""
+
+
+@jit
+def squared_norm(a):
+    total = 0.0
+    for i in range(a.shape[0]):
+        total += a[i] * a[i]
+    return total
+
+
+@jit
+def dot(a, rows, row):
+    total = 0.0
+    for i in range(a.shape[0]):
+        total += a[i] * _f8(rows[row, i])
+    return total
+
+
+@jit
+def subtract(a, rows, row, c):
+    """a -= c rows[row]; returns the squared norm of the result."""
+    total = 0.0
+    for i in range(a.shape[0]):
+        a[i] -= c * _f8(rows[row, i])
+        total += a[i] * a[i]
+    return total
+
+
+@jit
+def top(bits, mask):
+    """Largest of `bits & mask`, at least 0."""
+    found = _i4(0)
+    for i in range(bits.shape[0]):
+        found = _i4(max(found, _i4(bits[i] & mask)))
+    return found
+
+
+@jit
+def block_tops(bits, mask, tops):
+    for b in range(tops.shape[0]):
+        tops[b] = top(bits[b * BLOCK : (b + 1) * BLOCK], mask)
+
+
+@jit
+def largest(tops):
+    return _i4(top(tops, MAGNITUDE)).view(_f4)
+
+
+@jit
+def refresh(correlations, residual, atoms):
+    """Correlations with the residual scaled to norm 1 (or zero); returns the inverse of its norm."""
+    left = squared_norm(residual)
+    inverse = 1 / np.sqrt(left) if left > 0 else 0.0
+    for i in range(atoms.shape[0]):
+        correlations[i] = _f4(dot(residual, atoms, i) * inverse)
+    return inverse
+
+
+@jit
+def in_question(bits, mask, tops, error, taken, n_taken, found):
+    """The atoms, in order, that may be the one of largest correlation; returns how many.
+
+    These are the ones whose approximate correlation is within twice its `error` of the largest one, but
+    for the first `n_taken` of `taken`.
+    """
+    threshold = _f4(max(largest(tops) - _f4(2 * error), _f4(1e-30))).view(_i4)
+    n, n_found = bits.shape[0], 0
+    for b in range(tops.shape[0]):
+        if tops[b] >= threshold:
+            for low in range(b * BLOCK, min(n, (b + 1) * BLOCK), _SEARCHED):
+                if top(bits[low : low + _SEARCHED], mask) >= threshold:
+                    for i in range(low, min(n, low + _SEARCHED)):
+                        if _i4(bits[i] & mask) >= threshold:
+                            new = True
+                            for t in range(n_taken):
+                                new &= taken[t] != i
+                            if new:
+                                found[n_found] = i
+                                n_found += 1
+    return n_found
+
+
+@jit
+def pick(found, n_found, mask, residual, atoms):
+    """Of the atoms `found`, the first of largest correlation with the residual, or -1; and its own."""
+    best, atom = 0.0, -1
+    for i in range(n_found):
+        value = dot(residual, atoms, found[i])
+        if value > abs(best) or (mask == MAGNITUDE and -value > abs(best)):
+            best, atom = value, found[i]
+    return atom, best
+
+
+# --- Matching pursuit (Mallat & Zhang, 1993)
+
+
+@jit
+def matching_rows(
+    rows, correlations, x, energies, atoms, gram, slots, used, turn, signed, rtol, threshold, error_0,
+    error_g, missing, picks, coefficients
+):  # fmt: skip
+    """Matching pursuit of some rows of x.
+
+    Args:
+        rows: int64, which rows.
+        correlations: float32 [b, n], of the rows of x scaled to norm 1 with the atoms.
+        x: float64 [b, d].
+        energies: float64 [b], squared norms of x.
+        atoms: [n, d].
+        gram: int16 [m, >= n], rows of the Gram matrix in fixed point.
+        slots: int64 [n], the row of `gram` of each atom, -1 where it is not there.
+        used: int64 [m], receives `turn` for each row of `gram` that is read.
+        threshold: a row stops before it picks an atom whose correlation is smaller.
+        error_0: bound on the error of `correlations`.
+        error_g: bound on the error of an entry of `gram`.
+        missing: int64 [b], receives the atom whose row of the Gram matrix a pursuit had to end for, to
+            be begun again; -1 where it was completed.
+        picks: int64 [b, k], receives the atom of each step; -1 once it has ended.
+        coefficients: float64 [b, k]; 0 once it has ended.
+    """
+    n, k = correlations.shape[1], picks.shape[1]
+    current = np.empty(n, _f4)
+    bits = current.view(_i4)
+    tops = np.empty((n + BLOCK - 1) // BLOCK, _i4)
+    residual = np.empty(x.shape[1])
+    found = np.empty(n, np.int64)
+    mask = MAGNITUDE if signed else _i4(-1)
+    for row in rows:
+        missing[row] = -1
+        picks[row] = -1
+        coefficients[row] = 0
+        if energies[row] == 0:
+            continue
+        current[:] = correlations[row]
+        residual[:] = x[row]
+        error, inverse = error_0, 1 / np.sqrt(energies[row])
+        block_tops(bits, mask, tops)
+        for t in range(k):
+            if largest(tops) < REFRESH * error:
+                inverse = refresh(current, residual, atoms)
+                error = ROUNDING
+                block_tops(bits, mask, tops)
+            n_found = in_question(bits, mask, tops, error, found, 0, found)
+            atom, c = pick(found, n_found, mask, residual, atoms)
+            if atom < 0 or abs(c) < threshold:
+                break
+            picks[row, t] = atom
+            coefficients[row, t] = c
+            left = subtract(residual, atoms, atom, c)
+            if t + 1 == k or left <= rtol * rtol * energies[row]:
+                break
+            slot = slots[atom]
+            if slot < 0:
+                missing[row] = atom
+                break
+            if used[slot] != turn:
+                used[slot] = turn
+            error += abs(c) * inverse * error_g + ROUNDING
+            scaled = _f4(c * inverse / GRAM_SCALE)
+            for b in range(tops.shape[0]):
+                low, high = b * BLOCK, min(n, (b + 1) * BLOCK)
+                tops[b] = _subtract(current[low:high], gram[slot, low:high], scaled, mask)
+
+
+@jit
+def _subtract(correlations, products, c, mask):
+    """Subtract products times c; returns the largest of the result's bits & mask, at least 0."""
+    found = _i4(0)
+    for i in range(correlations.shape[0]):
+        value = _f4(correlations[i] - c * _f4(products[i]))
+        correlations[i] = value
+        found = _i4(max(found, _i4(value.view(_i4) & mask)))
+    return found
+
+
+# --- Orthogonal matching pursuit, signed (Pati et al., 1993)
+
+
+@jit
+def orthogonal_rows(
+    rows, correlations, x, energies, atoms, gram, slots, used, turn, rtol, threshold, tolerance, error_0,
+    error_g, missing, picks, coefficients
+):  # fmt: skip
+    """Orthogonal matching pursuit of some rows of x; arguments as in `matching_rows`.
+
+    Batch OMP (Rubinstein, Zibulevsky & Elad, 2008) by the inverse of L, the Cholesky factor of the
+    support's inner products. Its new row m gives the new direction q = m D_S, orthogonal to the old
+    support, and so the new coefficients, c + <q, x> m. The residual is formed only where the error bound
+    leaves several atoms in question.
+
+    Args:
+        tolerance: squared distance from the span of the support under which an atom is inside it.
+    """
+    n, k, d = correlations.shape[1], picks.shape[1], x.shape[1]
+    tops = np.empty((n + BLOCK - 1) // BLOCK, _i4)
+    found = np.empty(n, np.int64)
+    residual, new = np.empty(d), np.empty(d)
+    current = np.empty(n, _f4)
+    bits = current.view(_i4)
+    inverse = np.empty((k, k))
+    cross, m = np.empty(k), np.empty(k)
+    packed = np.zeros((tops.shape[0], (k + 1) // 2, BLOCK), _i4)
+    packed_c = np.empty((k + 1) // 2, _i4)
+    sums = np.empty(BLOCK, _i4)
+    for row in rows:
+        missing[row] = -1
+        picks[row] = -1
+        coefficients[row] = 0
+        if energies[row] == 0:
+            continue
+        support, c = picks[row], coefficients[row]
+        initial = correlations[row]
+        scale = 1 / np.sqrt(energies[row])
+        current[:] = initial
+        left, error = energies[row], error_0
+        block_tops(bits, MAGNITUDE, tops)
+        for t in range(k):
+            if largest(tops) < REFRESH * error:
+                _residual(residual, x, row, atoms, support, c, t)
+                refresh(current, residual, atoms)
+                for i in range(t):
+                    current[support[i]] = 0.0  # but for rounding, which must not hide the others
+                error = ROUNDING
+                block_tops(bits, MAGNITUDE, tops)
+            n_found = in_question(bits, MAGNITUDE, tops, error, support, t, found)
+            atom = found[0]
+            if n_found != 1:
+                _residual(residual, x, row, atoms, support, c, t)
+                atom, _ = pick(found, n_found, MAGNITUDE, residual, atoms)
+                if atom < 0:
+                    break
+            for i in range(d):
+                new[i] = _f8(atoms[atom, i])
+            _cross(new, atoms, support, t, cross)
+            best = dot(new, x, row)
+            for i in range(t):
+                best -= c[i] * cross[i]
+            if best == 0 or abs(best) < threshold:
+                break
+            distance = squared_norm(new)
+            m[:t] = 0
+            for i in range(t):
+                w = 0.0
+                for j in range(i + 1):
+                    w += inverse[i, j] * cross[j]
+                for j in range(i + 1):
+                    m[j] -= w * inverse[i, j]
+                distance -= w * w
+            if distance <= tolerance:
+                break
+            m[t] = 1.0
+            diagonal = 1 / np.sqrt(distance)
+            step = best * diagonal
+            support[t] = atom
+            for i in range(t + 1):
+                inverse[t, i] = diagonal * m[i]
+                c[i] += step * inverse[t, i]
+            left -= step * step
+            if left < CANCELLED * energies[row]:
+                _residual(residual, x, row, atoms, support, c, t + 1)
+                left = squared_norm(residual)
+            if t + 1 == k or left <= rtol * rtol * energies[row]:
+                break
+            slot = slots[atom]
+            if slot < 0:
+                missing[row] = atom
+                break
+            if used[slot] != turn:
+                used[slot] = turn
+            pack_row(packed, t, gram, slot, n)
+            unit, lost = pack_coefficients(c, t + 1, scale, packed_c)
+            error = error_0 + ROUNDING + lost * np.sqrt(t + 1)
+            for i in range(t + 1):
+                error += abs(c[i]) * scale * error_g
+            inverse_unit = _f4(1 / (unit * GRAM_SCALE))
+            for b in range(tops.shape[0]):
+                low, high = b * BLOCK, min(n, (b + 1) * BLOCK)
+                packed_sums(sums, packed[b], packed_c, t // 2 + 1)
+                tops[b] = _difference(current[low:high], initial[low:high], sums, inverse_unit)
+
+
+@jit
+def _cross(new, atoms, support, n, out):
+    """Inner products of an atom with the first `n` of the support, four at a time."""
+    i = 0
+    while i + 4 <= n:
+        s0, s1, s2, s3 = support[i], support[i + 1], support[i + 2], support[i + 3]
+        a, b, c, d = 0.0, 0.0, 0.0, 0.0
+        for j in range(new.shape[0]):
+            a += new[j] * _f8(atoms[s0, j])
+            b += new[j] * _f8(atoms[s1, j])
+            c += new[j] * _f8(atoms[s2, j])
+            d += new[j] * _f8(atoms[s3, j])
+        out[i], out[i + 1], out[i + 2], out[i + 3] = a, b, c, d
+        i += 4
+    while i < n:
+        out[i] = dot(new, atoms, support[i])
+        i += 1
+
+
+@jit
+def _residual(out, x, row, atoms, support, c, n):
+    """A row of x less the first `n` atoms of its support times c."""
+    out[:] = x[row]
+    for i in range(n):
+        subtract(out, atoms, support[i], c[i])
+
+
+@jit
+def _difference(out, a, b, c):
+    """a - b c; returns the largest magnitude, as bits."""
+    found = _i4(0)
+    for i in range(out.shape[0]):
+        value = _f4(a[i] - c * _f4(b[i]))
+        out[i] = value
+        found = _i4(max(found, _i4(value.view(_i4) & MAGNITUDE)))
+    return found
