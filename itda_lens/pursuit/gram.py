@@ -15,8 +15,7 @@ share of the memory that happens to be free: the torch forms of pursuit round di
 without a Gram matrix, and the same inputs must give the same bits."""
 
 ROWS_SHARE = 1 / 3
-"""Share of the memory available that a table of rows of a larger matrix may take, within bounds; codes do
-not depend on it."""
+"""Share of the memory available that rows of a larger matrix may take; codes do not depend on it."""
 
 MOST_ROWS_BYTES = 8 * 1024**3
 """Most memory of such a table: a container may allow less than the machine says is available."""
