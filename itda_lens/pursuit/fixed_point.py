@@ -15,7 +15,7 @@ _compiling = threading.Lock()
 
 
 def kernels() -> Any:
-    """The package of compiled loops, imported when it is first needed."""
+    """The module of compiled loops, imported when it is first needed."""
     with _compiling:
         from itda_lens.pursuit import kernels
     return kernels

@@ -43,7 +43,7 @@ GRAM_SCALE = 32767
 """What 1 is in the fixed-point Gram matrix."""
 
 TILE = 64
-"""Columns whose sums are in registers at once; their rows lie side by side in a packed matrix."""
+"""Columns whose sums are in registers at once."""
 
 LARGEST_SCALE = 60_000.0
 """What 1 may be, at most, in fixed-point coefficients: a sum, at most 1, must stay under 2**31 / 32767 =
@@ -507,7 +507,10 @@ def _residual(out, x, row, atoms, support, c, n):
 
 @jit
 def _difference(out, a, b, c):
-    """a - b c; returns the largest magnitude, as bits."""
+    """a - b c; returns the largest magnitude, as bits.
+
+    Not `_subtract` after a copy: the copy costs OMP a sixth of its time at 4,096 atoms.
+    """
     found = _i4(0)
     for i in range(out.shape[0]):
         value = _f4(a[i] - c * _f4(b[i]))
