@@ -53,7 +53,7 @@ docs: $(STAMP)
 $(STAMP): pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet "$(TORCH)"
-	$(BIN)/pip install --quiet --constraint $(CONSTRAINTS) -e '.[test]'
+	$(BIN)/pip install --quiet --constraint $(CONSTRAINTS) -e '.[test,triton]'
 	rm -f $(VENV)/.installed-*
 	touch "$@"
 

@@ -2,6 +2,7 @@
 
     python benchmarks/speed.py [--atoms 4096 16384] [--k 40] [--tokens 1024] [--rounds 5] [--curves]
                                [--on-demand 65536] [--stream 1000000]
+    python benchmarks/speed.py --device cuda --random 2304 [--dtype bfloat16] --atoms 16384 65536
 
 Atoms and tokens are real: SmolLM2's residual stream after layer 10, centred, on the text of `itda demo`.
 The unit is the arithmetic of SAELens's TopK encoder: one matrix product and a top-k. Every round times
@@ -36,15 +37,17 @@ SLOW_ROWS = 64
 
 
 def topk(x: Tensor, atoms: Tensor, k: int) -> None:
-    torch.topk(torch.relu(x @ atoms.T), k, dim=-1)
+    torch.topk(torch.relu(x.to(atoms.dtype) @ atoms.T), k, dim=-1)
 
 
 def saelens_pursuit(x: Tensor, atoms: Tensor, k: int) -> None:
     n, d = atoms.shape
-    config = MatchingPursuitSAEConfig(d_in=d, d_sae=n, max_iterations=k, residual_threshold=0.0)
+    config = MatchingPursuitSAEConfig(
+        d_in=d, d_sae=n, max_iterations=k, residual_threshold=0.0, device=str(atoms.device)
+    )
     sae = MatchingPursuitSAE(config)
     sae.W_dec.data = atoms
-    sae.encode(x)
+    sae.encode(x.to(atoms.dtype))
 
 
 def scikit_learn(x: Tensor, atoms: Tensor, gram: Tensor, k: int) -> None:
@@ -52,9 +55,12 @@ def scikit_learn(x: Tensor, atoms: Tensor, gram: Tensor, k: int) -> None:
 
 
 def seconds(run: Callable[[], object]) -> float:
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    wait()
     start = time.perf_counter()
     with torch.no_grad():
         run()
+    wait()
     return time.perf_counter() - start
 
 
@@ -73,7 +79,7 @@ def equal(x: Tensor, atoms: Tensor, gram: Tensor | None, k: int, method: str) ->
     module = matching if method == "mp" else orthogonal
     rows = x[:CHECKED]
     expected, coefficients = module.search(rows.double(), atoms.double(), None, k, True, 1e-3, 0.0)
-    dense = torch.zeros(len(rows), len(atoms), dtype=torch.float64)
+    dense = torch.zeros(len(rows), len(atoms), dtype=torch.float64, device=x.device)
     dense.scatter_add_(1, expected.clamp(min=0), coefficients)
     found = encode(rows, atoms, k, method=method, gram=gram).to_dense(len(atoms))  # pyright: ignore
     return ((found != 0) == (dense != 0)).all(dim=1).double().mean().item()
@@ -85,29 +91,39 @@ def table(x: Tensor, atoms: Tensor, k: int, rounds: int) -> None:
     fixed = gram_matrix(atoms)
     made = time.perf_counter() - start
     floating = atoms @ atoms.T
+    if not isinstance(fixed, Tensor) or fixed.dtype != torch.int16:
+        sys.exit(f"there is no compiled pursuit of {n} atoms here")
     few, share = x[:SLOW_ROWS], SLOW_ROWS / len(x)
-    ratios = compare(
-        lambda: topk(x, atoms, k),
-        {
-            "MP, compiled": (lambda: encode(x, atoms, k, gram=fixed), 1),
+    contenders = {
+        "MP, compiled": (lambda: encode(x, atoms, k, gram=fixed), 1),
+        "MP, torch, Gram": (lambda: encode(x, atoms, k, gram=floating), 1),
+        "OMP, torch, Gram": (lambda: encode(x, atoms, k, method="omp", gram=floating), 1),
+        "MP, torch, one product per step (the paper's loop)": (lambda: encode(x, atoms, k), 1),
+        "SAELens MatchingPursuitSAE": (lambda: saelens_pursuit(x, atoms, k), 1),
+    }
+    if not x.is_cuda:
+        contenders |= {
             "OMP, compiled": (lambda: encode(x, atoms, k, method="omp", gram=fixed), 1),
-            "MP, torch, Gram": (lambda: encode(x, atoms, k, gram=floating), 1),
-            "OMP, torch, Gram": (lambda: encode(x, atoms, k, method="omp", gram=floating), 1),
-            "MP, torch, one product per step (the paper's loop)": (lambda: encode(x, atoms, k), 1),
-            "SAELens MatchingPursuitSAE": (lambda: saelens_pursuit(x, atoms, k), 1),
             "scikit-learn orthogonal_mp_gram": (lambda: scikit_learn(few, atoms, floating, k), share),
-        },
-        rounds,
-    )
+        }
+    ratios = compare(lambda: topk(x, atoms, k), contenders, rounds)
     print(f"\n{n} atoms, d = {atoms.shape[1]}, k = {k}, {len(x)} tokens\n")
     print("| encoder | times a TopK encode |\n|---|---|")
     for name, ratio in ratios.items():
         print(f"| {name} | {ratio:.1f} |")
+    exact = ", ".join(
+        f"{method.upper()} {equal(x, atoms, fixed, k, method):.2%}"
+        for method in (["mp"] if x.is_cuda else ["mp", "omp"])
+    )
+    peak = (
+        torch.cuda.max_memory_allocated() / 2**30
+        if x.is_cuda
+        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    )
     print(
         f"\nGram matrix, int16: {fixed.nbytes / 2**20:.0f} MiB, made in {made:.1f} s; "
-        f"equal to float64, of {min(CHECKED, len(x))} rows: MP {equal(x, atoms, fixed, k, 'mp'):.2%}, "
-        f"OMP {equal(x, atoms, fixed, k, 'omp'):.2%}; memory peak of the process so far "
-        f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB",
+        f"equal to float64, of {min(CHECKED, len(x))} rows: {exact}; "
+        f"memory peak so far {peak:.1f} GiB",
         flush=True,
     )
 
@@ -163,6 +179,25 @@ def resident() -> float:
     return psutil.Process().memory_info().rss / 2**30
 
 
+def real() -> tuple[Tensor, Tensor]:
+    """Unit-norm atoms, in random order, and tokens of other articles."""
+    train, held_out = reference_prose()
+    lm = language_model(load())
+    pool = activations(lm, [LAYER], train)[LAYER].float()
+    x = activations(lm, [LAYER], held_out)[LAYER].float()
+    mean = pool.mean(dim=0)
+    order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(0))
+    return torch.nn.functional.normalize(pool[order] - mean, dim=1), x - mean
+
+
+def made_up(d: int) -> tuple[Tensor, Tensor]:
+    """Atoms and tokens of width d; the energy of dimension i falls as 1 / i, like a model's."""
+    generator = torch.Generator().manual_seed(0)
+    scales = torch.arange(1, d + 1).pow(-0.5)
+    pool, x = (torch.randn(n, d, generator=generator) * scales for n in (65_536, 8192))
+    return torch.nn.functional.normalize(pool, dim=1), x
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--atoms", type=int, nargs="*", default=[4096, 16384])
@@ -172,16 +207,12 @@ def main() -> None:
     parser.add_argument("--curves", action="store_true", help="growth in atoms, k and tokens as well")
     parser.add_argument("--on-demand", type=int, help="atoms of an encoder with Gram rows on demand")
     parser.add_argument("--stream", type=int, help="tokens to put through 4,096 atoms")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--random", type=int, help="made-up activations of this width, not a model's")
+    parser.add_argument("--dtype", type=lambda name: getattr(torch, name), default=torch.float32)
     options = parser.parse_args()
-    train, held_out = reference_prose()
-    lm = language_model(load())
-    pool = activations(lm, [LAYER], train)[LAYER].float()
-    x = activations(lm, [LAYER], held_out)[LAYER].float()
-    del lm
-    mean = pool.mean(dim=0)
-    order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(0))
-    pool = torch.nn.functional.normalize(pool[order] - mean, dim=1)
-    everything = x - mean
+    pool, everything = made_up(options.random) if options.random else real()
+    pool, everything = pool.to(options.device), everything.to(options.device, options.dtype)
     x = everything[: options.tokens].contiguous()
     for n in options.atoms:
         table(x, pool[:n].contiguous(), options.k, options.rounds)

@@ -10,6 +10,12 @@ if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
     # their time waiting for one another. Processes that tests start inherit it.
     os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // workers))
 
+import torch
+
+if not torch.cuda.is_available():
+    # Kernels for GPUs run in Triton's interpreter; it is read when triton is first imported.
+    os.environ["TRITON_INTERPRET"] = "1"
+
 from jaxtyping import install_import_hook
 
 # Shapes and types are checked at run time in the tests, but not where bad input is the user's: there
@@ -18,9 +24,11 @@ install_import_hook(
     [
         "itda_lens.pursuit.codes",
         "itda_lens.pursuit.compiled",
+        "itda_lens.pursuit.gpu",
         "itda_lens.pursuit.gram",
         "itda_lens.pursuit.matching",
         "itda_lens.pursuit.orthogonal",
+        "itda_lens.pursuit.precision",
         "itda_lens.dictionary.energy",
         "itda_lens.dictionary.greedy",
         "itda_lens.dictionary.outliers",
@@ -36,7 +44,6 @@ install_import_hook(
 )
 
 import pytest
-import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from itda_lens.sources import LanguageModel, language_model

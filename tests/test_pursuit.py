@@ -478,16 +478,32 @@ def test_a_compiled_code_does_not_depend_on_what_is_computed_beside_it(method):
         assert torch.equal(variant.values, codes.values)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_compiled_picks_survive_reduced_precision_of_matrix_products(method):
-    x, atoms = problem(n=600, d=32, rows=50, dtype=torch.float32)
-    before = torch.get_float32_matmul_precision()
-    try:
+@pytest.fixture(params=["older settings", "newer settings"])
+def reduced_precision(request):
+    """bfloat16 allowed in matrix products, by each of torch's ways to say so, which do not mix."""
+    products = getattr(torch.backends.mkldnn, "matmul", None)
+    if request.param == "older settings":
+        before = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("medium")
-        codes = run(x, atoms, 9, method=method)
-    finally:
+        yield torch.get_float32_matmul_precision
         torch.set_float32_matmul_precision(before)
-    assert torch.equal(codes.indices, run(x, atoms, 9, method=method).indices)
+    elif hasattr(products, "fp32_precision"):
+        before = products.fp32_precision
+        products.fp32_precision = "bf16"
+        yield lambda: products.fp32_precision
+        products.fp32_precision = before
+    else:
+        pytest.skip("this torch has the older settings only")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_compiled_codes_survive_reduced_precision_of_matrix_products(method, reduced_precision):
+    x, atoms = problem(n=600, d=32, rows=50, dtype=torch.float32)
+    allowed = reduced_precision()
+    codes = run(x, atoms, 9, method=method)
+    assert reduced_precision() == allowed
+    expected = encode(x.double(), atoms.double(), 9, method=method)
+    assert torch.equal(codes.indices, expected.indices)
 
 
 @pytest.mark.parametrize("scale", [1e-12, 1e12])

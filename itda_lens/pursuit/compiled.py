@@ -8,14 +8,13 @@ import torch
 from jaxtyping import Float, Int, Int16
 from torch import Tensor
 
-from itda_lens.pursuit.fixed_point import kernels
+from itda_lens.pursuit.fixed_point import error_bounds, kernels
 from itda_lens.pursuit.gram_rows import GramRows, WholeGram
 from itda_lens.pursuit.orthogonal import dependence_tolerance
+from itda_lens.pursuit.precision import float32_products
 
 CORRELATION_BYTES = 32 * 1024**2
 """Memory for the correlations of the rows that are worked on at once."""
-
-FLOAT32_UNIT = 2.0**-24
 
 
 def available(device: torch.device) -> bool:
@@ -64,7 +63,7 @@ def search(
     with table.lock, ThreadPoolExecutor(n_threads) as pool:
         for start in range(0, len(x), size):
             chunk = slice(start, start + size)
-            correlations = torch.mm(unit[chunk], atoms_32.T, out=buffer[: len(unit[chunk])])
+            correlations = float32_products(unit[chunk], atoms_32, out=buffer[: len(unit[chunk])])
             inputs = (correlations, rows[chunk], energies[chunk], atoms)
             outputs = (picks[chunk], coefficients[chunk])
             table.turn += 1
@@ -98,19 +97,7 @@ def _kernel(
 ) -> tuple[Any, tuple[Any, ...]]:
     """The kernel of a pursuit, and its arguments between the table of rows and the results."""
     loops = kernels()
-    rounding = _product_error(atoms.shape[1])
-    errors = (rounding, rounding + 0.5 / loops.GRAM_SCALE + FLOAT32_UNIT)
+    errors = error_bounds(atoms.shape[1])
     if method == "mp":
         return loops.matching_rows, (signed, rtol, threshold, *errors)
     return loops.orthogonal_rows, (rtol, threshold, dependence_tolerance(atoms.dtype), *errors)
-
-
-def _product_error(d: int) -> float:
-    """Bound on the error of an inner product of two unit vectors by a matrix product in float32.
-
-    Rounding errors behave as independent ones: one product is off by more than 8 sqrt(d) units with a
-    probability of at most 2 d exp(-32) (Higham & Mary 2019). Where the user allows reduced precision in
-    matrix products, torch may round the vectors to bfloat16 first.
-    """
-    reduced = 0.0 if torch.get_float32_matmul_precision() == "highest" else 2.0**-7
-    return 8 * d**0.5 * FLOAT32_UNIT + 2 * FLOAT32_UNIT + reduced

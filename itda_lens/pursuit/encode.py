@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from itda_lens.pursuit import compiled, matching, orthogonal
+from itda_lens.pursuit import compiled, gpu, matching, orthogonal
 from itda_lens.pursuit.codes import SparseCodes
 from itda_lens.pursuit.finite import first_nonfinite_row
 from itda_lens.pursuit.gram import GramMatrix, gram_dtype
@@ -58,10 +58,10 @@ def encode(
             in the units of x: `k` is the most then, and rows that need few atoms take few. The next
             pick of MP removes the square of its correlation, that of OMP at least as much. See
             `calibrate_threshold`.
-        gram: `gram_matrix(atoms, method=method, signed=signed)`. In int16 it selects the compiled loops,
-            whose result for a row does not depend, bit for bit, on the rows beside it, nor on how many
-            rows of the Gram matrix fit into memory; in floating point, torch's Gram form; None, torch's
-            GEMM form.
+        gram: `gram_matrix(atoms, method=method, signed=signed)`. In int16 it selects the compiled
+            forms; on a CPU their result for a row does not depend, bit for bit, on the rows beside it,
+            nor on how many rows of the Gram matrix fit into memory. In floating point it selects torch's
+            Gram form; None, torch's GEMM form.
 
     Raises:
         ValueError: shapes do not fit, k, rtol or threshold is out of range, an unknown method, NaN or
@@ -101,10 +101,12 @@ def _encode_chunk(
     """Search without gradients; then, where gradients are wanted, the coefficients once more."""
     module = matching if method == "mp" else orthogonal
     with torch.no_grad():
-        if isinstance(gram, GramRows) or (gram is not None and gram.dtype == torch.int16):
-            picks, coefficients = compiled.search(x, atoms, gram, k, method, signed, rtol, threshold)
-        else:
+        if gram is None or (isinstance(gram, Tensor) and gram.is_floating_point()):
             picks, coefficients = module.search(x, atoms, gram, k, signed, rtol, threshold)
+        elif isinstance(gram, Tensor) and gpu.serves(x.device):
+            picks, coefficients = gpu.search(x, atoms, gram, k, signed, rtol, threshold)
+        else:
+            picks, coefficients = compiled.search(x, atoms, gram, k, method, signed, rtol, threshold)
     if torch.is_grad_enabled() and (x.requires_grad or atoms.requires_grad):
         coefficients = module.replay(x, atoms, picks)
     return _merge(picks, coefficients)
@@ -158,6 +160,8 @@ def _check(
         raise ValueError(f"threshold must be at least 0 and finite, got {threshold}")
     if gram is not None and gram.shape != (n, n):
         raise ValueError(f"gram must have shape {(n, n)}, got {tuple(gram.shape)}")
+    if isinstance(gram, GramRows) and gpu.serves(x.device):
+        raise ValueError("gram must be a tensor on a GPU, got GramRows; pass gram_matrix(atoms)")
     if (
         gram is not None
         and not gram.dtype.is_floating_point

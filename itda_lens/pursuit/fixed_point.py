@@ -7,6 +7,8 @@ import torch
 from jaxtyping import Float, Int, Int16
 from torch import Tensor
 
+from itda_lens.pursuit.precision import FLOAT32_UNIT, float32_products, product_error
+
 PRODUCT_ROWS = 256
 """Rows that exist in float32 at a time."""
 
@@ -29,25 +31,28 @@ def fixed_point(
 ) -> Int16[Tensor, "c n"]:
     """Inner products of unit rows as int16, `round(32767 <a, b>)`.
 
-    Rounding moves each by at most 1.6e-5 from its float32 product, which is at full precision whatever
-    the user allows elsewhere (autocast; `torch.set_float32_matmul_precision`).
+    Rounding moves each by at most 1.6e-5 from its float32 product.
 
     Args:
         out: written to, and returned; by default a new matrix of as many rows as `a`.
         where: the row of `out` for each row of `a`; in order by default.
     """
     if out is None:
-        out = torch.empty(len(a), len(b), dtype=torch.int16)
+        out = torch.empty(len(a), len(b), dtype=torch.int16, device=a.device)
     if where is None:
-        where = torch.arange(len(a))
-    a, b = a.detach().float(), b.detach().float()
-    quantize = kernels().quantize
-    precision = torch.get_float32_matmul_precision()
-    try:
-        torch.set_float32_matmul_precision("highest")
-        with torch.autocast("cpu", enabled=False):
-            for rows, targets in zip(a.split(PRODUCT_ROWS), where.split(PRODUCT_ROWS), strict=True):
-                quantize((rows @ b.T).numpy(), targets.numpy(), out.numpy())
-    finally:
-        torch.set_float32_matmul_precision(precision)
+        where = torch.arange(len(a), device=a.device)
+    a, b = a.detach(), b.detach().float()
+    loops = kernels()
+    for rows, targets in zip(a.split(PRODUCT_ROWS), where.split(PRODUCT_ROWS), strict=True):
+        products = float32_products(rows, b)
+        if a.is_cuda:
+            out[targets] = (products.clamp(-1, 1) * loops.GRAM_SCALE).round().to(torch.int16)
+        else:
+            loops.quantize(products.numpy(), targets.numpy(), out.numpy())
     return out
+
+
+def error_bounds(d: int) -> tuple[float, float]:
+    """Bounds on the errors of a product of unit vectors in float32, and of one in fixed point."""
+    product = product_error(d)
+    return product, product + 0.5 / kernels().GRAM_SCALE + FLOAT32_UNIT

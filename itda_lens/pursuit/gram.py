@@ -5,7 +5,7 @@ import torch
 from jaxtyping import Float, Int16
 from torch import Tensor
 
-from itda_lens.pursuit import compiled
+from itda_lens.pursuit import compiled, gpu
 from itda_lens.pursuit.fixed_point import fixed_point
 from itda_lens.pursuit.gram_rows import GramRows
 
@@ -13,6 +13,10 @@ GRAM_BUDGET_BYTES = 2 * 1024**3
 """Default budget of whole matrices: 32,768 atoms in fixed point, 23,170 in float32. A constant, not a
 share of the memory that happens to be free: the torch forms of pursuit round differently with and
 without a Gram matrix, and the same inputs must give the same bits."""
+
+GPU_SHARE = 1 / 3
+"""Share of all of a GPU's memory that a matrix may take there, if that is more: with 32 GiB, one of
+65,536 atoms in fixed point."""
 
 ROWS_SHARE = 1 / 3
 """Share of the memory available that rows of a larger matrix may take; codes do not depend on it."""
@@ -25,8 +29,11 @@ GramMatrix = Float[Tensor, "n n"] | Int16[Tensor, "n n"] | GramRows
 
 
 def gram_dtype(atoms: Float[Tensor, "n d"], method: str = "mp", signed: bool = True) -> torch.dtype:
-    """int16 where a compiled loop for this pursuit can run, otherwise the dtype of the atoms."""
-    fixed = compiled.available(atoms.device) and compiled.supports(method, signed)
+    """int16 where a compiled form of this pursuit can run, otherwise the dtype of the atoms."""
+    if gpu.serves(atoms.device):
+        fixed = gpu.supports(method, atoms.shape[1]) and gpu.available(atoms.device)
+    else:
+        fixed = compiled.available(atoms.device) and compiled.supports(method, signed)
     return torch.int16 if fixed else atoms.dtype
 
 
@@ -56,19 +63,26 @@ def gram_matrix(
     give the same codes up to rounding; pass the result on as the `gram` argument of `encode`.
 
     Args:
-        budget_bytes: memory for it; by default `GRAM_BUDGET_BYTES`, and for `GramRows` a third of the
-            memory available, if that is more, up to 8 GiB.
+        budget_bytes: memory for it; by default `GRAM_BUDGET_BYTES`, on a GPU a third of its memory,
+            and for `GramRows` a third of the memory available (up to 8 GiB), if that is more.
 
     Returns:
-        Over the budget: for compiled pursuits a `GramRows`, whose codes are the same bit for bit; for
-        the others None.
+        Over the budget: for pursuits compiled for a CPU a `GramRows`, whose codes are the same bit for
+        bit; for the others None.
     """
     dtype = gram_dtype(atoms, method, signed)
-    if gram_fits(len(atoms), dtype, GRAM_BUDGET_BYTES if budget_bytes is None else budget_bytes):
+    whole = _whole_budget(atoms.device) if budget_bytes is None else budget_bytes
+    if gram_fits(len(atoms), dtype, whole):
         return inner_products(atoms, atoms, dtype)
-    if dtype != torch.int16:
+    if dtype != torch.int16 or gpu.serves(atoms.device):
         return None
     if budget_bytes is None:
         available = psutil.virtual_memory().available
         budget_bytes = max(GRAM_BUDGET_BYTES, min(int(ROWS_SHARE * available), MOST_ROWS_BYTES))
     return GramRows(atoms, budget_bytes)
+
+
+def _whole_budget(device: torch.device) -> int:
+    if device.type != "cuda":
+        return GRAM_BUDGET_BYTES
+    return max(GRAM_BUDGET_BYTES, int(GPU_SHARE * torch.cuda.get_device_properties(device).total_memory))

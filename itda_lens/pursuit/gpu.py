@@ -1,0 +1,102 @@
+"""Matching pursuit on a GPU by one compiled kernel, with a Gram matrix in fixed point."""
+
+import logging
+from functools import cache
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int, Int16
+from torch import Tensor
+
+from itda_lens.pursuit import matching
+from itda_lens.pursuit.fixed_point import error_bounds, fixed_point, kernels
+from itda_lens.pursuit.precision import float32_products
+
+log = logging.getLogger(__name__)
+
+WIDEST = 16_384
+"""Most numbers of an activation: a program holds its residual in registers."""
+
+WARPS = 8
+LANES = 4 * 32 * WARPS
+"""Correlations looked at at once: four for each thread, 16 bytes in float32."""
+
+TILE = 4096
+"""Numbers of atoms at once, about, where correlations are computed anew."""
+
+
+def serves(device: torch.device) -> bool:
+    """Whether this module, not `compiled`, is for data on that device."""
+    return device.type == "cuda"
+
+
+def available(device: torch.device) -> bool:
+    """Whether the kernel can run: Triton is installed, compiles it, and it gets a known result right."""
+    return serves(device) and all(map(find_spec, ("triton", "numba"))) and _works(device)
+
+
+def supports(method: str, d: int) -> bool:
+    """Whether there is a kernel for this pursuit: OMP has none."""
+    return method == "mp" and d <= WIDEST
+
+
+@cache
+def _works(device: torch.device) -> bool:
+    """Try the kernel on a small problem, against the torch form: drivers and versions vary."""
+    generator = torch.Generator().manual_seed(0)
+    atoms = torch.nn.functional.normalize(torch.randn(300, 40, generator=generator), dim=1)
+    x = torch.randn(5, 40, generator=generator)
+    x, atoms = x.to(device), atoms.to(device)
+    try:
+        expected = matching.search(x.double(), atoms.double(), None, 6, True, 0.0, 0.0)
+        found = search(x, atoms, fixed_point(atoms, atoms), 6, True, 0.0, 0.0)
+        close = torch.allclose(found[1].double(), expected[1], atol=1e-5)
+        ok = close and torch.equal(found[0], expected[0])
+    except Exception as error:  # of a compiler, a driver or a launch: all kinds
+        log.warning("no compiled pursuit on %s, the torch form runs: %s", device, error)
+        return False
+    if not ok:
+        log.warning("the compiled pursuit computes other codes on %s, the torch form runs", device)
+    return ok
+
+
+def search(
+    x: Float[Tensor, "b d"],
+    atoms: Float[Tensor, "n d"],
+    gram: Int16[Tensor, "n n"],
+    k: int,
+    signed: bool,
+    rtol: float,
+    threshold: float,
+) -> tuple[Int[Tensor, "b k"], Float[Tensor, "b k"]]:
+    """What `matching.search` does, with picks exact to float64 rounding.
+
+    Memory beside the Gram matrix: the correlations, 4 bytes for each row and atom.
+
+    Returns:
+        picks: the atom of each step, -1 once the row has stopped.
+        coefficients: of each step, 0 once the row has stopped; in the dtype of x.
+    """
+    from itda_lens.pursuit import triton_kernels
+
+    kernel: Any = triton_kernels.matching_rows
+    (b, d), n = x.shape, len(atoms)
+    loops = kernels()
+    x, atoms = x.detach().contiguous(), atoms.detach().contiguous()
+    gram = gram if gram.stride(1) == 1 else gram.contiguous()
+    energies = x.double().square().sum(dim=-1)
+    unit = (x / energies.sqrt().masked_fill(energies == 0, 1)[:, None]).float()
+    correlations = float32_products(unit, atoms)
+    picks = torch.full((b, k), -1, dtype=torch.long, device=x.device)
+    coefficients = torch.zeros(b, k, dtype=torch.float64, device=x.device)
+    numbers = torch.tensor([rtol, threshold, *error_bounds(d)], dtype=torch.float64, device=x.device)
+    width = 1 << (d - 1).bit_length()
+    with torch.cuda.device_of(x):  # Triton launches on the current device
+        kernel[(b,)](
+            correlations, x, energies, atoms, gram, picks, coefficients,
+            n, d, k, gram.stride(0), *numbers,
+            SIGNED=signed, GRAM_SCALE=loops.GRAM_SCALE, REFRESH=loops.REFRESH, ROUNDING=loops.ROUNDING,
+            BLOCK=LANES, BLOCK_D=width, ROWS=max(1, TILE // width), num_warps=WARPS,
+        )  # fmt: skip
+    return picks, coefficients.to(x.dtype)
