@@ -659,3 +659,37 @@ def test_calibration_gives_up_soon_where_the_mean_cannot_be_had(share, monkeypat
     monkeypatch.setattr(calibration, "encode", counted)
     assert calibrate_threshold(x, atoms, share * most, 8, rtol=0.5) == 0
     assert sum(n == 2000 for n in trials) < 25
+
+
+def test_whole_gram_matrices_are_mirror_images():
+    _, atoms = problem(n=700, d=20, dtype=torch.float32)
+    table = gram_matrix(atoms)
+    assert torch.equal(table, table.T)
+    whole = inner_products(atoms, atoms, torch.int16)
+    assert (table - whole).abs().max() <= 1  # products of other shapes may round otherwise
+    assert (table.diagonal() >= 32766).all()
+
+
+FORKED = """
+import os, torch
+from itda_lens.pursuit import encode, gram_matrix
+
+atoms = torch.nn.functional.normalize(torch.randn(50, 8), dim=1)
+x, gram = torch.randn(20, 8), gram_matrix(atoms)
+before = encode(x, atoms, 4, gram=gram)
+child = os.fork()
+if child == 0:
+    same = torch.equal(encode(x, atoms, 4, gram=gram).values, before.values)
+    os._exit(0 if same else 1)
+assert os.waitpid(child, 0)[1] == 0
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_process_encodes_too():
+    # Workers that load data are forked, and have none of their parent's threads.
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", FORKED],
+        env=dict(os.environ, OMP_NUM_THREADS="1"), timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0

@@ -15,8 +15,8 @@ from itda_lens.dictionary.sampling import StreamSample
 from itda_lens.dictionary.selection import (
     SAME_DIRECTION,
     Dictionary,
-    alike,
     first_of_direction,
+    nearest,
     normalize_rows,
     order_by_energy,
     prune_by_energy,
@@ -155,10 +155,8 @@ class EnergySelector:
         """
         rows = _spread(scored, 2 * CALIBRATION_ROWS)
         unit, _ = normalize_rows(rows - mean)
-        own = [
-            alike(part, atoms, SAME_DIRECTION, self._signed).any(dim=-1) for part in unit.split(BLOCK)
-        ]
-        return _spread(rows[~torch.cat(own)], CALIBRATION_ROWS)
+        closest = torch.cat([nearest(part, atoms, self._signed) for part in unit.split(BLOCK)])
+        return _spread(rows[closest < SAME_DIRECTION], CALIBRATION_ROWS)
 
     def _distinct(self, rows: Tensor, unit: Tensor, usable: Tensor) -> Tensor:
         """Candidates that repeat no earlier one; where they are few, by a less strict cosine."""

@@ -59,13 +59,16 @@ class StreamSample:
 
         held = len(self)
         order = np.argsort(np.concatenate([self._priorities, priorities]), kind="stable")
-        # Of each identity the first in this order; without `distinct`, all are different.
-        _, first = np.unique(np.concatenate([self._identities, identities])[order], return_index=True)
-        kept = order[np.sort(first)][: held + self._store.room]
-        incoming = np.sort(kept[kept >= held]) - held
+        if self._distinct:  # of each identity the first in this order
+            _, first = np.unique(
+                np.concatenate([self._identities, identities])[order], return_index=True
+            )
+            order = order[np.sort(first)]
+        stays = np.zeros(held + len(priorities), dtype=bool)
+        stays[order[: held + self._store.room]] = True
+        evicted, incoming = np.flatnonzero(~stays[:held]), np.flatnonzero(stays[held:])
         if not len(incoming):
             return
-        evicted = np.setdiff1d(np.arange(held), kept)
         n_replaced = len(evicted)
         picked = rows[torch.from_numpy(incoming).to(rows.device)]
         picked_labels = [] if labels is None else [labels[int(i)] for i in offered[incoming]]

@@ -77,15 +77,15 @@ def normalize_rows(
     return x / norm.masked_fill(~usable, 1)[:, None] * usable[:, None], usable
 
 
-def alike(
-    rows: Float[Tensor, "n d"],
-    others: Float[Tensor, "m d"],
-    cosine: float | Float[Tensor, "n 1"],
-    signed: bool,
-) -> Bool[Tensor, "n m"]:
-    """Which unit rows have at least this cosine to which others; d and -d too, if codes are signed."""
+def nearest(
+    rows: Float[Tensor, "n d"], others: Float[Tensor, "m d"], signed: bool
+) -> Float[Tensor, " n"]:
+    """The largest cosine of each unit row to others; of d or -d, if codes are signed. -1 to none."""
+    if not len(others):
+        return rows.new_full((len(rows),), -1.0)
     similarity = rows @ others.T
-    return (similarity.abs() if signed else similarity) >= cosine
+    most = similarity.amax(dim=-1)
+    return torch.maximum(most, -similarity.amin(dim=-1)) if signed else most
 
 
 def first_of_direction(
@@ -110,13 +110,22 @@ def first_of_direction(
 
     for start in range(0, len(unit), block):
         rows = unit[start : start + block]
-        limit = cosine[start : start + block, None] if isinstance(cosine, Tensor) else cosine
-        keep = ~alike(rows, kept[:n_kept], limit, signed).any(dim=-1)
+        limit = (
+            cosine[start : start + block]
+            if isinstance(cosine, Tensor)
+            else rows.new_full((len(rows),), cosine)
+        )
+        keep = nearest(rows, kept[:n_kept], signed) < limit
         if known is not None:
-            keep &= ~alike(rows, known, limit, signed).any(dim=-1)
-        clashes = alike(rows, rows, limit, signed).tril(diagonal=-1)
-        for i in clashes.any(dim=-1).nonzero().flatten().tolist():
-            keep[i] &= not (clashes[i] & keep).any()
+            keep &= nearest(rows, known, signed) < limit
+        similarity = rows @ rows.T
+        clashes = (similarity.abs() if signed else similarity) >= limit[:, None]
+        clashes = clashes.tril(diagonal=-1)
+        # In numpy, where a step of this loop costs a tenth.
+        clashing, kept_here = clashes.cpu().numpy(), keep.cpu().numpy()
+        for i in clashing.any(axis=-1).nonzero()[0]:
+            kept_here[i] &= not (clashing[i] & kept_here).any()
+        keep = torch.from_numpy(kept_here).to(unit.device)
         marks[start : start + block] = keep
         new = rows[keep]
         kept[n_kept : n_kept + len(new)] = new
@@ -188,6 +197,8 @@ def _prune(
             best = order[:size].sort().values
             bar.update(len(kept) - size)
             kept, candidates = kept[best], candidates[best]
+            if size == n_keep:
+                break
             if isinstance(gram, Tensor):
                 gram = gram[best][:, best]
             else:  # candidates that were too many for a Gram matrix may have become few enough

@@ -1,6 +1,6 @@
 """Least-squares update of chosen atoms: no longer real activations, but near them and better."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from jaxtyping import Float
@@ -11,6 +11,10 @@ from itda_lens.pursuit import SparseCodes, encode, gram_matrix
 
 CG_STEPS = 4
 """Steps of conjugate gradients per round; 8 and 16 gain nothing, since codes change with the atoms."""
+
+COLUMNS = 192
+"""Columns of the atoms solved for at once: rows of their table are read in any order, and so many of
+4,096 atoms are 3 MB. Fewer columns cost more in reading codes."""
 
 RIDGE = 1e-3
 """Pull towards the atoms as they are, in multiples of an average atom's energy: rare atoms move less."""
@@ -72,27 +76,46 @@ def least_squares_atoms(
 ) -> Float[Tensor, "n d"]:
     """`steps` steps from `atoms` to the D that minimises |x - C D|^2 + ridge |D - atoms|^2.
 
-    C is the sparse matrix of `codes`; columns of D are solved for side by side, with the diagonal of
-    the normal equations as preconditioner.
+    C is the sparse matrix of `codes`; columns of D are solved for side by side, as many as stay in a
+    cache, with the diagonal of the normal equations as preconditioner.
     """
     transposed = _Transposed(codes, len(atoms))
     energy = transposed.energy()
     ridge = RIDGE * energy.mean()
     diagonal = (energy + ridge).clamp(min=torch.finfo(x.dtype).tiny)[:, None]
-    change = torch.zeros_like(atoms)
-    residual = transposed.times(x - codes.decode(atoms))
+    parts = zip(x.split(COLUMNS, dim=1), atoms.split(COLUMNS, dim=1), strict=True)
+    changes = [
+        _conjugate_gradients(
+            transposed.times(rows.contiguous() - codes.decode(part.contiguous())),
+            lambda direction: transposed.times(codes.decode(direction)) + ridge * direction,
+            diagonal,
+            steps,
+        )
+        for rows, part in parts
+    ]
+    return atoms + torch.cat(changes, dim=1)
+
+
+def _conjugate_gradients(
+    residual: Float[Tensor, "n c"],
+    apply: Callable[[Float[Tensor, "n c"]], Float[Tensor, "n c"]],
+    diagonal: Float[Tensor, "n 1"],
+    steps: int,
+) -> Float[Tensor, "n c"]:
+    """`steps` steps from zero to the solution of `apply(z) = residual`, each column by itself."""
+    change = torch.zeros_like(residual)
     direction = residual / diagonal
     size = (residual * direction).sum(dim=0)
     for _ in range(steps):
-        image = transposed.times(codes.decode(direction)) + ridge * direction
+        image = apply(direction)
         curvature = (direction * image).sum(dim=0)
         step = torch.where(curvature > 0, size / curvature, 0)
         change += step * direction
-        residual -= step * image
+        residual = residual - step * image
         conditioned = residual / diagonal
         old, size = size, (residual * conditioned).sum(dim=0)
         direction = conditioned + torch.where(old > 0, size / old, 0) * direction
-    return atoms + change
+    return change
 
 
 class _Transposed:

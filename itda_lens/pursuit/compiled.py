@@ -1,6 +1,8 @@
 """The pursuits by compiled loops: CPU only, with a Gram matrix, or some of its rows, in fixed point."""
 
-from concurrent.futures import ThreadPoolExecutor
+import os
+from concurrent.futures import ThreadPoolExecutor, wait
+from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
@@ -15,6 +17,16 @@ from itda_lens.pursuit.precision import float32_products
 
 CORRELATION_BYTES = 32 * 1024**2
 """Memory for the correlations of the rows that are worked on at once."""
+
+
+@cache
+def _workers(n: int) -> ThreadPoolExecutor:
+    """Threads to run the loops in; starting them anew for each batch would cost milliseconds."""
+    return ThreadPoolExecutor(n, thread_name_prefix="itda-pursuit")
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_workers.cache_clear)  # a forked process has none of the threads
 
 
 def available(device: torch.device) -> bool:
@@ -60,7 +72,7 @@ def search(
     if len(table) < n:
         size = min(size, len(table) // k)  # the rows of one turn fit side by side
     buffer = torch.empty(size, n)
-    with table.lock, ThreadPoolExecutor(n_threads) as pool:
+    with table.lock:
         for start in range(0, len(x), size):
             chunk = slice(start, start + size)
             correlations = float32_products(unit[chunk], atoms_32, out=buffer[: len(unit[chunk])])
@@ -73,7 +85,7 @@ def search(
                 arrays = (*inputs, table.rows, table.slots, table.used)
                 results = (missing, *outputs)
                 tasks = [
-                    pool.submit(
+                    _workers(n_threads).submit(
                         kernel,
                         part.numpy(),
                         *(tensor.numpy() for tensor in arrays),
@@ -84,8 +96,11 @@ def search(
                     for part in open_rows.tensor_split(n_threads)
                     if len(part)
                 ]
-                for task in tasks:
-                    task.result()
+                try:
+                    for task in tasks:
+                        task.result()
+                finally:
+                    wait(tasks)  # after an interrupt too: they write into what is freed next
                 open_rows = (missing >= 0).nonzero().flatten()
                 if len(open_rows):
                     table.add(missing[open_rows].unique())

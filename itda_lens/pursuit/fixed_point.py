@@ -42,14 +42,34 @@ def fixed_point(
     if where is None:
         where = torch.arange(len(a), device=a.device)
     a, b = a.detach(), b.detach().float()
-    loops = kernels()
     for rows, targets in zip(a.split(PRODUCT_ROWS), where.split(PRODUCT_ROWS), strict=True):
-        products = float32_products(rows, b)
-        if a.is_cuda:
-            out[targets] = (products.clamp(-1, 1) * loops.GRAM_SCALE).round().to(torch.int16)
-        else:
-            loops.quantize(products.numpy(), targets.numpy(), out.numpy())
+        _quantize(float32_products(rows, b), targets, out)
     return out
+
+
+def fixed_point_gram(atoms: Float[Tensor, "n d"]) -> Int16[Tensor, "n n"]:
+    """`fixed_point(atoms, atoms)`, of which one half is computed and the other is its mirror image."""
+    n = len(atoms)
+    atoms = atoms.detach().float()
+    out = torch.empty(n, n, dtype=torch.int16, device=atoms.device)
+    places = torch.arange(n, device=atoms.device)
+    for start in range(0, n, PRODUCT_ROWS):
+        end = min(n, start + PRODUCT_ROWS)
+        _quantize(float32_products(atoms[start:end], atoms[:end]), places[start:end], out)
+        out[:start, start:end] = out[start:end, :start].T
+    return out
+
+
+def _quantize(
+    products: Float[Tensor, "m n"], where: Int[Tensor, " m"], out: Int16[Tensor, "c n"]
+) -> None:
+    """Products of unit vectors in fixed point, into these rows."""
+    loops = kernels()
+    if products.device.type == "cpu":
+        loops.quantize(products.numpy(), where.numpy(), out.numpy())
+    else:
+        found = (products.clamp(-1, 1) * loops.GRAM_SCALE).round()
+        out[where, : products.shape[1]] = found.to(torch.int16)
 
 
 def error_bounds(d: int) -> tuple[float, float]:

@@ -6,7 +6,7 @@ from jaxtyping import Float, Int16
 from torch import Tensor
 
 from itda_lens.pursuit import compiled, gpu
-from itda_lens.pursuit.fixed_point import fixed_point
+from itda_lens.pursuit.fixed_point import fixed_point, fixed_point_gram
 from itda_lens.pursuit.gram_rows import GramRows
 
 GRAM_BUDGET_BYTES = 2 * 1024**3
@@ -73,7 +73,7 @@ def gram_matrix(
     dtype = gram_dtype(atoms, method, signed)
     whole = _whole_budget(atoms.device) if budget_bytes is None else budget_bytes
     if gram_fits(len(atoms), dtype, whole):
-        return inner_products(atoms, atoms, dtype)
+        return fixed_point_gram(atoms) if dtype == torch.int16 else inner_products(atoms, atoms, dtype)
     if dtype != torch.int16 or gpu.serves(atoms.device):
         return None
     if budget_bytes is None:

@@ -472,7 +472,9 @@ def orthogonal_rows(
             for i in range(t + 1):
                 error += abs(c[i]) * scale * error_g
             inverse_unit = _f4(1 / (unit * GRAM_SCALE))
-            for b in range(tops.shape[0]):
+            for i in range(tops.shape[0]):
+                # Back and forth: what the last step read last is still in the cache.
+                b = i if t % 2 == 0 else tops.shape[0] - 1 - i
                 low, high = b * BLOCK, min(n, (b + 1) * BLOCK)
                 packed_sums(sums, packed[b], packed_c, t // 2 + 1)
                 tops[b] = _difference(current[low:high], initial[low:high], sums, inverse_unit)
