@@ -11,7 +11,7 @@ import itda_lens
 from itda_lens.pursuit import encode, gpu, gram, gram_matrix, matching
 from itda_lens.pursuit.fixed_point import fixed_point
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -191,6 +191,29 @@ def test_a_kernel_that_fails_or_is_wrong_is_not_used(monkeypatch, caplog):
         torch.testing.assert_close(codes.values.sum(1).double(), reference[1].sum(1), atol=1e-5, rtol=0)
 
 
+def test_the_kernel_is_tried_for_each_kind_of_problem(monkeypatch):
+    tried = []
+    search = gpu.search
+    monkeypatch.setattr(
+        gpu, "search", lambda x, *args: tried.append((x.shape[1], x.dtype)) or search(x, *args)
+    )
+    for d, dtype in ((6, torch.float32), (6, torch.float64), (9, torch.float32), (6, torch.float32)):
+        assert gram_matrix(problem(n=10, d=d, dtype=dtype)[1]).dtype == torch.int16
+    each = [(6, torch.float32), (6, torch.float64), (9, torch.float32)]
+    assert tried == [kind for kind in each for _ in ("signed", "unsigned")]
+
+
+def test_memory_that_is_short_says_nothing_about_the_kernel(monkeypatch):
+    def short(*args):
+        raise torch.cuda.OutOfMemoryError("full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(gpu, "search", short)
+        with pytest.raises(torch.cuda.OutOfMemoryError):
+            gram_matrix(problem()[1])
+    assert gram_matrix(problem()[1]).dtype == torch.int16
+
+
 def test_rows_on_demand_are_for_cpus(monkeypatch):
     monkeypatch.setattr(gpu, "serves", lambda device: False)
     x, atoms = problem()
@@ -207,11 +230,13 @@ from triton.compiler import ASTSource
 from itda_lens.pursuit import gpu, triton_kernels
 
 kernel = triton_kernels.matching_rows
-types = dict(correlations="*fp32", x="*fp32", energies="*fp64", atoms="*fp32", gram="*i16", picks="*i64",
-             coefficients="*fp64", n="i32", d="i32", k="i32", pitch="i32", rtol="*fp64",
-             threshold="*fp64", error_0="*fp64", error_g="*fp64")
-for capability, width in ((80, 1024), (90, 4096), (90, gpu.WIDEST)):
-    constants = dict(SIGNED=True, GRAM_SCALE=32767, REFRESH=4, ROUNDING=2.4e-7,
+for capability, width, real, signed in (
+    (80, 1024, "*fp32", True), (90, 4096, "*fp64", False), (90, gpu.WIDEST, "*fp32", True)
+):
+    types = dict(correlations="*fp32", x=real, energies="*fp64", atoms=real, gram="*i16", picks="*i64",
+                 coefficients="*fp64", n="i32", d="i32", k="i32", pitch="i32", rtol="*fp64",
+                 threshold="*fp64", error_0="*fp64", error_g="*fp64")
+    constants = dict(SIGNED=signed, GRAM_SCALE=32767, REFRESH=4, ROUNDING=2.4e-7,
                      BLOCK=gpu.LANES, BLOCK_D=width, ROWS=max(1, gpu.TILE // width))
     signature = types | dict.fromkeys(constants, "constexpr")
     assert list(signature) == kernel.arg_names
@@ -223,6 +248,7 @@ for capability, width in ((80, 1024), (90, 4096), (90, gpu.WIDEST)):
 """
 
 
+@pytest.mark.skipif(triton.__version__ < "3.9", reason="the compiler's own interface changes")
 def test_the_kernel_compiles_to_machine_code_without_a_gpu(tmp_path):
     environment = dict(os.environ, TRITON_CACHE_DIR=str(tmp_path))
     environment.pop("TRITON_INTERPRET", None)

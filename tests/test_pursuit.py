@@ -27,6 +27,7 @@ from itda_lens.pursuit import (
     kernels,
     matching,
     orthogonal,
+    precision,
 )
 
 METHODS = ("mp", "omp")
@@ -661,6 +662,33 @@ def test_calibration_gives_up_soon_where_the_mean_cannot_be_had(share, monkeypat
     assert sum(n == 2000 for n in trials) < 25
 
 
+@pytest.mark.skipif(
+    not hasattr(torch.backends, "fp32_precision"), reason="this torch has the older settings only"
+)
+def test_precision_that_is_inherited_goes_on_being_inherited():
+    products = torch.backends.mkldnn.matmul
+    before = torch.backends.fp32_precision, products.fp32_precision
+    try:
+        products.fp32_precision = "none"
+        for allowed in ("bf16", "ieee"):
+            torch.backends.fp32_precision = allowed
+            precision.float32_products(torch.randn(3, 2), torch.randn(4, 2))
+            assert products.fp32_precision == allowed
+    finally:
+        torch.backends.fp32_precision, products.fp32_precision = before
+
+
+def test_default_dtypes_do_not_matter():
+    x, atoms = problem(n=50, d=8, dtype=torch.float32)
+    expected = run(x, atoms, 4)
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = run(x, atoms, 4)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found.values, expected.values)
+
+
 def test_whole_gram_matrices_are_mirror_images():
     _, atoms = problem(n=700, d=20, dtype=torch.float32)
     table = gram_matrix(atoms)
@@ -671,12 +699,23 @@ def test_whole_gram_matrices_are_mirror_images():
 
 
 FORKED = """
-import os, torch
-from itda_lens.pursuit import encode, gram_matrix
+import os, threading, torch
+from itda_lens.pursuit import encode, gram_matrix, precision
 
 atoms = torch.nn.functional.normalize(torch.randn(50, 8), dim=1)
 x, gram = torch.randn(20, 8), gram_matrix(atoms)
 before = encode(x, atoms, 4, gram=gram)
+held = threading.Event()
+
+
+def hold():  # as a thread that encodes does
+    with precision._switching:
+        held.set()
+        threading.Event().wait()
+
+
+threading.Thread(target=hold, daemon=True).start()
+held.wait()
 child = os.fork()
 if child == 0:
     same = torch.equal(encode(x, atoms, 4, gram=gram).values, before.values)

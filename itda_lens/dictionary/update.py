@@ -83,10 +83,11 @@ def least_squares_atoms(
     energy = transposed.energy()
     ridge = RIDGE * energy.mean()
     diagonal = (energy + ridge).clamp(min=torch.finfo(x.dtype).tiny)[:, None]
-    parts = zip(x.split(COLUMNS, dim=1), atoms.split(COLUMNS, dim=1), strict=True)
+    width = COLUMNS if x.device.type == "cpu" else x.shape[1]
+    parts = zip(x.split(width, dim=1), atoms.split(width, dim=1), strict=True)
     changes = [
         _conjugate_gradients(
-            transposed.times(rows.contiguous() - codes.decode(part.contiguous())),
+            transposed.times(rows - codes.decode(part.contiguous())),
             lambda direction: transposed.times(codes.decode(direction)) + ridge * direction,
             diagonal,
             steps,

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int, Int16
 from torch import Tensor
 
-from itda_lens.pursuit.fixed_point import error_bounds, kernels
+from itda_lens.pursuit.fixed_point import compiled_loops, error_bounds
 from itda_lens.pursuit.gram_rows import GramRows, WholeGram
 from itda_lens.pursuit.orthogonal import dependence_tolerance
 from itda_lens.pursuit.precision import float32_products
@@ -58,8 +58,8 @@ def search(
         coefficients: of each slot, 0 where it is unused; in the dtype of x.
     """
     n = len(atoms)
-    picks = torch.empty(len(x), k, dtype=torch.long)
-    coefficients = torch.empty(len(x), k, dtype=torch.float64)
+    picks = x.new_empty(len(x), k, dtype=torch.long)
+    coefficients = x.new_empty(len(x), k, dtype=torch.float64)
     rows = x.detach().double().contiguous()
     energies = rows.square().sum(dim=-1)
     unit = (rows / energies.sqrt().masked_fill(energies == 0, 1)[:, None]).float()
@@ -71,7 +71,7 @@ def search(
     table = WholeGram(gram) if isinstance(gram, Tensor) else gram
     if len(table) < n:
         size = min(size, len(table) // k)  # the rows of one turn fit side by side
-    buffer = torch.empty(size, n)
+    buffer = x.new_empty(size, n, dtype=torch.float32)
     with table.lock:
         for start in range(0, len(x), size):
             chunk = slice(start, start + size)
@@ -79,28 +79,28 @@ def search(
             inputs = (correlations, rows[chunk], energies[chunk], atoms)
             outputs = (picks[chunk], coefficients[chunk])
             table.turn += 1
-            missing = torch.empty(len(correlations), dtype=torch.long)
-            open_rows = torch.arange(len(correlations))
+            missing = x.new_empty(len(correlations), dtype=torch.long)
+            open_rows = torch.arange(len(correlations), device=x.device)
             while len(open_rows):
                 arrays = (*inputs, table.rows, table.slots, table.used)
                 results = (missing, *outputs)
-                tasks = [
-                    _workers(n_threads).submit(
-                        kernel,
-                        part.numpy(),
-                        *(tensor.numpy() for tensor in arrays),
-                        table.turn,
-                        *options,
-                        *(tensor.numpy() for tensor in results),
-                    )
-                    for part in open_rows.tensor_split(n_threads)
-                    if len(part)
-                ]
+                tasks = []
                 try:
+                    for part in open_rows.tensor_split(n_threads):
+                        if len(part):
+                            task = _workers(n_threads).submit(
+                                kernel,
+                                part.numpy(),
+                                *(tensor.numpy() for tensor in arrays),
+                                table.turn,
+                                *options,
+                                *(tensor.numpy() for tensor in results),
+                            )
+                            tasks.append(task)
                     for task in tasks:
                         task.result()
                 finally:
-                    wait(tasks)  # after an interrupt too: they write into what is freed next
+                    wait(tasks)  # after an interrupt too: the table must not change under them
                 open_rows = (missing >= 0).nonzero().flatten()
                 if len(open_rows):
                     table.add(missing[open_rows].unique())
@@ -111,7 +111,7 @@ def _kernel(
     atoms: Tensor, method: str, signed: bool, rtol: float, threshold: float
 ) -> tuple[Any, tuple[Any, ...]]:
     """The kernel of a pursuit, and its arguments between the table of rows and the results."""
-    loops = kernels()
+    loops = compiled_loops()
     errors = error_bounds(atoms.shape[1])
     if method == "mp":
         return loops.matching_rows, (signed, rtol, threshold, *errors)

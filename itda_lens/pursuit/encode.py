@@ -160,6 +160,8 @@ def _check(
         raise ValueError(f"threshold must be at least 0 and finite, got {threshold}")
     if gram is not None and gram.shape != (n, n):
         raise ValueError(f"gram must have shape {(n, n)}, got {tuple(gram.shape)}")
+    if isinstance(gram, Tensor) and gram.device != x.device:
+        raise ValueError(f"gram must be on the device of x, {x.device}, got {gram.device}")
     if isinstance(gram, GramRows) and gpu.serves(x.device):
         raise ValueError("gram must be a tensor on a GPU, got GramRows; pass gram_matrix(atoms)")
     if (

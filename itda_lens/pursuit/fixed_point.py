@@ -1,5 +1,6 @@
 """Inner products in 16-bit fixed point."""
 
+import os
 import threading
 from typing import Any
 
@@ -16,7 +17,16 @@ _compiling = threading.Lock()
 """Held while the kernels are imported: numba's decorators are not meant to race."""
 
 
-def kernels() -> Any:
+def _after_fork() -> None:
+    global _compiling
+    _compiling = threading.Lock()  # a thread that the child does not have may have held it
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def compiled_loops() -> Any:
     """The module of compiled loops, imported when it is first needed."""
     with _compiling:
         from itda_lens.pursuit import kernels
@@ -64,7 +74,7 @@ def _quantize(
     products: Float[Tensor, "m n"], where: Int[Tensor, " m"], out: Int16[Tensor, "c n"]
 ) -> None:
     """Products of unit vectors in fixed point, into these rows."""
-    loops = kernels()
+    loops = compiled_loops()
     if products.device.type == "cpu":
         loops.quantize(products.numpy(), where.numpy(), out.numpy())
     else:
@@ -75,4 +85,4 @@ def _quantize(
 def error_bounds(d: int) -> tuple[float, float]:
     """Bounds on the errors of a product of unit vectors in float32, and of one in fixed point."""
     product = product_error(d)
-    return product, product + 0.5 / kernels().GRAM_SCALE + FLOAT32_UNIT
+    return product, product + 0.5 / compiled_loops().GRAM_SCALE + FLOAT32_UNIT

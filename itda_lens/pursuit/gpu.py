@@ -10,7 +10,7 @@ from jaxtyping import Float, Int, Int16
 from torch import Tensor
 
 from itda_lens.pursuit import matching
-from itda_lens.pursuit.fixed_point import error_bounds, fixed_point, kernels
+from itda_lens.pursuit.fixed_point import compiled_loops, error_bounds, fixed_point
 from itda_lens.pursuit.precision import float32_products
 
 log = logging.getLogger(__name__)
@@ -31,9 +31,9 @@ def serves(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def available(device: torch.device) -> bool:
+def available(device: torch.device, d: int, dtype: torch.dtype) -> bool:
     """Whether the kernel can run: Triton is installed, compiles it, and it gets a known result right."""
-    return serves(device) and all(map(find_spec, ("triton", "numba"))) and _works(device)
+    return serves(device) and all(map(find_spec, ("triton", "numba"))) and _works(device, d, dtype)
 
 
 def supports(method: str, d: int) -> bool:
@@ -42,17 +42,27 @@ def supports(method: str, d: int) -> bool:
 
 
 @cache
-def _works(device: torch.device) -> bool:
-    """Try the kernel on a small problem, against the torch form: drivers and versions vary."""
-    generator = torch.Generator().manual_seed(0)
-    atoms = torch.nn.functional.normalize(torch.randn(300, 40, generator=generator), dim=1)
-    x = torch.randn(5, 40, generator=generator)
-    x, atoms = x.to(device), atoms.to(device)
+def _works(device: torch.device, d: int, dtype: torch.dtype) -> bool:
+    """Try the kernel on a small problem of this kind: drivers and versions of Triton vary.
+
+    Against the torch form, with more atoms than lanes, a duplicate, and a row that is nearly an atom,
+    for which correlations have to be computed anew.
+    """
     try:
-        expected = matching.search(x.double(), atoms.double(), None, 6, True, 0.0, 0.0)
-        found = search(x, atoms, fixed_point(atoms, atoms), 6, True, 0.0, 0.0)
-        close = torch.allclose(found[1].double(), expected[1], atol=1e-5)
-        ok = close and torch.equal(found[0], expected[0])
+        generator = torch.Generator().manual_seed(0)
+        drawn = torch.randn(LANES + 305, d, generator=generator, dtype=dtype, device="cpu").to(device)
+        atoms, x = torch.nn.functional.normalize(drawn[:-5], dim=1), drawn[-5:]
+        atoms[300] = atoms[20]
+        x[3], x[4] = 3 * atoms[20] + 1e-3 * x[3], atoms[7] + 3e-5 * atoms[8]
+        table = fixed_point(atoms, atoms)
+        ok = True
+        for signed in (True, False):
+            expected = matching.search(x.double(), atoms.double(), None, 3, signed, 1e-6, 0.0)
+            found = search(x, atoms, table, 3, signed, 1e-6, 0.0)
+            ok &= torch.equal(found[0], expected[0])
+            ok &= torch.allclose(found[1].double(), expected[1], atol=1e-4)
+    except torch.cuda.OutOfMemoryError:  # says nothing about the kernel
+        raise
     except Exception as error:  # of a compiler, a driver or a launch: all kinds
         log.warning("no compiled pursuit on %s, the torch form runs: %s", device, error)
         return False
@@ -82,7 +92,7 @@ def search(
 
     kernel: Any = triton_kernels.matching_rows
     (b, d), n = x.shape, len(atoms)
-    loops = kernels()
+    loops = compiled_loops()
     x, atoms = x.detach().contiguous(), atoms.detach().contiguous()
     gram = gram if gram.stride(1) == 1 else gram.contiguous()
     energies = x.double().square().sum(dim=-1)

@@ -15,8 +15,8 @@ share of the memory that happens to be free: the torch forms of pursuit round di
 without a Gram matrix, and the same inputs must give the same bits."""
 
 GPU_SHARE = 1 / 3
-"""Share of all of a GPU's memory that a matrix may take there, if that is more: with 32 GiB, one of
-65,536 atoms in fixed point."""
+"""Share of a GPU's free memory that a matrix in fixed point may take there, if that is more: one of
+65,536 atoms takes 8 GiB."""
 
 ROWS_SHARE = 1 / 3
 """Share of the memory available that rows of a larger matrix may take; codes do not depend on it."""
@@ -31,7 +31,9 @@ GramMatrix = Float[Tensor, "n n"] | Int16[Tensor, "n n"] | GramRows
 def gram_dtype(atoms: Float[Tensor, "n d"], method: str = "mp", signed: bool = True) -> torch.dtype:
     """int16 where a compiled form of this pursuit can run, otherwise the dtype of the atoms."""
     if gpu.serves(atoms.device):
-        fixed = gpu.supports(method, atoms.shape[1]) and gpu.available(atoms.device)
+        fixed = gpu.supports(method, atoms.shape[1]) and gpu.available(
+            atoms.device, atoms.shape[1], atoms.dtype
+        )
     else:
         fixed = compiled.available(atoms.device) and compiled.supports(method, signed)
     return torch.int16 if fixed else atoms.dtype
@@ -63,15 +65,15 @@ def gram_matrix(
     give the same codes up to rounding; pass the result on as the `gram` argument of `encode`.
 
     Args:
-        budget_bytes: memory for it; by default `GRAM_BUDGET_BYTES`, on a GPU a third of its memory,
-            and for `GramRows` a third of the memory available (up to 8 GiB), if that is more.
+        budget_bytes: memory for it; by default `GRAM_BUDGET_BYTES`, on a GPU a third of its free
+            memory, and for `GramRows` a third of the memory available (up to 8 GiB), if that is more.
 
     Returns:
         Over the budget: for pursuits compiled for a CPU a `GramRows`, whose codes are the same bit for
         bit; for the others None.
     """
     dtype = gram_dtype(atoms, method, signed)
-    whole = _whole_budget(atoms.device) if budget_bytes is None else budget_bytes
+    whole = _whole_budget(atoms.device, dtype) if budget_bytes is None else budget_bytes
     if gram_fits(len(atoms), dtype, whole):
         return fixed_point_gram(atoms) if dtype == torch.int16 else inner_products(atoms, atoms, dtype)
     if dtype != torch.int16 or gpu.serves(atoms.device):
@@ -82,7 +84,7 @@ def gram_matrix(
     return GramRows(atoms, budget_bytes)
 
 
-def _whole_budget(device: torch.device) -> int:
-    if device.type != "cuda":
+def _whole_budget(device: torch.device, dtype: torch.dtype) -> int:
+    if device.type != "cuda" or dtype != torch.int16:
         return GRAM_BUDGET_BYTES
-    return max(GRAM_BUDGET_BYTES, int(GPU_SHARE * torch.cuda.get_device_properties(device).total_memory))
+    return max(GRAM_BUDGET_BYTES, int(GPU_SHARE * torch.cuda.mem_get_info(device)[0]))

@@ -1,5 +1,6 @@
 """Matrix products in float32 that are just that, whatever precision the user allows elsewhere."""
 
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,6 +33,15 @@ def product_error(d: int) -> float:
     return 8 * d**0.5 * FLOAT32_UNIT + 2 * FLOAT32_UNIT
 
 
+def _after_fork() -> None:
+    global _switching
+    _switching = threading.RLock()  # a thread that the child does not have may have held it
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
 @contextmanager
 def _full_precision(device: torch.device) -> Iterator[None]:
     backends: Any = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
@@ -40,11 +50,13 @@ def _full_precision(device: torch.device) -> Iterator[None]:
         if hasattr(backend, "fp32_precision"):
             # Not the older functions: they raise an error once anyone has used these settings.
             allowed = backend.fp32_precision
+            backend.fp32_precision = "none"
+            inherited = backend.fp32_precision == allowed  # from a wider setting, and must go on so
             backend.fp32_precision = "ieee"
             try:
                 yield
             finally:
-                backend.fp32_precision = allowed
+                backend.fp32_precision = "none" if inherited else allowed
         else:
             allowed = torch.get_float32_matmul_precision()
             torch.set_float32_matmul_precision("highest")

@@ -17,6 +17,14 @@ def _score(value, SIGNED: tl.constexpr):
 
 
 @triton.jit
+def _best_two(first, second, where, score, i):
+    """Each lane's largest score, its atom and the next score, with one more score a lane."""
+    second = tl.maximum(second, tl.minimum(first, score))
+    where = tl.where(score > first, i, where)
+    return tl.maximum(first, score), second, where
+
+
+@triton.jit
 def _correlation(residual, atoms, atom, d, features):
     """Inner product of the residual with one atom, in float64."""
     row = tl.load(atoms + atom.to(tl.int64) * d + features, mask=features < d, other=0.0)
@@ -96,9 +104,7 @@ def matching_rows(
             value -= scaled * tl.load(products + i, mask=i < n, other=0).to(tl.float32)
             tl.store(correlations + i, value, mask=i < n)
             score = tl.where(i < n, _score(value, SIGNED), -1.0)
-            second = tl.maximum(second, tl.minimum(first, score))
-            where = tl.where(score > first, i, where)
-            first = tl.maximum(first, score)
+            first, second, where = _best_two(first, second, where, score, i)
         tl.debug_barrier()  # what one thread stored, another may load
         if tl.max(first) < REFRESH * error:
             left = tl.sum(residual * residual)
@@ -112,9 +118,7 @@ def matching_rows(
                 i = start + tl.arange(0, BLOCK)
                 value = tl.load(correlations + i, mask=i < n, other=0.0)
                 score = tl.where(i < n, _score(value, SIGNED), -1.0)
-                second = tl.maximum(second, tl.minimum(first, score))
-                where = tl.where(score > first, i, where)
-                first = tl.maximum(first, score)
+                first, second, where = _best_two(first, second, where, score, i)
 
         # The atoms that may be the best, in order.
         bound = tl.maximum(tl.max(first) - (2 * error).to(tl.float32), 1e-30)
