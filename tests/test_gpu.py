@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from packaging.version import Version
 
 import itda_lens
 from itda_lens.pursuit import encode, gpu, gram, gram_matrix, matching
@@ -248,7 +249,9 @@ for capability, width, real, signed in (
 """
 
 
-@pytest.mark.skipif(triton.__version__ < "3.9", reason="the compiler's own interface changes")
+@pytest.mark.skipif(
+    Version(triton.__version__) < Version("3.9"), reason="the compiler's own interface changes"
+)
 def test_the_kernel_compiles_to_machine_code_without_a_gpu(tmp_path):
     environment = dict(os.environ, TRITON_CACHE_DIR=str(tmp_path))
     environment.pop("TRITON_INTERPRET", None)

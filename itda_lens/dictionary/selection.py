@@ -105,23 +105,20 @@ def first_of_direction(
         known: unit rows that count as marked before the first.
         block: rows compared at once; does not change the result.
     """
+    limits = cosine if isinstance(cosine, Tensor) else unit.new_full((len(unit),), cosine)
     kept, n_kept = torch.empty_like(unit), 0
     marks = torch.zeros(len(unit), dtype=torch.bool, device=unit.device)
 
     for start in range(0, len(unit), block):
         rows = unit[start : start + block]
-        limit = (
-            cosine[start : start + block]
-            if isinstance(cosine, Tensor)
-            else rows.new_full((len(rows),), cosine)
-        )
+        limit = limits[start : start + block]
         keep = nearest(rows, kept[:n_kept], signed) < limit
         if known is not None:
             keep &= nearest(rows, known, signed) < limit
         similarity = rows @ rows.T
         clashes = (similarity.abs() if signed else similarity) >= limit[:, None]
         clashes = clashes.tril(diagonal=-1)
-        # In numpy, where a step of this loop costs a tenth.
+        # In numpy: a step on so few numbers would be nearly all overhead in torch.
         clashing, kept_here = clashes.cpu().numpy(), keep.cpu().numpy()
         for i in clashing.any(axis=-1).nonzero()[0]:
             kept_here[i] &= not (clashing[i] & kept_here).any()
