@@ -30,6 +30,8 @@ from itda_lens.training import Activations, collect
 
 KINDS = {
     "itda": "ITDA",
+    "itda-omp": "ITDA, encoder OMP",
+    "itda-omp-l0": "ITDA, encoder OMP, mean L0",
     "itda-l0": "ITDA, mean L0",
     "prefix": "ITDA, first half of one twice as wide",
     "updated": "ITDA updated",
@@ -62,6 +64,10 @@ def make(kind: str, x: Activations, d_sae: int, l0: int, seed: int) -> SAE[Any]:
     common: dict[str, Any] = dict(d_sae=d_sae, seed=seed, labels=x.labels)
     if kind == "prefix":
         return fit(x.values, k=l0, **common | {"d_sae": 2 * d_sae}).prefix(d_sae)
+    if kind == "itda-omp":
+        return fit(x.values, k=l0, method="omp", **common)
+    if kind == "itda-omp-l0":
+        return fit(x.values, k=k_for(l0), l0=l0, method="omp", **common)
     if kind in ("itda", "updated"):
         return fit(x.values, k=l0, update=kind == "updated", **common)
     if kind in ("itda-l0", "updated-l0", "near-l0"):

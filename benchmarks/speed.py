@@ -28,7 +28,7 @@ from torch import Tensor
 
 from itda_lens.demo.prose import reference_prose
 from itda_lens.demo.smollm2 import load
-from itda_lens.pursuit import GramRows, encode, gram_matrix, matching, orthogonal
+from itda_lens.pursuit import GramRows, encode, gram_matrix, least_squares, matching, orthogonal
 from itda_lens.sources import language_model
 
 LAYER = 10
@@ -76,7 +76,7 @@ def compare(unit: Callable[[], object], contenders: dict, rounds: int) -> dict[s
 
 
 def equal(x: Tensor, atoms: Tensor, gram: Tensor | None, k: int, method: str) -> float:
-    module = matching if method == "mp" else orthogonal
+    module = {"mp": matching, "omp": orthogonal, "ols": least_squares}[method]
     rows = x[:CHECKED]
     expected, coefficients = module.search(rows.double(), atoms.double(), None, k, True, 1e-3, 0.0)
     dense = torch.zeros(len(rows), len(atoms), dtype=torch.float64, device=x.device)
@@ -105,6 +105,7 @@ def table(x: Tensor, atoms: Tensor, k: int, rounds: int) -> None:
     if not x.is_cuda:
         contenders |= {
             "OMP, compiled": (lambda: encode(x, atoms, k, method="omp", gram=fixed), 1),
+            "OLS, compiled": (lambda: encode(x, atoms, k, method="ols", gram=fixed), 1),
             "scikit-learn orthogonal_mp_gram": (lambda: scikit_learn(few, atoms, floating, k), share),
         }
     ratios = compare(lambda: topk(x, atoms, k), contenders, rounds)
@@ -114,7 +115,7 @@ def table(x: Tensor, atoms: Tensor, k: int, rounds: int) -> None:
         print(f"| {name} | {ratio:.1f} |")
     exact = ", ".join(
         f"{method.upper()} {equal(x, atoms, fixed, k, method):.2%}"
-        for method in (["mp"] if x.is_cuda else ["mp", "omp"])
+        for method in (["mp"] if x.is_cuda else ["mp", "omp", "ols"])
     )
     peak = (
         torch.cuda.max_memory_allocated() / 2**30
@@ -130,7 +131,7 @@ def table(x: Tensor, atoms: Tensor, k: int, rounds: int) -> None:
 
 
 def curves(x: Tensor, pool: Tensor, rounds: int) -> None:
-    print("\n| atoms | k | tokens | MP | OMP | OMP by MP |\n|---|---|---|---|---|---|")
+    print("\n| atoms | k | tokens | MP | OMP | OLS | OMP by MP |\n|---|---|---|---|---|---|---|")
     sizes = [(n, 40, 1024) for n in (1024, 4096, 16384)]
     sizes += [(4096, k, 1024) for k in (10, 20, 80)] + [(4096, 40, b) for b in (1, 64, 256)]
     for n, k, b in sizes:
@@ -140,10 +141,10 @@ def curves(x: Tensor, pool: Tensor, rounds: int) -> None:
         def run(method, rows=rows, atoms=atoms, k=k, gram=gram):
             return encode(rows, atoms, k, method=method, gram=gram)
 
-        contenders = {name: (lambda name=name, run=run: run(name), 1) for name in ("mp", "omp")}
+        contenders = {name: (lambda name=name, run=run: run(name), 1) for name in ("mp", "omp", "ols")}
         found = compare(lambda rows=rows, atoms=atoms, k=k: topk(rows, atoms, k), contenders, rounds)
-        mp, omp = found["mp"], found["omp"]
-        print(f"| {n} | {k} | {b} | {mp:.1f} | {omp:.1f} | {omp / mp:.1f} |", flush=True)
+        mp, omp, ols = found["mp"], found["omp"], found["ols"]
+        print(f"| {n} | {k} | {b} | {mp:.1f} | {omp:.1f} | {ols:.1f} | {omp / mp:.1f} |", flush=True)
 
 
 def on_demand(x: Tensor, atoms: Tensor, k: int, rounds: int) -> None:
@@ -151,7 +152,7 @@ def on_demand(x: Tensor, atoms: Tensor, k: int, rounds: int) -> None:
     n_new = len(x) // rounds
     print(f"\n{len(atoms)} atoms, k = {k}, Gram rows on demand, {n_new} new tokens a batch\n")
     print("| encoder | batch | times a TopK encode | rows held | memory, GiB |\n|---|---|---|---|---|")
-    for method in ("mp", "omp"):
+    for method in ("mp", "omp", "ols"):
         gram = gram_matrix(atoms, method=method)
         if not isinstance(gram, GramRows):
             sys.exit(f"the Gram matrix of {len(atoms)} atoms is held whole; give --on-demand more")

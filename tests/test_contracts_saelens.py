@@ -135,7 +135,7 @@ class TestFiles:
         assert loaded.cfg.dtype == dtype
         assert torch.equal(loaded.W_dec, itda.W_dec.to(loaded.dtype))
         assert torch.equal(loaded.b_dec, itda.b_dec.to(loaded.dtype))
-        assert (loaded.cfg.k, loaded.cfg.method, loaded.cfg.signed) == (20, "omp", True)
+        assert (loaded.cfg.k, loaded.cfg.method, loaded.cfg.signed) == (20, "ols", True)
         assert loaded.cfg.metadata.to_dict() == itda.cfg.metadata.to_dict()
         assert len(loaded.labels) == 512
         assert loaded.labels == itda.labels

@@ -321,7 +321,7 @@ class TestGradients:
     def test_of_inputs_and_atoms(self, host, built, tokens, codes, pair):
         """Through `encode`: its derivative in x is a projection onto the atoms in use."""
         itda = built[5]
-        assert itda.cfg.method == "omp"
+        assert itda.cfg.method == "ols"
         x = host.inputs[5].clone().requires_grad_()
         recons = []
         hooks = [

@@ -25,12 +25,16 @@ from itda_lens.pursuit import (
     gram_rows,
     inner_products,
     kernels,
+    least_squares,
     matching,
     orthogonal,
     precision,
 )
 
-METHODS = ("mp", "omp")
+METHODS = ("mp", "omp", "ols")
+SIGNED = [(method, True) for method in METHODS]
+PURSUITS = [*SIGNED, ("mp", False), ("omp", False)]
+SEARCH = {"mp": matching.search, "omp": orthogonal.search, "ols": least_squares.search}
 FORMS = ("compiled", "gram", "gemm")
 
 # float32 pursuits against float64 references: 20 steps over rows of norm about 5 leave some 1e-6 each.
@@ -86,6 +90,59 @@ def test_omp_equals_scikit_learn(form):
     torch.testing.assert_close(codes, torch.from_numpy(expected.T), atol=FLOAT64_ATOL, rtol=0)
 
 
+def slow_ols(x, atoms, k, threshold):
+    """Forward and backward by solving for each support anew, in float64; dense codes."""
+    x, atoms = x.double().numpy(), atoms.double().numpy()
+    codes = np.zeros((len(x), len(atoms)))
+
+    def fit(row, support):
+        values, *_ = np.linalg.lstsq(atoms[support].T, row, rcond=None)
+        return values, np.square(row - values @ atoms[support]).sum()
+
+    for i, row in enumerate(x):
+        support, error = [], row @ row
+        while len(support) < k + -(-k // 4):
+            others = [j for j in range(len(atoms)) if j not in support]
+            errors = [fit(row, [*support, j])[1] for j in others]
+            if error - min(errors) < (0.85 * threshold) ** 2:
+                break
+            support, error = [*support, others[int(np.argmin(errors))]], min(errors)
+        while support:
+            errors = [fit(row, [a for a in support if a != j])[1] for j in support]
+            if len(support) <= k and min(errors) - error >= threshold**2:
+                break
+            error = min(errors)
+            del support[int(np.argmin(errors))]
+        codes[i, support] = fit(row, support)[0]
+    return torch.from_numpy(codes)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("k", "threshold"), [(1, 0.0), (6, 0.0), (6, 0.8), (12, 0.8), (12, 30.0)])
+def test_ols_equals_the_slow_loop(form, k, threshold):
+    x, atoms = problem(n=50, d=24, rows=25)
+    found = run(x, atoms, k, form, method="ols", rtol=0, threshold=threshold)
+    expected = slow_ols(x, atoms, k, threshold)
+    torch.testing.assert_close(found.to_dense(50), expected, atol=FLOAT64_ATOL, rtol=0)
+    if (k, threshold) == (12, 0.8):
+        assert 0 < found.l0().min() < found.l0().max()
+
+
+def test_ols_leaves_less_than_omp_with_as_many_atoms():
+    x, atoms = problem(n=400, d=64, rows=200)
+    errors = [(x - run(x, atoms, 12, method=method).decode(atoms)).square().sum() for method in METHODS]
+    assert errors[2] < 0.99 * errors[1] < errors[0]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_ols_never_holds_two_atoms_that_are_nearly_the_same(form):
+    x, atoms = problem(n=20, d=32, rows=30)
+    twins = torch.nn.functional.normalize(atoms + 0.005 * x[:20], dim=1)
+    codes = run(x, torch.cat([atoms, twins]), 16, form, method="ols", rtol=0).to_dense(40)
+    assert not ((codes[:, :20] != 0) & (codes[:, 20:] != 0)).any()
+    assert ((codes != 0).sum(dim=1) == 16).all()
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_non_negative_omp_converges_to_non_negative_least_squares(form):
     x, atoms = problem()
@@ -124,11 +181,11 @@ def test_recovers_codes_in_an_orthonormal_dictionary(method, form):
     d=st.integers(1, 12),
     rows=st.integers(1, 9),
     k=st.integers(1, 40),
-    method=st.sampled_from(METHODS),
+    pursuit=st.sampled_from(PURSUITS),
     form=st.sampled_from(FORMS),
-    signed=st.booleans(),
 )
-def test_invariants(seed, n, d, rows, k, method, form, signed):
+def test_invariants(seed, n, d, rows, k, pursuit, form):
+    method, signed = pursuit
     x, atoms = problem(n, d, rows, seed=seed)
     k = min(k, n)
     options = dict(form=form, method=method, signed=signed)
@@ -144,16 +201,19 @@ def test_invariants(seed, n, d, rows, k, method, form, signed):
         assert len(set(used)) == len(used)
     if not signed:
         assert (codes.values >= 0).all()
-    if method == "omp":
+    if method != "mp":
         inner = (atoms[codes.indices] @ residual[..., None]).squeeze(-1) * (codes.values != 0)
         # Near-dependent supports amplify rounding; 1e-6 is far below any coefficient that matters.
         assert (inner.abs() <= 1e-6 * norm[:, None]).all()
     if k > 1:
         fewer = run(x, atoms, k - 1, **options)
-        if method == "mp" or signed:
+        # Non-negative OMP gives slots up for good; what OLS drops depends on how far it went before.
+        if pursuit not in (("omp", False), ("ols", True)):
             before = (x - fewer.decode(atoms)).norm(dim=-1)
             assert (residual.norm(dim=-1) <= before + 1e-9 * norm).all()
 
+    if method == "ols" and form != "compiled" and least_squares.most_held(k, n, d) >= d:
+        return  # whatever comes last leaves nothing then, so that rounding decides what it is
     order = torch.randperm(rows)
     shuffled = run(x[order], atoms, k, **options)
     torch.testing.assert_close(shuffled.to_dense(n), codes.to_dense(n)[order], atol=1e-6, rtol=0)
@@ -172,8 +232,7 @@ def test_ties_and_duplicates_go_to_the_lowest_index(method, form):
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize(("method", "signed"), PURSUITS)
 def test_zero_gives_zero_and_an_atom_gives_itself(method, form, signed):
     x, atoms = problem(n=300, d=64, dtype=torch.float32)
     x = torch.cat([torch.zeros(1, 64), 100 * atoms[7:8], 1e-6 * atoms[5:6]])
@@ -194,8 +253,7 @@ def test_relative_residual_stops_early_and_independently_of_scale(method):
     assert torch.equal(scaled.indices, codes.indices)
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize(("method", "signed"), [pursuit for pursuit in PURSUITS if pursuit[0] != "ols"])
 @pytest.mark.parametrize("form", FORMS)
 def test_threshold_ends_a_row_before_the_first_small_correlation(method, signed, form):
     x, atoms = problem(rows=30)
@@ -217,8 +275,7 @@ def test_threshold_ends_a_row_before_the_first_small_correlation(method, signed,
     assert min(lengths) < max(lengths)  # the threshold ended some rows, not others
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize(("method", "signed"), PURSUITS)
 @pytest.mark.parametrize("l0", [0.5, 4.0, 9.3])
 def test_calibration_meets_the_mean(method, signed, l0):
     x, atoms = problem(n=300, d=40, rows=800, dtype=torch.float32)
@@ -261,8 +318,7 @@ def test_calibration_of_bad_input(change, message):
         calibrate_threshold(**arguments)
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize(("method", "signed"), PURSUITS)
 def test_k_equal_to_the_number_of_atoms_and_more_atoms_than_dimensions(method, signed):
     x, atoms = problem(n=30, d=6, rows=5)
     codes = run(x, atoms, 30, method=method, signed=signed, rtol=0)
@@ -304,8 +360,7 @@ def test_non_contiguous_rows_and_many_chunks(method):
     )
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize(("method", "signed"), PURSUITS)
 def test_gradients_given_the_support(method, signed):
     x, atoms = problem(n=20, d=8, rows=3)
     x.requires_grad_()
@@ -322,11 +377,10 @@ def test_gradients_given_the_support(method, signed):
 
 def float64_search(x, atoms, k, method, signed=True, rtol=1e-3):
     """Picks and coefficients of the torch loops in float64, without a Gram matrix."""
-    module = matching if method == "mp" else orthogonal
-    return module.search(x.double(), atoms.double(), None, k, signed, rtol, 0.0)
+    return SEARCH[method](x.double(), atoms.double(), None, k, signed, rtol, 0.0)
 
 
-@pytest.mark.parametrize(("method", "signed"), [("mp", True), ("mp", False), ("omp", True)])
+@pytest.mark.parametrize(("method", "signed"), [*SIGNED, ("mp", False)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(
     "n", [1, 511, 1300]
@@ -347,13 +401,14 @@ def test_compiled_picks_are_those_of_float64(method, signed, dtype, n):
 def test_compiled_pursuit_follows_a_residual_far_below_the_precision_of_its_gram_matrix(method):
     x, atoms = problem(n=700, d=12, rows=20)
     gram = gram_matrix(atoms)
-    k = 120 if method == "mp" else 12
+    # OLS holds up to 10 then; with 12, whatever comes last would leave nothing, and all atoms be equal.
+    k = {"mp": 120, "omp": 12, "ols": 8}[method]
     picks, values = compiled.search(x, atoms, gram, k, method, True, 1e-10, 0.0)
     expected, coefficients = float64_search(x, atoms, k, method, rtol=1e-10)
     assert torch.equal(picks, expected)
     torch.testing.assert_close(values, coefficients, atol=FLOAT64_ATOL, rtol=0)
     left = x - SparseCodes(picks.clamp(min=0), values).decode(atoms)
-    assert (left.norm(dim=1) < 1e-6 * x.norm(dim=1)).all()
+    assert method == "ols" or (left.norm(dim=1) < 1e-6 * x.norm(dim=1)).all()
 
 
 def test_compiled_omp_on_nearly_dependent_atoms_is_that_of_float64():
@@ -445,7 +500,7 @@ def test_kernels_on_a_processor_without_vector_instructions_for_pairs_of_integer
         "import sys, torch\n"
         "from itda_lens.pursuit import encode, gram_matrix\n"
         "x, atoms = torch.load(sys.argv[1] + '/problem.pt')\n"
-        "codes = encode(x, atoms, 9, method='omp', gram=gram_matrix(atoms))\n"
+        "codes = encode(x, atoms, 9, method='ols', gram=gram_matrix(atoms))\n"
         "torch.save(codes.to_dense(600), sys.argv[1] + '/codes.pt')\n"
     )
     generic = dict(NUMBA_CPU_NAME="generic", NUMBA_CPU_FEATURES="", NUMBA_CACHE_DIR=str(tmp_path))
@@ -453,7 +508,7 @@ def test_kernels_on_a_processor_without_vector_instructions_for_pairs_of_integer
         [sys.executable, "-c", script, str(tmp_path)], env={**os.environ, **generic}, check=True
     )
     codes = torch.load(tmp_path / "codes.pt")
-    expected = run(x, atoms, 9, method="omp").to_dense(600)
+    expected = run(x, atoms, 9, method="ols").to_dense(600)
     torch.testing.assert_close(codes, expected, atol=FLOAT64_ATOL, rtol=0)
 
 
@@ -547,7 +602,7 @@ def test_gram_respects_its_budget():
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("capacity", [9, 40, 599])
+@pytest.mark.parametrize("capacity", [12, 40, 599])
 def test_codes_do_not_depend_on_how_many_gram_rows_fit(method, capacity):
     x, atoms = problem(n=600, d=32, rows=150, dtype=torch.float32)
     codes = run(x, atoms, 9, method=method)
@@ -597,8 +652,10 @@ def test_a_copy_of_gram_rows_begins_empty():
 
 def test_gram_rows_without_room_for_one_code():
     x, atoms = problem(n=60, d=8)
-    with pytest.raises(ValueError, match="room for at least k=5 rows, got 4"):
+    with pytest.raises(ValueError, match="room for at least 5 rows at k=5, got 4"):
         encode(x, atoms, 5, gram=gram_matrix(atoms, 4 * 60 * 2))
+    with pytest.raises(ValueError, match="room for at least 7 rows at k=5, got 6"):
+        encode(x, atoms, 5, method="ols", gram=gram_matrix(atoms, 6 * 60 * 2))
 
 
 @pytest.mark.parametrize(
@@ -607,6 +664,7 @@ def test_gram_rows_without_room_for_one_code():
         (dict(k=0), ValueError, "k must be between 1 and the number of atoms"),
         (dict(k=61), ValueError, r"\(60\), got 61"),
         (dict(method="lasso"), ValueError, "method must be one of .* got 'lasso'"),
+        (dict(method="ols", signed=False), ValueError, "'mp' or 'omp' for signed=False, got 'ols'"),
         (dict(rtol=-0.1), ValueError, "rtol must be at least 0"),
         (dict(threshold=-1.0), ValueError, "threshold must be at least 0 and finite, got -1"),
         (dict(threshold=float("nan")), ValueError, "threshold must be at least 0 and finite, got nan"),

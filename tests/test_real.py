@@ -66,7 +66,7 @@ def test_held_out_quality(evaluations):
 def test_an_atom_decomposes_into_itself(smollm2, built):
     itda = built[HOOKS[1]]
     activations = 100 * itda.W_dec.detach() + itda.b_dec.detach()
-    for method in ("mp", "omp"):
+    for method in ("mp", "omp", "ols"):
         itda.cfg.method = method
         codes = itda.encode_sparse(activations)
         assert codes.indices[:, 0].tolist() == list(range(512))

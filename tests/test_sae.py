@@ -87,7 +87,7 @@ def test_gradients_of_a_splice_are_those_of_encode_and_decode(itda):
 @pytest.mark.parametrize(
     "shape", [(D_IN,), (3, D_IN), (2, 3, D_IN), (2, 1, 3, D_IN), (1, 2, 1, 3, D_IN)]
 )
-@pytest.mark.parametrize("method", ["mp", "omp"])
+@pytest.mark.parametrize("method", ["mp", "omp", "ols"])
 def test_shapes_and_agreement_with_the_pursuit(method, shape):
     itda = make(method)
     x = torch.randn(shape) + 2
@@ -104,7 +104,7 @@ def test_shapes_and_agreement_with_the_pursuit(method, shape):
     torch.testing.assert_close(itda(x), itda.decode(dense))
 
 
-@pytest.mark.parametrize("method", ["mp", "omp"])
+@pytest.mark.parametrize("method", ["mp", "omp", "ols"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 class TestNonNegative:
     def test_is_an_exact_view(self, method, dtype):
@@ -216,7 +216,7 @@ def test_folding_a_scaling_factor_keeps_the_function(itda):
 
 
 class TestPrefix:
-    @pytest.mark.parametrize("method", ["mp", "omp"])
+    @pytest.mark.parametrize("method", ["mp", "omp", "ols"])
     def test_is_the_dictionary_of_the_first_atoms(self, method, tmp_path):
         itda = make(method)
         first = itda.prefix(12)
@@ -296,7 +296,7 @@ class TestCalibrate:
         assert (itda.cfg.k, itda.cfg.threshold, itda.cfg.l0) == (K, 0, None)
 
 
-@pytest.mark.parametrize("method", ["mp", "omp"])
+@pytest.mark.parametrize("method", ["mp", "omp", "ols"])
 def test_gradients_given_the_support(method):
     itda = make(method, torch.float64)
     x = torch.randn(3, D_IN, dtype=torch.float64, requires_grad=True)

@@ -27,7 +27,7 @@ def build_command(
     k: Annotated[int, typer.Option(help="Most nonzeros per code.")] = 20,
     preset: Annotated[str, typer.Option(help="best, or paper (Leask et al. 2025).")] = "best",
     method: Annotated[
-        str | None, typer.Option(help="Encoder: mp or omp; default: omp for best, mp for paper.")
+        str | None, typer.Option(help="Encoder: mp, omp or ols; default: ols for best, mp for paper.")
     ] = None,
     loss_threshold: Annotated[
         float | None, typer.Option(help="For paper: relative error that admits an activation.")

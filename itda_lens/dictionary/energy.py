@@ -49,8 +49,8 @@ ORDERED_ON = 2048
 UPDATE_ROUNDS = 3
 """Rounds of least-squares update, each on a sample of its own (all of it, where a stream is short)."""
 
-CALIBRATION_ROWS = 4096
-"""Activations to calibrate a threshold on: their mean L0 is off by a 64th of its standard deviation."""
+CALIBRATION_ROWS = 2048
+"""Activations to calibrate a threshold on: their mean L0 is off by a 45th of its standard deviation."""
 
 BLOCK = 512
 """Activations compared with the atoms at once; does not change the result."""

@@ -2,7 +2,7 @@
 
 from itda_lens.pursuit.calibration import calibrate_threshold, check_l0
 from itda_lens.pursuit.codes import SparseCodes
-from itda_lens.pursuit.encode import DEFAULT_RTOL, Method, encode
+from itda_lens.pursuit.encode import DEFAULT_RTOL, Method, check_sign, encode
 from itda_lens.pursuit.finite import first_nonfinite_row
 from itda_lens.pursuit.gram import (
     GRAM_BUDGET_BYTES,
@@ -23,6 +23,7 @@ __all__ = [
     "SparseCodes",
     "calibrate_threshold",
     "check_l0",
+    "check_sign",
     "encode",
     "first_nonfinite_row",
     "gram_dtype",

@@ -15,8 +15,11 @@ CLOSE_ENOUGH = 0.005
 """Relative distance from the mean L0 asked for at which calibration stops: of some thousands of rows the
 mean is not known better."""
 
-FIRST_ROWS = 512
+FIRST_ROWS = 256
 """Rows, about, on which the search begins."""
+
+FIRST_CLOSE = 0.03
+"""What `CLOSE_ENOUGH` is for so few."""
 
 FASTER = 1.5
 """Exponent by which the factor grows: an L0 that cannot be had is recognised after a dozen trials."""
@@ -80,13 +83,20 @@ def calibrate_threshold(
     # From above, where codes are short and cheap; first on few rows, then near what they say.
     least = 1e-6 * scale
     few = partial(mean_l0, x[:: max(1, len(x) // FIRST_ROWS)])
-    threshold = max(least, _solve(few, l0, {scale: few(scale)}, 2.0, 1.0, least))
+    threshold = max(least, _solve(few, l0, {scale: few(scale)}, 2.0, 1.0, least, FIRST_CLOSE))
     trials = {threshold: mean_l0(x, threshold)}
-    # Near l0 mean L0 falls about as the threshold to the power of -2 rises; often one step is enough.
-    step = min(max((trials[threshold] / l0) ** (1 / STEEPNESS), 0.5), 2.0)
-    if not _close(trials, l0):
-        trials[threshold * step] = mean_l0(x, threshold * step)
-    return _solve(partial(mean_l0, x), l0, trials, 1.05, FASTER, least)
+    # Near l0 mean L0 falls about as a power of the threshold; one step or two are often enough.
+    steepness = STEEPNESS
+    for _ in range(2):
+        if _close(trials, l0, CLOSE_ENOUGH):
+            break
+        step = min(max((trials[threshold] / l0) ** (1 / steepness), 0.5), 2.0)
+        before, threshold = threshold, threshold * step
+        trials[threshold] = mean_l0(x, threshold)
+        if 0 < trials[threshold] != trials[before] > 0:
+            steepness = math.log(trials[before] / trials[threshold]) / math.log(step)
+            steepness = min(max(steepness, STEEPNESS / 2), STEEPNESS * 2)
+    return _solve(partial(mean_l0, x), l0, trials, 1.05, FASTER, least, CLOSE_ENOUGH)
 
 
 def check_l0(l0: float, k: int) -> None:
@@ -95,8 +105,8 @@ def check_l0(l0: float, k: int) -> None:
         raise ValueError(f"l0 must be above 0 and at most k={k}, got {l0}")
 
 
-def _close(trials: dict[float, float], l0: float) -> bool:
-    return min(abs(found - l0) for found in trials.values()) <= CLOSE_ENOUGH * l0
+def _close(trials: dict[float, float], l0: float, enough: float) -> bool:
+    return min(abs(found - l0) for found in trials.values()) <= enough * l0
 
 
 def _solve(
@@ -106,6 +116,7 @@ def _solve(
     factor: float,
     faster: float,
     least: float,
+    enough: float,
 ) -> float:
     """Where `mean_l0`, which falls with the threshold, is `l0`; 0 if it is lower at `least` still.
 
@@ -113,15 +124,15 @@ def _solve(
     power `faster` is the next one, until two of them enclose it; then by interpolation of logarithms.
     """
     low, high = min(trials), max(trials)
-    while trials[low] < l0 and not _close(trials, l0):
+    while trials[low] < l0 and not _close(trials, l0, enough):
         if low < least:
             return 0.0
         high, low, factor = low, low / factor, factor**faster
         trials[low] = mean_l0(low)
-    while trials[high] > l0 and not _close(trials, l0):
+    while trials[high] > l0 and not _close(trials, l0, enough):
         low, high, factor = high, high * factor, factor**faster
         trials[high] = mean_l0(high)
-    while len(trials) < MOST_TRIALS and high > low * (1 + 1e-9) and not _close(trials, l0):
+    while len(trials) < MOST_TRIALS and high > low * (1 + 1e-9) and not _close(trials, l0, enough):
         share = (trials[low] - l0) / (trials[low] - trials[high])
         middle = low * (high / low) ** min(max(share, 0.05), 0.95)
         trials[middle] = found = mean_l0(middle)

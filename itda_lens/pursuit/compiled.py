@@ -12,6 +12,7 @@ from torch import Tensor
 
 from itda_lens.pursuit.fixed_point import compiled_loops, error_bounds
 from itda_lens.pursuit.gram_rows import GramRows, WholeGram
+from itda_lens.pursuit.least_squares import AHEAD, LEAST_DISTANCE, most_held
 from itda_lens.pursuit.orthogonal import dependence_tolerance
 from itda_lens.pursuit.precision import float32_products
 
@@ -39,6 +40,11 @@ def supports(method: str, signed: bool) -> bool:
     return method == "mp" or signed
 
 
+def rows_in_turn(method: str, k: int, n: int, d: int) -> int:
+    """Rows of the Gram matrix, at most, that one row of activations needs."""
+    return most_held(k, n, d) if method == "ols" else k
+
+
 def search(
     x: Float[Tensor, "b d"],
     atoms: Float[Tensor, "n d"],
@@ -49,7 +55,7 @@ def search(
     rtol: float,
     threshold: float,
 ) -> tuple[Int[Tensor, "b k"], Float[Tensor, "b k"]]:
-    """What `matching.search` and `orthogonal.search` do, with picks exact to float64 rounding.
+    """What `search` of `matching`, `orthogonal` or `least_squares` does, exact to float64 rounding.
 
     Uses as many threads as torch does (`torch.get_num_threads()`).
 
@@ -63,14 +69,15 @@ def search(
     rows = x.detach().double().contiguous()
     energies = rows.square().sum(dim=-1)
     unit = (rows / energies.sqrt().masked_fill(energies == 0, 1)[:, None]).float()
-    kernel, options = _kernel(atoms, method, signed, rtol, threshold)
+    most = rows_in_turn(method, k, *atoms.shape)
+    kernel, options = _kernel(atoms, method, most, signed, rtol, threshold)
     atoms = atoms.detach().contiguous()
     atoms_32 = atoms.float()
     n_threads = torch.get_num_threads()
     size = max(n_threads, min(len(x), CORRELATION_BYTES // (4 * n)))
     table = WholeGram(gram) if isinstance(gram, Tensor) else gram
     if len(table) < n:
-        size = min(size, len(table) // k)  # the rows of one turn fit side by side
+        size = min(size, len(table) // most)  # the rows of one turn fit side by side
     buffer = x.new_empty(size, n, dtype=torch.float32)
     with table.lock:
         for start in range(0, len(x), size):
@@ -108,11 +115,14 @@ def search(
 
 
 def _kernel(
-    atoms: Tensor, method: str, signed: bool, rtol: float, threshold: float
+    atoms: Tensor, method: str, most: int, signed: bool, rtol: float, threshold: float
 ) -> tuple[Any, tuple[Any, ...]]:
     """The kernel of a pursuit, and its arguments between the table of rows and the results."""
     loops = compiled_loops()
     errors = error_bounds(atoms.shape[1])
     if method == "mp":
         return loops.matching_rows, (signed, rtol, threshold, *errors)
+    if method == "ols":
+        numbers = (rtol, threshold, AHEAD * threshold, LEAST_DISTANCE)
+        return loops.least_squares_rows, (most, *numbers, *errors)
     return loops.orthogonal_rows, (rtol, threshold, dependence_tolerance(atoms.dtype), *errors)

@@ -7,13 +7,16 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from itda_lens.pursuit import compiled, gpu, matching, orthogonal
+from itda_lens.pursuit import compiled, gpu, least_squares, matching, orthogonal
 from itda_lens.pursuit.codes import SparseCodes
 from itda_lens.pursuit.finite import first_nonfinite_row
 from itda_lens.pursuit.gram import GramMatrix, gram_dtype
 from itda_lens.pursuit.gram_rows import GramRows
 
-Method = Literal["mp", "omp"]
+Method = Literal["mp", "omp", "ols"]
+
+_SEARCH = {"mp": matching.search, "omp": orthogonal.search, "ols": least_squares.search}
+_REPLAY = {"mp": matching.replay, "omp": orthogonal.replay, "ols": orthogonal.replay}
 
 DEFAULT_RTOL = 1e-3
 """A row stops once |residual| <= rtol * |x|. An activation that is itself an atom leaves a residual of
@@ -41,9 +44,9 @@ def encode(
     """Sparse codes of `x` over unit-norm `atoms`, at most `k` nonzeros a row.
 
     Each row depends on itself alone. Ties go to the atom of lowest index. Two equal atoms never share
-    a code under "omp" and need not under "mp", and the lower index wins where their correlations are
-    equal bit for bit. Codes of bf16 and fp16 are those of the same numbers in float32, and returned
-    in it. Differentiable in `x` and `atoms` given the support.
+    a code under "omp" and "ols" and need not under "mp", and the lower index wins where their
+    correlations are equal bit for bit. Codes of bf16 and fp16 are those of the same numbers in
+    float32, and returned in it. Differentiable in `x` and `atoms` given the support.
 
     Args:
         x: activations, centred by the caller if at all; 1-D to n-D, any floating dtype.
@@ -51,12 +54,17 @@ def encode(
         k: most nonzeros per row, 1 <= k <= n.
         method: "mp", matching pursuit (Mallat & Zhang 1993), `k` steps that may pick an atom again;
             "omp", orthogonal matching pursuit (Pati et al. 1993), which re-solves for all
-            coefficients at each step: better codes, slower.
-        signed: False restricts coefficients to >= 0.
+            coefficients at each step: better codes, slower; "ols", orthogonal least squares (Chen,
+            Billings & Luo 1989), which picks the atom with which the re-solved error is least, goes on
+            for a quarter more than `k` picks and drops those again without which least is lost: better
+            still, slower still.
+        signed: False restricts coefficients to >= 0; not for "ols".
         rtol: stop a row at |residual| <= rtol |x|; 0 never stops early.
         threshold: a row stops before it picks an atom whose correlation with the residual is smaller,
             in the units of x: `k` is the most then, and rows that need few atoms take few. The next
-            pick of MP removes the square of its correlation, that of OMP at least as much. See
+            pick of MP removes the square of its correlation, that of OMP at least as much. Under "ols"
+            every atom of a code removes at least the square of `threshold`, and a row goes on for atoms
+            that remove somewhat less, of which some may be worth it once others are dropped. See
             `calibrate_threshold`.
         gram: `gram_matrix(atoms, method=method, signed=signed)`. In int16 it selects the compiled
             forms; on a CPU their result for a row does not depend, bit for bit, on the rows beside it,
@@ -64,8 +72,8 @@ def encode(
             Gram form; None, torch's GEMM form.
 
     Raises:
-        ValueError: shapes do not fit, k, rtol or threshold is out of range, an unknown method, NaN or
-            infinity in x.
+        ValueError: shapes do not fit, k, rtol or threshold is out of range, an unknown method or one
+            that is not for `signed`, NaN or infinity in x.
         TypeError: x or atoms are not floating point.
     """
     _check(x, atoms, k, method, signed, rtol, threshold, gram)
@@ -99,16 +107,15 @@ def _encode_chunk(
     threshold: float,
 ) -> SparseCodes:
     """Search without gradients; then, where gradients are wanted, the coefficients once more."""
-    module = matching if method == "mp" else orthogonal
     with torch.no_grad():
         if gram is None or (isinstance(gram, Tensor) and gram.is_floating_point()):
-            picks, coefficients = module.search(x, atoms, gram, k, signed, rtol, threshold)
+            picks, coefficients = _SEARCH[method](x, atoms, gram, k, signed, rtol, threshold)
         elif isinstance(gram, Tensor) and gpu.serves(x.device):
             picks, coefficients = gpu.search(x, atoms, gram, k, signed, rtol, threshold)
         else:
             picks, coefficients = compiled.search(x, atoms, gram, k, method, signed, rtol, threshold)
     if torch.is_grad_enabled() and (x.requires_grad or atoms.requires_grad):
-        coefficients = module.replay(x, atoms, picks)
+        coefficients = _REPLAY[method](x, atoms, picks)
     return _merge(picks, coefficients)
 
 
@@ -130,6 +137,12 @@ def _chunk_rows(rows: Tensor, gram: GramMatrix | None) -> int:
     if gram is None:
         return ROWS_PER_CHUNK["gemm"]
     return ROWS_PER_CHUNK["compiled" if gram.dtype == torch.int16 else "gram"]
+
+
+def check_sign(method: str, signed: bool) -> None:
+    """Raise ValueError where this pursuit has no form without signs."""
+    if method == "ols" and not signed:
+        raise ValueError("method must be 'mp' or 'omp' for signed=False, got 'ols'")
 
 
 def _check(
@@ -154,6 +167,7 @@ def _check(
         raise ValueError(f"k must be between 1 and the number of atoms ({n}), got {k}")
     if method not in get_args(Method):
         raise ValueError(f"method must be one of {get_args(Method)}, got {method!r}")
+    check_sign(method, signed)
     if not 0 <= rtol < 1:
         raise ValueError(f"rtol must be at least 0 and below 1, got {rtol}")
     if not 0 <= threshold < math.inf:
@@ -173,9 +187,10 @@ def _check(
             f"gram in {gram.dtype} does not serve method={method!r}, signed={signed} on "
             f"{atoms.device.type}; pass gram_matrix(atoms, method=method, signed=signed)"
         )
-    if isinstance(gram, GramRows) and len(gram) < k:
+    needed = compiled.rows_in_turn(method, k, n, d)
+    if isinstance(gram, GramRows) and len(gram) < needed:
         raise ValueError(
-            f"gram must have room for at least k={k} rows, got {len(gram)}; "
+            f"gram must have room for at least {needed} rows at k={k}, got {len(gram)}; "
             "give gram_matrix a larger budget"
         )
     bad = first_nonfinite_row(x.reshape(-1, d))

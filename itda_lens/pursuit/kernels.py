@@ -31,10 +31,12 @@ _FAST = {"nnan", "ninf", "nsz", "contract", "reassoc"}
 
 def jit(function: Any) -> Any:
     """Compile on first use, without the interpreter's lock; keep the result on disk where possible."""
+    # numpy's errors: with Python's a division may raise, and a loop that may raise is not vectorised.
+    options: dict[str, Any] = dict(nogil=True, fastmath=_FAST, error_model="numpy")
     try:
-        return numba.njit(nogil=True, fastmath=_FAST, cache=True)(function)
+        return numba.njit(cache=True, **options)(function)
     except RuntimeError:  # no writable place for the cache
-        return numba.njit(nogil=True, fastmath=_FAST)(function)
+        return numba.njit(**options)(function)
 
 
 # --- Gram matrices in fixed point, and sums of their rows by integer arithmetic
@@ -256,13 +258,11 @@ def refresh(correlations, residual, atoms):
 
 
 @jit
-def in_question(bits, mask, tops, error, taken, n_taken, found):
-    """The atoms, in order, that may be the one of largest correlation; returns how many.
-
-    These are the ones whose approximate correlation is within twice its `error` of the largest one, but
-    for the first `n_taken` of `taken`.
+def in_question(bits, mask, tops, least, taken, n_taken, found):
+    """The atoms, in order, whose number (its magnitude, or itself where positive: by `mask`) is `least`
+    or more, but for the first `n_taken` of `taken`; returns how many.
     """
-    threshold = _f4(max(largest(tops) - _f4(2 * error), _f4(1e-30))).view(_i4)
+    threshold = _f4(max(least, 1e-30)).view(_i4)
     n, n_found = bits.shape[0], 0
     for b in range(tops.shape[0]):
         if tops[b] >= threshold:
@@ -339,7 +339,8 @@ def matching_rows(
                 inverse = refresh(current, residual, atoms)
                 error = ROUNDING
                 block_tops(bits, mask, tops)
-            n_found = in_question(bits, mask, tops, error, found, 0, found)
+            # What is within twice the error of the largest may be the largest.
+            n_found = in_question(bits, mask, tops, largest(tops) - 2 * error, found, 0, found)
             atom, c = pick(found, n_found, mask, residual, atoms)
             if atom < 0 or abs(c) < threshold:
                 break
@@ -393,10 +394,10 @@ def orthogonal_rows(
     n, k, d = correlations.shape[1], picks.shape[1], x.shape[1]
     tops = np.empty((n + BLOCK - 1) // BLOCK, _i4)
     found = np.empty(n, np.int64)
-    residual, new = np.empty(d), np.empty(d)
+    residual = np.empty(d)
     current = np.empty(n, _f4)
     bits = current.view(_i4)
-    inverse = np.empty((k, k))
+    held, inverse = np.empty((k, d)), np.empty((k, k))
     cross, m = np.empty(k), np.empty(k)
     packed = np.zeros((tops.shape[0], (k + 1) // 2, BLOCK), _i4)
     packed_c = np.empty((k + 1) // 2, _i4)
@@ -415,48 +416,29 @@ def orthogonal_rows(
         block_tops(bits, MAGNITUDE, tops)
         for t in range(k):
             if largest(tops) < REFRESH * error:
-                _residual(residual, x, row, atoms, support, c, t)
+                _residual(residual, x, row, held, c, t)
                 refresh(current, residual, atoms)
                 for i in range(t):
                     current[support[i]] = 0.0  # but for rounding, which must not hide the others
                 error = ROUNDING
                 block_tops(bits, MAGNITUDE, tops)
-            n_found = in_question(bits, MAGNITUDE, tops, error, support, t, found)
+            n_found = in_question(bits, MAGNITUDE, tops, largest(tops) - 2 * error, support, t, found)
             atom = found[0]
             if n_found != 1:
-                _residual(residual, x, row, atoms, support, c, t)
+                _residual(residual, x, row, held, c, t)
                 atom, _ = pick(found, n_found, MAGNITUDE, residual, atoms)
                 if atom < 0:
                     break
-            for i in range(d):
-                new[i] = _f8(atoms[atom, i])
-            _cross(new, atoms, support, t, cross)
-            best = dot(new, x, row)
-            for i in range(t):
-                best -= c[i] * cross[i]
-            if best == 0 or abs(best) < threshold:
+            new = held[t]
+            best, distance = _beside(atom, atoms, x, row, held, inverse, c, t, new, cross, m)
+            if best == 0 or abs(best) < threshold or distance <= tolerance:
                 break
-            distance = squared_norm(new)
-            m[:t] = 0
-            for i in range(t):
-                w = 0.0
-                for j in range(i + 1):
-                    w += inverse[i, j] * cross[j]
-                for j in range(i + 1):
-                    m[j] -= w * inverse[i, j]
-                distance -= w * w
-            if distance <= tolerance:
-                break
-            m[t] = 1.0
-            diagonal = 1 / np.sqrt(distance)
-            step = best * diagonal
+            step = best / np.sqrt(distance)
             support[t] = atom
-            for i in range(t + 1):
-                inverse[t, i] = diagonal * m[i]
-                c[i] += step * inverse[t, i]
+            _hold(inverse, c, m, step, distance, t)
             left -= step * step
             if left < CANCELLED * energies[row]:
-                _residual(residual, x, row, atoms, support, c, t + 1)
+                _residual(residual, x, row, held, c, t + 1)
                 left = squared_norm(residual)
             if t + 1 == k or left <= rtol * rtol * energies[row]:
                 break
@@ -481,30 +463,71 @@ def orthogonal_rows(
 
 
 @jit
-def _cross(new, atoms, support, n, out):
-    """Inner products of an atom with the first `n` of the support, four at a time."""
+def _beside(atom, atoms, x, row, held, inverse, c, n, new, cross, m):
+    """How an atom stands to the `n` atoms held, whose rows in float64 are the first of `held`.
+
+    Args:
+        inverse: its first rows are the inverse of the Cholesky factor of the inner products held.
+        c: coefficients of the least-squares fit of row `row` of x.
+        new: receives the atom in float64.
+        cross: scratch.
+        m: receives coefficients of what of it is orthogonal to the held ones, as a sum over these and
+            itself.
+
+    Returns:
+        its correlation with the residual, and its squared distance from the span of those held.
+    """
+    for i in range(new.shape[0]):
+        new[i] = _f8(atoms[atom, i])
+    _cross(new, held, n, cross)
+    correlation, distance = dot(new, x, row), squared_norm(new)
+    for i in range(n):
+        correlation -= c[i] * cross[i]
+    m[:n] = 0
+    for i in range(n):
+        w = 0.0
+        for j in range(i + 1):
+            w += inverse[i, j] * cross[j]
+        for j in range(i + 1):
+            m[j] -= w * inverse[i, j]
+        distance -= w * w
+    m[n] = 1.0
+    return correlation, distance
+
+
+@jit
+def _hold(inverse, c, m, step, distance, n):
+    """Add the atom that `_beside` looked at to those held: a row of `inverse`, and the fit with it."""
+    diagonal = 1 / np.sqrt(distance)
+    for i in range(n + 1):
+        inverse[n, i] = diagonal * m[i]
+        c[i] += step * inverse[n, i]
+
+
+@jit
+def _cross(new, held, n, out):
+    """Inner products of an atom with the first `n` of `held`, four at a time."""
     i = 0
     while i + 4 <= n:
-        s0, s1, s2, s3 = support[i], support[i + 1], support[i + 2], support[i + 3]
         a, b, c, d = 0.0, 0.0, 0.0, 0.0
         for j in range(new.shape[0]):
-            a += new[j] * _f8(atoms[s0, j])
-            b += new[j] * _f8(atoms[s1, j])
-            c += new[j] * _f8(atoms[s2, j])
-            d += new[j] * _f8(atoms[s3, j])
+            a += new[j] * held[i, j]
+            b += new[j] * held[i + 1, j]
+            c += new[j] * held[i + 2, j]
+            d += new[j] * held[i + 3, j]
         out[i], out[i + 1], out[i + 2], out[i + 3] = a, b, c, d
         i += 4
     while i < n:
-        out[i] = dot(new, atoms, support[i])
+        out[i] = dot(new, held, i)
         i += 1
 
 
 @jit
-def _residual(out, x, row, atoms, support, c, n):
-    """A row of x less the first `n` atoms of its support times c."""
+def _residual(out, x, row, held, c, n):
+    """A row of x less the first `n` rows of `held` times c."""
     out[:] = x[row]
     for i in range(n):
-        subtract(out, atoms, support[i], c[i])
+        subtract(out, held, i, c[i])
 
 
 @jit
@@ -519,3 +542,230 @@ def _difference(out, a, b, c):
         out[i] = value
         found = _i4(max(found, _i4(value.view(_i4) & MAGNITUDE)))
     return found
+
+
+# --- Orthogonal least squares (Chen, Billings & Luo, 1989), with a backward pass
+
+TAKEN = 1e36
+"""In place of the squared distance from the span of an atom that can no longer be picked."""
+
+FEW_IN_QUESTION = 2
+"""More of them are first cut down by exact correlations: one inner product each and the residual, where
+looking at an atom takes one with each atom held."""
+
+
+@jit
+def least_squares_rows(
+    rows, correlations, x, energies, atoms, gram, slots, used, turn, most, rtol, threshold, ahead,
+    tolerance, error_0, error_g, missing, picks, coefficients
+):  # fmt: skip
+    """Orthogonal least squares of some rows of x; arguments as in `matching_rows`.
+
+    Each step picks the atom that leaves least of the row once all coefficients are solved for again: by
+    <r, d>**2 / p, where p is the atom's squared distance from the span of those held. Both are updated
+    with the inner products of all atoms with the new direction q = m D_S (see `orthogonal_rows`), a sum
+    of Gram rows. With bounds on the errors of both, every atom that could be best is looked at in
+    float64. Of `most` atoms, those without which least is lost are dropped again, one by one.
+
+    Args:
+        most: atoms held at once, at most.
+        threshold: dropped are atoms that explain less than its square, and those beyond k.
+        ahead: a row stops before it picks an atom that explains less than this squared.
+        tolerance: squared distance from the span up to which an atom is not picked.
+    """
+    n, d = correlations.shape[1], x.shape[1]
+    tops = np.empty((n + BLOCK - 1) // BLOCK, _i4)
+    found, support = np.empty(n, np.int64), np.empty(most, np.int64)
+    residual = np.empty(d)
+    exact = np.empty(n)
+    current, distances, scores = np.empty(n, _f4), np.empty(n, _f4), np.empty(n, _f4)
+    bits = scores.view(_i4)
+    held, inverse, c = np.empty((most, d)), np.empty((most, most)), np.empty(most)
+    cross, m, best_m = np.empty(most), np.empty(most), np.empty(most)
+    packed = np.zeros((tops.shape[0], (most + 1) // 2, BLOCK), _i4)
+    packed_m = np.empty((most + 1) // 2, _i4)
+    sums = np.empty(BLOCK, _i4)
+    for row in rows:
+        missing[row] = -1
+        picks[row] = -1
+        coefficients[row] = 0
+        if energies[row] == 0:
+            continue
+        current[:] = correlations[row]
+        distances[:] = 1
+        c[:] = 0
+        left, scale, n_held = energies[row], 1 / np.sqrt(energies[row]), 0
+        error, squares = error_0, 0.0
+        error_p = ROUNDING
+        _rescore(scores, current, distances, error, error_p, tolerance, tops)
+        while n_held < most:
+            top = _first_top(bits, tops)
+            if abs(current[top]) < REFRESH * error and error > ROUNDING:
+                _residual(residual, x, row, held, c, n_held)
+                scale = refresh(current, residual, atoms)
+                error = ROUNDING
+                _rescore(scores, current, distances, error, error_p, tolerance, tops)
+                continue
+            # No less than this is what the best atom explains, as a share of what `scale` is of.
+            farthest = max(distances[top] + error_p, tolerance)
+            least = max(abs(current[top]) - error, 0.0) ** 2 / farthest
+            n_found = in_question(bits, MAGNITUDE, tops, least, support, 0, found)
+            if n_found > FEW_IN_QUESTION:
+                _residual(residual, x, row, held, c, n_held)
+                n_found, top = _by_exact_correlation(
+                    residual, atoms, distances, error_p, tolerance, found, n_found, exact
+                )
+            atom, step, distance, retry = -1, 0.0, 1.0, False
+            for i in range(n_found):
+                one, apart = _beside(
+                    found[i], atoms, x, row, held, inverse, c, n_held, held[n_held], cross, m
+                )
+                if apart <= tolerance:
+                    distances[found[i]] = TAKEN
+                    retry |= found[i] == top  # it must not say what others have to reach
+                elif atom < 0 or one * one * distance > step * step * apart:
+                    atom, step, distance = found[i], one, apart
+                    best_m[: n_held + 1] = m[: n_held + 1]
+            if retry:
+                _rescore(scores, current, distances, error, error_p, tolerance, tops)
+                continue
+            step /= np.sqrt(distance)
+            if atom < 0 or step == 0 or abs(step) < ahead:
+                break
+            t = n_held
+            n_held += 1
+            support[t] = atom
+            for i in range(d):
+                held[t, i] = _f8(atoms[atom, i])
+            _hold(inverse, c, best_m, step, distance, t)
+            distances[atom] = TAKEN
+            left -= step * step
+            if left < CANCELLED * energies[row]:
+                _residual(residual, x, row, held, c, n_held)
+                left = squared_norm(residual)
+            if n_held == most or left <= rtol * rtol * energies[row]:
+                break
+            slot = slots[atom]
+            if slot < 0:
+                missing[row] = atom
+                break
+            if used[slot] != turn:
+                used[slot] = turn
+            pack_row(packed, t, gram, slot, n)
+            unit, lost = pack_coefficients(inverse[t], n_held, 1.0, packed_m)
+            error_q = ROUNDING + lost * np.sqrt(n_held)
+            for i in range(n_held):
+                error_q += abs(inverse[t, i]) * error_g
+            squares += error_q * error_q
+            error += abs(step) * scale * error_q + ROUNDING
+            # By the Cauchy-Schwarz inequality, since squared products with directions sum to 1 at most.
+            error_p = 2 * np.sqrt(squares) + squares + ROUNDING * (n_held + 1)
+            inverse_unit, scaled = _f4(1 / (unit * GRAM_SCALE)), _f4(step * scale)
+            for i in range(tops.shape[0]):
+                b = i if t % 2 == 0 else tops.shape[0] - 1 - i  # back and forth, as in OMP
+                low, high = b * BLOCK, min(n, (b + 1) * BLOCK)
+                packed_sums(sums, packed[b], packed_m, t // 2 + 1)
+                tops[b] = _project_out(
+                    scores[low:high], current[low:high], distances[low:high], sums, inverse_unit, scaled,
+                    _f4(error), _f4(error_p), _f4(tolerance),
+                )  # fmt: skip
+        if missing[row] < 0:
+            _drop_least(inverse, c, n_held, threshold, support, picks[row], coefficients[row])
+
+
+@jit
+def _by_exact_correlation(residual, atoms, distances, error, tolerance, found, n_found, explained):
+    """Leave those `found` that may be best by their exact correlation and the bound on their distance.
+
+    Returns how many are left, and the one that explains most for certain.
+    """
+    top, least = -1, -1.0
+    for i in range(n_found):
+        correlation = dot(residual, atoms, found[i])
+        explained[i] = correlation * correlation
+        certain = explained[i] / max(distances[found[i]] + error, tolerance)
+        if certain > least:
+            top, least = found[i], certain
+    n_left = 0
+    for i in range(n_found):
+        if explained[i] / max(distances[found[i]] - error, tolerance) >= least:
+            found[n_left] = found[i]
+            n_left += 1
+    return n_left, top
+
+
+@jit
+def _rescore(scores, correlations, distances, error, error_p, tolerance, tops):
+    """Upper bounds on what each atom explains."""
+    e, p, floor = _f4(error), _f4(error_p), _f4(tolerance)
+    for i in range(scores.shape[0]):
+        most = abs(correlations[i]) + e
+        scores[i] = most * most / max(distances[i] - p, floor)
+    block_tops(scores.view(_i4), MAGNITUDE, tops)
+
+
+@jit
+def _project_out(scores, correlations, distances, sums, unit, step, error, error_p, tolerance):
+    """`_rescore` of a block once a direction is held, of which `sums * unit` are the inner products."""
+    found = _i4(0)
+    for i in range(scores.shape[0]):
+        product = unit * _f4(sums[i])
+        correlation = _f4(correlations[i] - step * product)
+        distance = _f4(distances[i] - product * product)
+        correlations[i], distances[i] = correlation, distance
+        most = _f4(abs(correlation) + error)
+        value = _f4(most * most / max(_f4(distance - error_p), tolerance))
+        scores[i] = value
+        found = _i4(max(found, value.view(_i4)))
+    return found
+
+
+@jit
+def _first_top(bits, tops):
+    """The first index of the largest of `bits`, whose blocks have these tops."""
+    best = _i4(-1)
+    block = 0
+    for b in range(tops.shape[0]):
+        if tops[b] > best:
+            best, block = tops[b], b
+    for i in range(block * BLOCK, min(bits.shape[0], (block + 1) * BLOCK)):
+        if bits[i] == best:
+            return i
+    return block * BLOCK  # never: the top of a block is one of its numbers
+
+
+@jit
+def _drop_least(inverse, c, n, threshold, support, picks, coefficients):
+    """Drop held atoms, the one without which least is lost first; write down what is left.
+
+    Those beyond as many as `picks` has room for, and those that explain less than `threshold` squared.
+    """
+    products = np.zeros((n, n))  # inverse of the matrix of inner products
+    for t in range(n):
+        for i in range(t + 1):
+            for j in range(t + 1):
+                products[i, j] += inverse[t, i] * inverse[t, j]
+    n_left = n
+    while n_left:
+        worst, least = -1, np.inf
+        for i in range(n):
+            if products[i, i] > 0:
+                loss = c[i] * c[i] / products[i, i]
+                if loss < least:
+                    worst, least = i, loss
+        if worst < 0 or (n_left <= picks.shape[0] and least >= threshold * threshold):
+            break
+        n_left -= 1
+        pivot = products[worst, worst]
+        for i in range(n):
+            if i != worst and products[i, i] > 0:
+                share = products[i, worst] / pivot
+                c[i] -= share * c[worst]
+                for j in range(n):
+                    products[i, j] -= share * products[worst, j]
+        products[worst, worst] = 0
+    kept = 0
+    for i in range(n):
+        if products[i, i] > 0:
+            picks[kept], coefficients[kept] = support[i], c[i]
+            kept += 1

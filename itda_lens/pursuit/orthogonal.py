@@ -67,7 +67,7 @@ def _signed(
     tolerance = dependence_tolerance(x.dtype)
     for t in range(k):
         j, best = _best_new(correlations.abs(), picks[:, :t])
-        cross = _cross_gram(atoms, gram, picks[:, :t], j)
+        cross = cross_gram(atoms, gram, picks[:, :t], j)
         w = torch.linalg.solve_triangular(factor[:, :t, :t], cross[..., None], upper=False)
         w = w.squeeze(-1)
         distance = 1 - w.square().sum(dim=-1)
@@ -180,7 +180,7 @@ def _best_new(
     return j, best
 
 
-def _cross_gram(
+def cross_gram(
     atoms: Tensor, gram: Tensor | None, picks: Int[Tensor, "b t"], j: Int[Tensor, " b"]
 ) -> Float[Tensor, "b t"]:
     """Inner products of each row's picks (0 for none) with its new atom `j`."""

@@ -16,7 +16,14 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from itda_lens.dictionary import Labels
-from itda_lens.pursuit import DEFAULT_RTOL, Method, SparseCodes, calibrate_threshold, encode
+from itda_lens.pursuit import (
+    DEFAULT_RTOL,
+    Method,
+    SparseCodes,
+    calibrate_threshold,
+    check_sign,
+    encode,
+)
 from itda_lens.sae.files import replacing
 from itda_lens.sae.prepared import Prepared, prepare
 
@@ -32,12 +39,13 @@ class ITDAConfig(SAEConfig):
     Attributes:
         k: most nonzeros per code, 1 <= k <= d_sae.
         signed: whether coefficients may be negative.
-        method: "mp" (matching pursuit) or "omp" (orthogonal matching pursuit).
+        method: "mp" (matching pursuit), "omp" (orthogonal matching pursuit) or "ols" (orthogonal least
+            squares with a backward pass; of signed codes).
         rtol: a row stops once |residual| <= rtol * |x|. Where the atoms are stored in half
             precision, their rounding error (`torch.finfo(dtype).eps`) is used if it is larger.
-        threshold: a row stops before it picks an atom whose correlation with the residual is smaller,
-            in the units of the activations; with one above 0 easy rows take fewer than k atoms. What
-            `ITDA.calibrate` sets.
+        threshold: a row stops before it picks an atom whose correlation with the residual is smaller
+            ("ols": it has no atom that explains less than this squared), in the units of the
+            activations; with one above 0 easy rows take fewer than k atoms. What `ITDA.calibrate` sets.
         l0: a record: the mean nonzeros that `threshold` was calibrated for; None if it was not.
         mirrored: whether the second half of the atoms are the negatives of the first half. Pursuits run
             on the first half; a negative coefficient goes, with its sign changed, to the mirror image
@@ -81,6 +89,7 @@ class ITDAConfig(SAEConfig):
             raise ValueError(f"k must be between 1 and {whole}={self.n_pursued}, got {self.k}")
         if self.method not in get_args(Method):
             raise ValueError(f"method must be one of {get_args(Method)}, got {self.method!r}")
+        check_sign(self.method, self.signed)
         if not 0 <= self.rtol < 1:
             raise ValueError(f"rtol must be at least 0 and below 1, got {self.rtol}")
         if not 0 <= self.threshold < math.inf:

@@ -49,7 +49,8 @@ def fit(
         labels: where each row came from, `Label`s or (row, chunk, position) triples; default: row i is
             labelled row=i, chunk=0, position=0.
         seed: of the samples that "best" draws.
-        method: "mp" or "omp"; default: "omp" for "best", "mp" for "paper".
+        method: "mp", "omp" or "ols", see `pursuit.encode`; default: "ols" for "best" ("omp" for
+            non-negative codes), "mp" for "paper".
         signed: whether coefficients may be negative.
         loss_threshold: relative squared error over which "paper" admits an activation; default 0.2.
         l0: mean nonzeros per code. Codes then have as many as their activation needs, at most k, by a

@@ -14,13 +14,17 @@ from itda_lens.dictionary import (
     GreedySelector,
     Selector,
 )
-from itda_lens.pursuit import DEFAULT_RTOL, Method, calibrate_threshold, check_l0, gram_matrix
+from itda_lens.pursuit import (
+    DEFAULT_RTOL,
+    Method,
+    calibrate_threshold,
+    check_l0,
+    check_sign,
+    gram_matrix,
+)
 from itda_lens.sae import ITDA, assemble
 
 Preset = Literal["best", "paper"]
-
-ENCODER: dict[Preset, Method] = {"best": "omp", "paper": "mp"}
-"""The encoder that a preset uses unless told otherwise."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,7 @@ class Recipe:
         k: most nonzeros per code.
         preset: "best" or "paper".
         seed: of the samples that "best" draws; "paper" is deterministic without one.
-        method: encoder, "mp" or "omp"; None takes the preset's.
+        method: encoder, "mp", "omp" or "ols"; None takes the preset's.
         signed: whether coefficients may be negative.
         loss_threshold: tau of preset "paper"; None takes its default.
         l0: mean nonzeros per code, met by a threshold; None gives every code k. Of preset "best".
@@ -64,6 +68,7 @@ class Recipe:
             raise ValueError(f"k must be between 1 and d_sae={self.d_sae}, got {self.k}")
         if self.method not in (None, *get_args(Method)):
             raise ValueError(f"method must be one of {get_args(Method)}, got {self.method!r}")
+        check_sign(self.encoder, self.signed)
         if self.loss_threshold is not None and self.preset != "paper":
             raise ValueError("loss_threshold is a setting of preset='paper' only")
         if self.loss_threshold is not None and not 0 < self.loss_threshold < 1:
@@ -83,6 +88,15 @@ class Recipe:
             check_l0(self.l0, self.k)
         if self.seed < 0:
             raise ValueError(f"seed must be at least 0, got {self.seed}")
+
+    @property
+    def encoder(self) -> Method:
+        """`method`, or the preset's: the best there is for such codes, or the paper's."""
+        if self.method is not None:
+            return self.method
+        if self.preset == "paper":
+            return "mp"
+        return "ols" if self.signed else "omp"
 
     def selector(self, d_in: int, dtype: torch.dtype, device: torch.device) -> Selector:
         """A fresh run of the preset's rule."""
@@ -114,7 +128,7 @@ class Recipe:
         Raises:
             ValueError: `l0` is set, and no activation but the atoms' own is there to calibrate on.
         """
-        atoms, method = dictionary.atoms, self.method or ENCODER[self.preset]
+        atoms, method = dictionary.atoms, self.encoder
         k, threshold = min(self.k, len(atoms)), 0.0
         if self.l0 is not None:
             if dictionary.sample is None or not len(dictionary.sample):

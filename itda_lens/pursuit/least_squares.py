@@ -1,0 +1,117 @@
+"""Orthogonal least squares with a backward pass, on one chunk of rows."""
+
+import math
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from itda_lens.pursuit.codes import checked_energy, gather_sum
+from itda_lens.pursuit.orthogonal import cross_gram
+
+SURPLUS = 0.25
+"""Atoms held beyond k before the backward pass, as a share of k."""
+
+AHEAD = 0.85
+"""Where a threshold ends the forward pass, as a share of that of the backward pass."""
+
+LEAST_DISTANCE = 1e-2
+"""Squared distance from the span of the support from which an atom may be picked. Nearer ones explain
+much only by huge coefficients that cancel; atoms with a cosine of 0.9995 are as near as that."""
+
+
+def most_held(k: int, n: int, d: int) -> int:
+    """Atoms held at once, at most, for codes of `k` nonzeros over `n` atoms of width `d`."""
+    return max(k, min(k + math.ceil(SURPLUS * k), n, d))
+
+
+def search(
+    x: Float[Tensor, "b d"],
+    atoms: Float[Tensor, "n d"],
+    gram: Float[Tensor, "n n"] | None,
+    k: int,
+    signed: bool,
+    rtol: float,
+    threshold: float,
+) -> tuple[Int[Tensor, "b k"], Float[Tensor, "b k"]]:
+    """Pick atoms forward, each the one that leaves least; then drop those without which least is lost.
+
+    Forward: orthogonal least squares (Chen, Billings & Luo, 1989). All coefficients are solved for again
+    after each pick, and the pick is the one for which the error is then least: of <r, d>^2 / p the
+    largest, where p is the squared distance of d from the span of the atoms held. OMP looks at <r, d>
+    alone. A row stops before it picks an atom that explains less than `AHEAD * threshold`, squared, or
+    when it holds `most_held` atoms. Backward: drop the atom without which least is lost, c^2 / P for the
+    coefficient c and the diagonal P of the inverse of the inner products held, while there are more than
+    `k` or it explains less than `threshold` squared. `signed` must be set.
+
+    Returns:
+        picks: the atom of each slot, -1 where the slot is unused.
+        coefficients: least-squares coefficients on the picks.
+    """
+    b, (n, d) = len(x), atoms.shape
+    most = most_held(k, n, d)
+    picks = torch.full((b, most), -1, dtype=torch.long, device=x.device)
+    inverse = x.new_zeros(b, most, most)  # of the Cholesky factor of the inner products held
+    coefficients = x.new_zeros(b, most)
+    correlations = x @ atoms.T
+    distances = torch.ones_like(correlations)
+    start = energy = x.double().square().sum(dim=-1)
+    active = energy > 0
+    for t in range(most):
+        scores = (correlations.square() / distances).masked_fill(distances <= LEAST_DISTANCE, 0)
+        best, j = scores.max(dim=-1)
+        cross = cross_gram(atoms, gram, picks[:, :t], j)
+        w = (inverse[:, :t, :t] @ cross[..., None]).squeeze(-1)
+        distance = 1 - w.square().sum(dim=-1)
+        step = (
+            correlations.gather(-1, j[:, None]).squeeze(-1) / distance.clamp(min=LEAST_DISTANCE).sqrt()
+        )
+        active = active & (best > 0) & (step.abs() >= AHEAD * threshold) & (distance > LEAST_DISTANCE)
+        m = torch.nn.functional.pad(-(w[:, None] @ inverse[:, :t, :t]).squeeze(1), (0, 1), value=1.0)
+        m = (m / distance.clamp(min=LEAST_DISTANCE).sqrt()[:, None]).masked_fill(~active[:, None], 0)
+        step = step.masked_fill(~active, 0)
+        inverse[:, t, : t + 1] = m
+        picks[:, t] = j.masked_fill(~active, -1)
+        coefficients[:, : t + 1] += step[:, None] * m
+        energy = energy - step.double().square()
+        held = picks[:, : t + 1]
+        energy = checked_energy(energy, start, x, atoms, held, coefficients[:, : t + 1])
+        active = active & (energy > rtol**2 * start)
+        if not active.any():
+            break
+        if gram is None:
+            products = gather_sum(held.clamp(min=0), m, atoms) @ atoms.T
+        else:
+            products = gather_sum(held.clamp(min=0), m, gram)
+        correlations = correlations - step[:, None] * products
+        distances = distances - products.square()
+        distances.scatter_(-1, j[:, None], 0)
+    kept, coefficients = _drop_least(picks >= 0, inverse, coefficients, k, threshold)
+    order = (~kept).byte().argsort(dim=-1, stable=True)[:, :k]
+    picks = picks.masked_fill(~kept, -1).gather(-1, order)
+    return picks, coefficients.masked_fill(~kept, 0).gather(-1, order)
+
+
+def _drop_least(
+    held: Bool[Tensor, "b m"],
+    inverse: Float[Tensor, "b m m"],
+    coefficients: Float[Tensor, "b m"],
+    k: int,
+    threshold: float,
+) -> tuple[Bool[Tensor, "b m"], Float[Tensor, "b m"]]:
+    """Which held atoms stay, and their coefficients."""
+    products = inverse.transpose(-1, -2) @ inverse
+    for _ in range(held.shape[1]):
+        diagonal = products.diagonal(dim1=-2, dim2=-1)
+        loss = torch.where(held, coefficients.square() / diagonal, torch.inf)
+        least, worst = loss.min(dim=-1)
+        drops = held.any(dim=-1) & ((held.sum(dim=-1) > k) | (least < threshold**2))
+        if not drops.any():
+            break
+        column = products.gather(-1, worst[:, None, None].expand(-1, held.shape[1], 1)).squeeze(-1)
+        share = column / column.gather(-1, worst[:, None])
+        share = share.masked_fill(~drops[:, None], 0)
+        coefficients = coefficients - share * coefficients.gather(-1, worst[:, None])
+        products = products - share[..., None] * column[:, None]
+        held = held & ~(torch.nn.functional.one_hot(worst, held.shape[1]).bool() & drops[:, None])
+    return held, coefficients
