@@ -1,11 +1,12 @@
 """How atoms should be chosen: the presets and their settings, on SmolLM2's residual stream.
 
     python benchmarks/selection.py [--layers 5 10 20] [--d-sae 2048] [--k 20]
-        [--sweep | --least-cosine | --prefixes]
+        [--sweep | --least-cosine | --prefixes | --encoders]
 
 Text: the Python language reference, as in `itda demo`. The last eight of the articles to build from are
-left out as a validation split for `--sweep` and `--least-cosine`; the held-out articles are used for the
-tables alone. FVU on all tokens that count; "random" is preset "best" without anything to choose from.
+left out as a validation split for `--sweep`, `--least-cosine` and `--encoders`; the held-out ones are
+used for the tables alone. FVU on all tokens that count; "random" is preset "best" without anything to
+choose from.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from itda_lens import ITDA, fit
 from itda_lens.demo.prose import HELD_OUT, reference_prose
 from itda_lens.demo.smollm2 import load
 from itda_lens.dictionary import RunningFVU, energy
+from itda_lens.pursuit import least_squares
 from itda_lens.sources import language_model
 from itda_lens.training import collect
 
@@ -38,16 +40,32 @@ def fvu(itda: ITDA, x: Tensor, method: str) -> float:
 
 
 @contextmanager
-def settings(**values):
-    """`dictionary.energy`'s constants, changed for a while."""
-    old = {name: getattr(energy, name) for name in values}
+def settings(module=energy, **values):
+    """A module's constants, changed for a while."""
+    old = {name: getattr(module, name) for name in values}
     try:
         for name, value in values.items():
-            setattr(energy, name, value)
+            setattr(module, name, value)
         yield
     finally:
         for name, value in old.items():
-            setattr(energy, name, value)
+            setattr(module, name, value)
+
+
+def encoders(x: Tensor, test: Tensor, d_sae: int, k: int) -> None:
+    """The settings of OLS: with k nonzeros, and with a mean L0 of k on the rows measured."""
+    print("| encoder | FVU, k nonzeros | FVU, mean L0 |\n|---|---|---|")
+    itda = fit(x, d_sae=d_sae, k=k)
+    variants = [("OMP", "omp", {})]
+    variants += [(f"OLS, surplus {s}", "ols", dict(SURPLUS=s)) for s in (0.0, 0.125, 0.25, 0.5)]
+    variants += [(f"OLS, ahead {a}", "ols", dict(AHEAD=a)) for a in (1.0, 0.9, 0.85, 0.7)]
+    variants += [(f"OLS, distance {a}", "ols", dict(LEAST_DISTANCE=a)) for a in (1e-3, 0.03, 0.1)]
+    for name, method, values in variants:
+        with settings(least_squares, **values):
+            itda.cfg.k, itda.cfg.threshold = k, 0.0
+            fixed = fvu(itda, test, method)
+            itda.calibrate(test, k, 3 * k)
+            print(f"| {name} | {fixed:.4f} | {fvu(itda, test, method):.4f} |", flush=True)
 
 
 def row(name: str, x: Tensor, test: Tensor, d_sae: int, k: int, **options) -> None:
@@ -69,6 +87,7 @@ def main() -> None:
     parser.add_argument("--sweep", action="store_true", help="settings, on the validation split")
     parser.add_argument("--least-cosine", action="store_true", help="of updated atoms, likewise")
     parser.add_argument("--prefixes", action="store_true", help="and what is built with as many atoms")
+    parser.add_argument("--encoders", action="store_true", help="settings of OLS, likewise")
     args = parser.parse_args()
 
     lm = language_model(load())
@@ -78,10 +97,13 @@ def main() -> None:
     sizes = {name: len(found[args.layers[0]]) for name, found in data.items()}
     print(f"tokens: {sizes}; d_sae = {args.d_sae}, k = {args.k}")
 
-    part = "validation" if args.sweep or args.least_cosine else "held out"
+    part = "validation" if args.sweep or args.least_cosine or args.encoders else "held out"
     for layer in args.layers:
         x, test = data["train"][layer], data[part][layer]
         print(f"\nlayer {layer}, {part}")
+        if args.encoders:
+            encoders(x, test[::8], args.d_sae, args.k)
+            continue
         columns = ["atoms", "number", "FVU, MP", "FVU, OMP", "seconds"]
         if args.prefixes:
             columns = ["atoms", "prefix, MP", "prefix, OMP", "built, MP", "built, OMP"]

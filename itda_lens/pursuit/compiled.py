@@ -10,9 +10,9 @@ import torch
 from jaxtyping import Float, Int, Int16
 from torch import Tensor
 
+from itda_lens.pursuit import least_squares
 from itda_lens.pursuit.fixed_point import compiled_loops, error_bounds
 from itda_lens.pursuit.gram_rows import GramRows, WholeGram
-from itda_lens.pursuit.least_squares import AHEAD, LEAST_DISTANCE, most_held
 from itda_lens.pursuit.orthogonal import dependence_tolerance
 from itda_lens.pursuit.precision import float32_products
 
@@ -42,7 +42,7 @@ def supports(method: str, signed: bool) -> bool:
 
 def rows_in_turn(method: str, k: int, n: int, d: int) -> int:
     """Rows of the Gram matrix, at most, that one row of activations needs."""
-    return most_held(k, n, d) if method == "ols" else k
+    return least_squares.most_held(k, n, d) if method == "ols" else k
 
 
 def search(
@@ -123,6 +123,6 @@ def _kernel(
     if method == "mp":
         return loops.matching_rows, (signed, rtol, threshold, *errors)
     if method == "ols":
-        numbers = (rtol, threshold, AHEAD * threshold, LEAST_DISTANCE)
+        numbers = (rtol, threshold, least_squares.AHEAD * threshold, least_squares.LEAST_DISTANCE)
         return loops.least_squares_rows, (most, *numbers, *errors)
     return loops.orthogonal_rows, (rtol, threshold, dependence_tolerance(atoms.dtype), *errors)

@@ -1,0 +1,194 @@
+"""Other rules for choosing atoms, against that of preset "best", all from one pool of candidates.
+
+    python benchmarks/selection_rules.py [--layer 10] [--d-sae 1024] [--k 20] [--seeds 0 1]
+
+SmolLM2's residual stream on the text of `itda demo`; FVU on the validation split of `selection.py`,
+under OMP and OLS with k nonzeros and OLS with a mean L0 of k. The rules see the same candidates (four an
+atom, without near-duplicates) and the same 16,384 activations to choose by.
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+
+import torch
+from selection import activations
+from torch import Tensor
+
+from itda_lens.demo.prose import HELD_OUT, reference_prose
+from itda_lens.demo.smollm2 import load
+from itda_lens.dictionary import RunningFVU
+from itda_lens.dictionary.outliers import limit_outliers
+from itda_lens.dictionary.selection import (
+    energy_by_atom,
+    first_of_direction,
+    normalize_rows,
+    prune_by_energy,
+)
+from itda_lens.dictionary.update import update_atoms
+from itda_lens.pursuit import calibrate_threshold, encode, gram_matrix
+from itda_lens.sources import language_model
+
+ROUNDS = 10
+"""Of the rules that admit and drop a part of the atoms at a time."""
+
+Rule = Callable[[Tensor, Tensor, int, int], Tensor]
+"""Candidates, activations, atoms wanted and nonzeros in; atoms out."""
+
+
+def by_energy(drop: float) -> Rule:
+    def rule(candidates: Tensor, x: Tensor, n: int, k: int) -> Tensor:
+        kept = prune_by_energy(x, candidates, n, k, signed=True, drop=drop, progress=False)
+        return candidates[kept]
+
+    return rule
+
+
+def at_random(candidates: Tensor, x: Tensor, n: int, k: int) -> Tensor:
+    return candidates[:n]
+
+
+def by_regret(candidates: Tensor, x: Tensor, n: int, k: int) -> Tensor:
+    """Drop those whose picks explain least more than the second-best atom would, 0.3 a round."""
+    while len(candidates) > n:
+        regret = torch.zeros(len(candidates), dtype=torch.float64)
+        gram = candidates @ candidates.T
+        for rows in x.split(128):
+            correlations = rows @ candidates.T
+            for _ in range(k):
+                best = correlations.abs().topk(2, dim=1)
+                j = best.indices[:, 0]
+                regret.index_add_(
+                    0, j, best.values.double().square() @ torch.tensor([1.0, -1.0]).double()
+                )
+                c = correlations.gather(1, j[:, None])
+                correlations.addcmul_(c, gram[j], value=-1)
+        size = max(n, int(0.7 * len(candidates)))
+        candidates = candidates[regret.topk(size).indices.sort().values]
+    return candidates
+
+
+def total_error_removed(rows: Tensor, candidates: Tensor) -> Tensor:
+    """What each candidate removes of the rows for which it is the best single one."""
+    best = encode(rows, candidates, 1)
+    return energy_by_atom(best, len(candidates))
+
+
+def residuals(x: Tensor, atoms: Tensor, k: int) -> Tensor:
+    return x - encode(x, atoms, k, gram=gram_matrix(atoms)).decode(atoms)
+
+
+def by_error_removed(candidates: Tensor, x: Tensor, n: int, k: int) -> Tensor:
+    """Grow: those that remove most of what the atoms so far leave, a tenth of the number at a time."""
+    chosen = torch.zeros(len(candidates), dtype=torch.bool)
+    left = x
+    for i in range(1, ROUNDS + 1):
+        gain = total_error_removed(left, candidates).masked_fill(chosen, -1)
+        chosen[gain.topk(n * i // ROUNDS - int(chosen.sum())).indices] = True
+        left = residuals(x, candidates[chosen], k)
+    return candidates[chosen]
+
+
+def prune_and_grow(candidates: Tensor, x: Tensor, n: int, k: int) -> Tensor:
+    """From random ones: drop a tenth of least energy, admit what removes most of what is left."""
+    chosen = torch.zeros(len(candidates), dtype=torch.bool)
+    chosen[:n] = True
+    for _ in range(ROUNDS):
+        where = chosen.nonzero().flatten()
+        codes = encode(x, candidates[where], k, gram=gram_matrix(candidates[where]))
+        weakest = energy_by_atom(codes, n).topk(n // ROUNDS, largest=False).indices
+        gain = total_error_removed(x - codes.decode(candidates[where]), candidates)
+        admitted = gain.masked_fill(chosen, -1).topk(n // ROUNDS).indices
+        chosen[where[weakest]], chosen[admitted] = False, True
+    return candidates[chosen]
+
+
+def medoids(candidates: Tensor, x: Tensor, n: int, k: int) -> Tensor:
+    """Clusters of directions of the activations (spherical k-means), each one's nearest candidate."""
+    unit, usable = normalize_rows(x)
+    unit = unit[usable]
+    centres = candidates[:n]
+    for _ in range(ROUNDS):
+        nearest = (unit @ centres.T).argmax(dim=1)
+        sums = torch.zeros_like(centres).index_add_(0, nearest, unit)
+        centres, found = normalize_rows(sums)
+        centres = torch.where(found[:, None], centres, candidates[:n])
+    return snapped(centres, candidates)
+
+
+def update_and_snap(candidates: Tensor, x: Tensor, n: int, k: int) -> Tensor:
+    """Those of most energy, moved by least squares, then each replaced by its nearest candidate."""
+    atoms = by_energy(0.5)(candidates, x, n, k)
+    moved = update_atoms([x] * 3, atoms, k, least_cosine=0.0, signed=True, progress=False)
+    return snapped(moved, candidates)
+
+
+def snapped(atoms: Tensor, candidates: Tensor) -> Tensor:
+    """The nearest candidate to each atom, each candidate once: in turn, of those not taken yet."""
+    similarity = (atoms @ candidates.T).abs()
+    picks = []
+    for row in similarity:
+        picks.append(int(row.argmax()))
+        similarity[:, picks[-1]] = -1
+    return candidates[picks]
+
+
+RULES: dict[str, Rule] = {
+    "random": at_random,
+    '**energy, half dropped a round ("best")**': by_energy(0.5),
+    "energy, 0.3 dropped a round": by_energy(0.3),
+    "energy, 0.1 dropped a round": by_energy(0.1),
+    "regret: energy less that of the second-best atom": by_regret,
+    "grown by total error removed": by_error_removed,
+    "prune and grow": prune_and_grow,
+    "medoids of directions": medoids,
+    "updated, then snapped to candidates": update_and_snap,
+}
+
+
+def fvu(x: Tensor, atoms: Tensor, k: int, method: str, threshold: float = 0.0) -> float:
+    meter = RunningFVU()
+    gram = gram_matrix(atoms, method=method)
+    codes = encode(x, atoms, k, method=method, threshold=threshold, gram=gram)  # pyright: ignore
+    meter.update(x, codes.decode(atoms))
+    return meter.value()
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--layer", type=int, default=10)
+    parser.add_argument("--d-sae", type=int, default=1024)
+    parser.add_argument("--k", type=int, default=20)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    options = parser.parse_args()
+    n, k = options.d_sae, options.k
+    lm = language_model(load())
+    texts, _ = reference_prose()
+    train, validation = (
+        activations(lm, [options.layer], part)[options.layer]
+        for part in (texts[:-HELD_OUT], texts[-HELD_OUT:])
+    )
+    mean = train.mean(dim=0, dtype=torch.float64).float()
+    test = validation[:: max(1, len(validation) // 4096)] - mean
+    print("| rule | seed | FVU, OMP | OLS | OLS, mean L0 | seconds |\n|---|---|---|---|---|---|")
+    for seed in options.seeds:
+        generator = torch.Generator().manual_seed(seed)
+        drawn = train[torch.randperm(len(train), generator=generator)] - mean
+        x = limit_outliers(drawn[-16_384:])
+        unit, _ = normalize_rows(drawn[: 4 * n])
+        candidates = unit[first_of_direction(unit, 0.85, signed=True)]
+        for name, rule in RULES.items():
+            start = time.perf_counter()
+            atoms = rule(candidates, x, n, k)
+            seconds = time.perf_counter() - start
+            gram = gram_matrix(atoms, method="ols")
+            threshold = calibrate_threshold(test, atoms, k, 3 * k, method="ols", gram=gram)
+            figures = [fvu(test, atoms, k, method) for method in ("omp", "ols")]
+            figures.append(fvu(test, atoms, 3 * k, "ols", threshold))
+            cells = [f"{figure:.4f}" for figure in figures]
+            print(f"| {name} | {seed} | {' | '.join(cells)} | {seconds:.0f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
