@@ -695,12 +695,18 @@ def _by_exact_correlation(residual, atoms, distances, error, tolerance, found, n
 
 
 @jit
+def _at_most(correlation, distance, error, error_p, tolerance):
+    """Upper bound on what an atom explains that may be picked, all in float32."""
+    most = _f4(abs(correlation) + error)
+    return _f4(most * most / max(_f4(distance - error_p), tolerance))
+
+
+@jit
 def _rescore(scores, correlations, distances, error, error_p, tolerance, tops):
     """Upper bounds on what each atom explains."""
     e, p, floor = _f4(error), _f4(error_p), _f4(tolerance)
     for i in range(scores.shape[0]):
-        most = abs(correlations[i]) + e
-        scores[i] = most * most / max(distances[i] - p, floor)
+        scores[i] = _at_most(correlations[i], distances[i], e, p, floor)
     block_tops(scores.view(_i4), MAGNITUDE, tops)
 
 
@@ -713,8 +719,7 @@ def _project_out(scores, correlations, distances, sums, unit, step, error, error
         correlation = _f4(correlations[i] - step * product)
         distance = _f4(distances[i] - product * product)
         correlations[i], distances[i] = correlation, distance
-        most = _f4(abs(correlation) + error)
-        value = _f4(most * most / max(_f4(distance - error_p), tolerance))
+        value = _f4(_at_most(correlation, distance, error, error_p, tolerance))
         scores[i] = value
         found = _i4(max(found, value.view(_i4)))
     return found
