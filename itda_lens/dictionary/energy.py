@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import chain
 
 import torch
 from jaxtyping import Float
@@ -31,8 +30,11 @@ CANDIDATES_PER_ATOM = 4
 MIN_CANDIDATES = 1024
 """Size of the pool at least: a few atoms are chosen badly from a few times as many."""
 
+SCORED_PER_ATOM = 3
+"""Activations on which candidates are scored, in multiples of the atoms wanted."""
+
 MIN_SCORED = 16_384
-"""Activations, at least, on which candidates are scored; see docs/selection.md for its effect."""
+"""The same, at least; see docs/selection.md for its effect."""
 
 DROP_PER_ROUND = 0.5
 """Fraction of the candidates that one round of pruning drops."""
@@ -46,8 +48,14 @@ RELAXED = (0.9, 0.95, 0.99, SAME_DIRECTION)
 ORDERED_ON = 2048
 """Activations, at most, that decide the order of the chosen atoms."""
 
-UPDATE_ROUNDS = 3
+UPDATE_ROUNDS = 2
 """Rounds of least-squares update, each on a sample of its own (all of it, where a stream is short)."""
+
+UPDATED_PER_ATOM = 4
+"""Activations of one such sample, in multiples of the atoms: more than `SCORED_PER_ATOM`."""
+
+MIN_UPDATED = 24_576
+"""The same, at least: more than `MIN_SCORED`."""
 
 CALIBRATION_ROWS = 2048
 """Activations to calibrate a threshold on: their mean L0 is off by a 45th of its standard deviation."""
@@ -63,9 +71,10 @@ class EnergySelector:
     """Centre, sample, drop near-duplicates, prune and order by energy; with `update`, least squares.
 
     One pass over the stream keeps its exact mean and two uniform samples of it: candidates, distinct
-    ones, and activations to score them on (more of these for an update). Memory is bounded by the
-    samples; neither the samples nor the result depend on how the stream is cut into batches. An update
-    begins at the atoms that would be chosen without one, and labels keep their cosine to them.
+    ones, and activations to score them on (for an update this one is larger, and there is another).
+    Memory is bounded by the samples; neither these nor the result depend on how the stream is cut into
+    batches. An update begins at the atoms that would be chosen without one, and labels keep their
+    cosine to them.
     """
 
     def __init__(
@@ -74,12 +83,15 @@ class EnergySelector:
     ) -> None:  # fmt: skip
         self._d_sae, self._k, self._signed, self._least_cosine = d_sae, k, signed, least_cosine
         n_candidates = max(MIN_CANDIDATES, CANDIDATES_PER_ATOM * d_sae)
-        n_scored = max(MIN_SCORED, n_candidates)
+        self._n_scored = max(MIN_SCORED, SCORED_PER_ATOM * d_sae)
+        n_updated = max(MIN_UPDATED, UPDATED_PER_ATOM * d_sae)
         self._candidates = StreamSample(d_in, n_candidates, seed, dtype, device, distinct=True)
-        self._scored, *self._parts = [
-            StreamSample(d_in, n_scored, seed + 1 + i, dtype, device, distinct=False)
-            for i in range(UPDATE_ROUNDS if update else 1)
+        # A larger sample of the same seed holds the smaller one: an update changes no scores.
+        self._samples = [
+            StreamSample(d_in, size, seed + 1 + i, dtype, device, distinct=False)
+            for i, size in enumerate([n_updated] * UPDATE_ROUNDS if update else [self._n_scored])
         ]
+        self._update = update
         self._sample = sample
         self._mean = RunningMean(d_in, dtype, device)
 
@@ -94,7 +106,7 @@ class EnergySelector:
     def update(self, x: Float[Tensor, "m d"], labels: Sequence[Label]) -> None:
         self._mean.update(x)
         self._candidates.update(x, labels)
-        for sample in (self._scored, *self._parts):
+        for sample in self._samples:
             sample.update(x)
 
     def running_fvu(self) -> float:
@@ -108,14 +120,14 @@ class EnergySelector:
         atoms, usable = normalize_rows(self._candidates.held[: self._d_sae] - mean)
         atoms = atoms[usable]
         # The last rows: while the samples still hold everything, they are not among those atoms.
-        x = self._scored.held[-GUIDE_ROWS:] - mean
+        x = self._samples[0].held[-GUIDE_ROWS:] - mean
         codes = encode(x, atoms, min(self._k, len(atoms)), signed=self._signed)
         guide = RunningFVU()
         guide.update(x, codes.decode(atoms))
         return guide.value()
 
     def finish(self, progress: bool) -> Dictionary:
-        scored = self._scored.rows()
+        scored = self._samples[0].rows(self._n_scored)
         mean = robust_centre(scored, self._mean.value())
         rows = self._candidates.rows() - mean
         unit, usable = normalize_rows(rows)
@@ -136,8 +148,8 @@ class EnergySelector:
         origin = keep.nonzero().flatten()[chosen].tolist()
         labels = [labels[i] for i in origin]
         sample = self._others(scored, atoms, mean) if self._sample else None
-        if self._parts:
-            parts = chain([x], (limit_outliers(part.rows() - mean) for part in self._parts))
+        if self._update:
+            parts = (limit_outliers(sample.rows() - mean) for sample in self._samples)
             updated = update_atoms(
                 parts, atoms, self._k,
                 least_cosine=self._least_cosine, signed=self._signed, progress=progress,

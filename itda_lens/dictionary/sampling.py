@@ -84,9 +84,12 @@ class StreamSample:
             column[slots] = values[incoming]
             setattr(self, name, column)
 
-    def rows(self) -> Float[Tensor, "n d"]:
-        """The sampled rows, in the order of the stream."""
-        return self._store.rows[self._order()]
+    def rows(self, at_most: int | None = None) -> Float[Tensor, "n d"]:
+        """The sampled rows, in the order of the stream.
+
+        At most `at_most` of them: those that a sample of this capacity would hold.
+        """
+        return self._store.rows[self._order(at_most)]
 
     def labels(self) -> list[Label]:
         """Their labels, in the same order."""
@@ -97,8 +100,9 @@ class StreamSample:
         """A view of the rows held so far, in no particular order; valid until the next update."""
         return self._store.rows
 
-    def _order(self) -> Int[Tensor, " n"]:
-        return torch.from_numpy(np.argsort(self._seen_at))
+    def _order(self, at_most: int | None = None) -> Int[Tensor, " n"]:
+        smallest = np.argsort(self._priorities, kind="stable")[:at_most]
+        return torch.from_numpy(smallest[np.argsort(self._seen_at[smallest])])
 
     def _hash(self, rows: Tensor) -> np.ndarray:
         pieces = rows.contiguous().view(torch.int32)  # rows are float32 or float64

@@ -9,14 +9,17 @@ from tqdm.auto import tqdm
 
 from itda_lens.pursuit import SparseCodes, encode, gram_matrix
 
-CG_STEPS = 4
-"""Steps of conjugate gradients per round; 8 and 16 gain nothing, since codes change with the atoms."""
+PAST_WEIGHT = 0.5
+"""What the codes of one round weigh in the next: they are of atoms that have moved, but for nothing."""
+
+CG_STEPS = 2
+"""Steps of conjugate gradients per round; more gain nothing, since codes change with the atoms."""
 
 COLUMNS = 192
 """Columns of the atoms solved for at once: rows of their table are read in any order, and so many of
 4,096 atoms are 3 MB. Fewer columns cost more in reading codes."""
 
-RIDGE = 1e-3
+RIDGE = 0.03
 """Pull towards the atoms as they are, in multiples of an average atom's energy: rare atoms move less."""
 
 DEFAULT_LEAST_COSINE = 0.9
@@ -36,8 +39,9 @@ def update_atoms(
 
     The method of optimal directions (Engan, Aase & Husoy, 1999) on codes of matching pursuit, a round a
     part, by conjugate gradients from the atoms as they are: memory for the codes and a few copies of the
-    atoms, none for atoms by atoms. An atom that no code uses stays as it is, bit for bit; none gets
-    farther from where it began than `least_cosine`.
+    atoms, none for atoms by atoms. As in online dictionary learning (Mairal et al., 2009) codes of
+    earlier rounds still count, by `PAST_WEIGHT`: rare atoms are fitted to more activations. An atom that
+    no code uses stays as it is, bit for bit; none gets farther from where it began than `least_cosine`.
 
     Args:
         parts: activations, centred; other ones in each round fit the atoms to none of them too closely.
@@ -49,9 +53,16 @@ def update_atoms(
     if least_cosine == 1:
         return atoms
     origin = atoms
+    rows = atoms[:0]
+    past = SparseCodes(rows.new_zeros(0, k, dtype=torch.long), rows.new_zeros(0, k))
+    fading = PAST_WEIGHT**0.5  # of rows and coefficients; their squares count
     for x in tqdm(parts, desc="updating", unit="round", disable=not progress, leave=False):
         codes = encode(x, atoms, k, signed=signed, gram=gram_matrix(atoms, signed=signed))
-        found = least_squares_atoms(x, codes, atoms)
+        rows = torch.cat([fading * rows, x])
+        past = SparseCodes(
+            torch.cat([past.indices, codes.indices]), torch.cat([fading * past.values, codes.values])
+        )
+        found = least_squares_atoms(rows, past, atoms)
         moved = (found != atoms).any(dim=-1, keepdim=True)
         atoms = torch.where(moved, torch.nn.functional.normalize(found, dim=-1), atoms)
         atoms = hold_near(atoms, origin, least_cosine)

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from itda_lens.pursuit.codes import SparseCodes
 from itda_lens.pursuit.encode import DEFAULT_RTOL, Method, encode
 from itda_lens.pursuit.gram import GramMatrix
 
@@ -20,6 +21,16 @@ FIRST_ROWS = 256
 
 FIRST_CLOSE = 0.03
 """What `CLOSE_ENOUGH` is for so few."""
+
+NEAR = 0.025
+"""Relative distance from which one more step is trusted to be close enough: a steepness that is off by a
+fifth then misses by half a per cent."""
+
+STEPS = 3
+"""Steps tried at most before the threshold is enclosed."""
+
+FIRST_FACTOR = 1.05
+"""By which thresholds are enclosed first."""
 
 FASTER = 1.5
 """Exponent by which the factor grows: an L0 that cannot be had is recognised after a dozen trials."""
@@ -80,23 +91,13 @@ def calibrate_threshold(
         )
         return codes.l0().double().mean().item()
 
-    # From above, where codes are short and cheap; first on few rows, then near what they say.
+    # First on few rows, then near what they say.
+    few = x[:: max(1, len(x) // FIRST_ROWS)]
+    fixed = encode(few, atoms, math.ceil(l0), method=method, signed=signed, rtol=rtol, gram=gram)
     least = 1e-6 * scale
-    few = partial(mean_l0, x[:: max(1, len(x) // FIRST_ROWS)])
-    threshold = max(least, _solve(few, l0, {scale: few(scale)}, 2.0, 1.0, least, FIRST_CLOSE))
-    trials = {threshold: mean_l0(x, threshold)}
-    # Near l0 mean L0 falls about as a power of the threshold; one step or two are often enough.
-    steepness = STEEPNESS
-    for _ in range(2):
-        if _close(trials, l0, CLOSE_ENOUGH):
-            break
-        step = min(max((trials[threshold] / l0) ** (1 / steepness), 0.5), 2.0)
-        before, threshold = threshold, threshold * step
-        trials[threshold] = mean_l0(x, threshold)
-        if 0 < trials[threshold] != trials[before] > 0:
-            steepness = math.log(trials[before] / trials[threshold]) / math.log(step)
-            steepness = min(max(steepness, STEEPNESS / 2), STEEPNESS * 2)
-    return _solve(partial(mean_l0, x), l0, trials, 1.05, FASTER, least, CLOSE_ENOUGH)
+    start = min(max(least, _guess(fixed)), scale)
+    start = max(least, _find(partial(mean_l0, few), l0, start, least, FIRST_CLOSE))
+    return _find(partial(mean_l0, x), l0, start, least, CLOSE_ENOUGH)
 
 
 def check_l0(l0: float, k: int) -> None:
@@ -105,32 +106,63 @@ def check_l0(l0: float, k: int) -> None:
         raise ValueError(f"l0 must be above 0 and at most k={k}, got {l0}")
 
 
+def _guess(codes: SparseCodes) -> float:
+    """From codes of a fixed length: the least coefficient of an ordinary row."""
+    sizes = codes.values.abs()
+    return sizes.masked_fill(sizes == 0, torch.inf).amin(dim=-1).median().item()
+
+
+def _find(
+    mean_l0: Callable[[float], float], l0: float, start: float, least: float, enough: float
+) -> float:
+    """Where `mean_l0`, which falls with the threshold, is `l0`, looked for from `start`; 0 if it is
+    lower at `least` still.
+
+    A few steps first: near l0 mean L0 falls about as a power of the threshold. Once that power is known
+    from two thresholds, and an ordinary one, the last step is trusted; where L0 jumps, or falls no
+    more, `_enclose` goes on.
+    """
+    threshold, before = start, math.nan
+    steepness, ordinary = STEEPNESS, False
+    trials: dict[float, float] = {}
+    for _ in range(STEPS):
+        trials[threshold] = found = mean_l0(threshold)
+        if _close(trials, l0, enough):
+            return threshold
+        if 0 < found != trials.get(before, 0) > 0:
+            measured = math.log(trials[before] / found) / math.log(threshold / before)
+            steepness = min(max(measured, STEEPNESS / 2), STEEPNESS * 2)
+            ordinary = steepness == measured
+        before = threshold
+        threshold *= min(max((found / l0) ** (1 / steepness), 0.5), 2.0)
+        if ordinary and abs(found - l0) <= NEAR * l0:
+            return threshold
+        if threshold < least:
+            break
+    return _enclose(mean_l0, l0, trials, least, enough)
+
+
 def _close(trials: dict[float, float], l0: float, enough: float) -> bool:
     return min(abs(found - l0) for found in trials.values()) <= enough * l0
 
 
-def _solve(
+def _enclose(
     mean_l0: Callable[[float], float],
     l0: float,
     trials: dict[float, float],
-    factor: float,
-    faster: float,
     least: float,
     enough: float,
 ) -> float:
-    """Where `mean_l0`, which falls with the threshold, is `l0`; 0 if it is lower at `least` still.
-
-    Thresholds from those of `trials` (which holds the mean L0 of some) outwards, by `factor`, whose
-    power `faster` is the next one, until two of them enclose it; then by interpolation of logarithms.
-    """
-    low, high = min(trials), max(trials)
+    """The same, surely: thresholds from those of `trials` (which holds the mean L0 of some) outwards, in
+    growing steps, until two of them enclose it; then by interpolation of logarithms."""
+    low, high, factor = min(trials), max(trials), FIRST_FACTOR
     while trials[low] < l0 and not _close(trials, l0, enough):
         if low < least:
             return 0.0
-        high, low, factor = low, low / factor, factor**faster
+        high, low, factor = low, low / factor, factor**FASTER
         trials[low] = mean_l0(low)
     while trials[high] > l0 and not _close(trials, l0, enough):
-        low, high, factor = high, high * factor, factor**faster
+        low, high, factor = high, high * factor, factor**FASTER
         trials[high] = mean_l0(high)
     while len(trials) < MOST_TRIALS and high > low * (1 + 1e-9) and not _close(trials, l0, enough):
         share = (trials[low] - l0) / (trials[low] - trials[high])

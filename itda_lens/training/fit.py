@@ -56,7 +56,7 @@ def fit(
         l0: mean nonzeros per code. Codes then have as many as their activation needs, at most k, by a
             threshold calibrated on activations that are not atoms; give k three or four times `l0`.
             Default: k nonzeros in every code.
-        update: move the atoms by three rounds of least squares. They reconstruct far better, and are no
+        update: move the atoms by two rounds of least squares. They reconstruct far better, and are no
             longer activations themselves: each keeps its label with its cosine to that activation.
         least_cosine: the least that an update may leave of that cosine, 0 to 1; 1 moves no atom.
             Default 0.9.
