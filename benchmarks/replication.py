@@ -11,13 +11,13 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from measures import fvu_and_l0
 from torch import Tensor
 
 from itda_lens import ITDA, fit
 from itda_lens.analysis import evaluate
 from itda_lens.demo.prose import reference_prose
 from itda_lens.demo.smollm2 import load
-from itda_lens.dictionary import RunningFVU
 from itda_lens.sae import assemble
 from itda_lens.sources import LanguageModel, language_model
 from itda_lens.training import collect
@@ -49,7 +49,7 @@ class Bench:
             self.lm, [row[1] for row in rows], self.held_out, max_tokens=self.ce_tokens, progress=False
         )
         for (name, itda, *cells), evaluation in zip(rows, found, strict=True):
-            l0, fvu = self.measure(itda)
+            fvu, l0 = fvu_and_l0(itda, self.test)
             figures = [
                 f"{itda.cfg.d_sae:,}",
                 f"{l0:.1f}",
@@ -57,14 +57,6 @@ class Bench:
                 f"{evaluation.ce_loss_score:.4f}",
             ]
             print(f"| {' | '.join([name, *figures, *cells])} |", flush=True)
-
-    def measure(self, itda: ITDA) -> tuple[float, float]:
-        meter, nonzeros = RunningFVU(), 0
-        for x in self.test.split(1024):
-            codes = itda.encode_sparse(x)
-            meter.update(x, itda.decode_sparse(codes))
-            nonzeros += int(codes.l0().sum())
-        return nonzeros / len(self.test), meter.value()
 
 
 def random_uncentred(x: Tensor, d_sae: int, k: int) -> ITDA:

@@ -10,12 +10,11 @@ import argparse
 import warnings
 
 import torch
-from torch import Tensor
+from measures import fvu_and_l0
 
-from itda_lens import ITDA, fit
+from itda_lens import fit
 from itda_lens.demo.prose import reference_prose
 from itda_lens.demo.smollm2 import load
-from itda_lens.dictionary import RunningFVU
 from itda_lens.saebench import random_atoms
 from itda_lens.sources import language_model
 from itda_lens.training import collect
@@ -33,13 +32,6 @@ HOOKS = {
 """By whether position 0 and special tokens are kept."""
 
 TYPICAL = 8
-
-
-def fvu(itda: ITDA, x: Tensor) -> float:
-    meter = RunningFVU()
-    for rows in x.split(1024):
-        meter.update(rows, itda(rows))
-    return meter.value()
 
 
 @torch.no_grad()
@@ -74,7 +66,7 @@ def main() -> None:
             cells.append(str(int((~typical).sum())))
             for rule in rules.values():
                 itda = rule(x)
-                every, usual = fvu(itda, y), fvu(itda, y[typical])
+                every, usual = fvu_and_l0(itda, y)[0], fvu_and_l0(itda, y[typical])[0]
                 cells.append(f"{every:.3f}" if typical.all() else f"{every:.4f} ({usual:.3f})")
             print(f"| {' | '.join(cells)} |", flush=True)
 

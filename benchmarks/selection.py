@@ -13,16 +13,18 @@ import argparse
 import time
 from contextlib import contextmanager
 
-import torch
+from measures import fvu_and_l0
 from torch import Tensor
 
 from itda_lens import ITDA, fit
 from itda_lens.demo.prose import HELD_OUT, reference_prose
 from itda_lens.demo.smollm2 import load
-from itda_lens.dictionary import RunningFVU, energy
+from itda_lens.dictionary import energy
 from itda_lens.pursuit import least_squares
 from itda_lens.sources import language_model
 from itda_lens.training import collect
+
+PREFIX_METHODS = ("mp", "omp", "ols")
 
 
 def activations(lm, layers: list[int], texts: list[str]) -> dict[int, Tensor]:
@@ -33,10 +35,7 @@ def activations(lm, layers: list[int], texts: list[str]) -> dict[int, Tensor]:
 
 def fvu(itda: ITDA, x: Tensor, method: str) -> float:
     itda.cfg.method = method
-    meter = RunningFVU()
-    with torch.no_grad():
-        meter.update(x, itda.decode_sparse(itda.encode_sparse(x)))
-    return meter.value()
+    return fvu_and_l0(itda, x)[0]
 
 
 @contextmanager
@@ -106,7 +105,8 @@ def main() -> None:
             continue
         columns = ["atoms", "number", "FVU, MP", "FVU, OMP", "seconds"]
         if args.prefixes:
-            columns = ["atoms", "prefix, MP", "prefix, OMP", "built, MP", "built, OMP"]
+            names = [method.upper() for method in PREFIX_METHODS]
+            columns = ["atoms", *(f"{kind}, {name}" for kind in ("prefix", "built") for name in names)]
         print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
         if args.least_cosine:
             row("not updated", x, test, args.d_sae, args.k)
@@ -118,7 +118,7 @@ def main() -> None:
             for m in (args.d_sae // 2**i for i in range(6)):
                 built, prefix = fit(x, d_sae=m, k=args.k), whole.prefix(m)
                 figures = [
-                    fvu(itda, test, method) for itda in (prefix, built) for method in ("mp", "omp")
+                    fvu(itda, test, method) for itda in (prefix, built) for method in PREFIX_METHODS
                 ]
                 print(f"| {m} | {' | '.join(f'{figure:.4f}' for figure in figures)} |", flush=True)
         elif args.sweep:

@@ -140,6 +140,15 @@ class TestFit:
         assert (record["d_sae"], record["k"], record["seed"], record["preset"]) == (50, 4, 5, "best")
         assert "torch" in record["versions"]
 
+    def test_records_say_what_defaults_were(self):
+        records = [
+            fit(activations(), d_sae=50, k=4, **options).cfg.metadata.itda_build
+            for options in (dict(), dict(signed=False), dict(update=True), dict(preset="paper"))
+        ]
+        assert [r["method"] for r in records] == ["ols", "omp", "ols", "mp"]
+        assert [r["least_cosine"] for r in records] == [None, None, 0.9, None]
+        assert [r["loss_threshold"] for r in records] == [None, None, None, 0.2]
+
     @pytest.mark.parametrize(
         ("change", "error", "message"),
         [

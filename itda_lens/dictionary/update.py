@@ -27,7 +27,7 @@ DEFAULT_LEAST_COSINE = 0.9
 
 
 def update_atoms(
-    parts: Iterable[Float[Tensor, "m d"]],
+    parts: Iterable[Float[Tensor, "_ d"]],
     atoms: Float[Tensor, "n d"],
     k: int,
     *,

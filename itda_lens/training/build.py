@@ -1,6 +1,5 @@
 """From a model and texts to dictionaries, one for each hook point, in a single pass."""
 
-import dataclasses
 import hashlib
 import itertools
 import logging
@@ -151,7 +150,7 @@ def build(
         "context_size": context_size,
         "prepend_bos": tokenization.prepend_bos,
         "dataset_path": str(texts) if isinstance(texts, str | Path) else None,
-        BUILD_KEY: dataclasses.asdict(recipe) | source | versions(),
+        BUILD_KEY: recipe.record() | source | versions(),
     }
     return {
         name: recipe.assemble(

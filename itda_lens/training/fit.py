@@ -1,6 +1,5 @@
 """From a tensor of activations to a dictionary."""
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -89,7 +88,7 @@ def fit(
             selector.update(rows, known[start : start + batch_size])
             bar.update(len(rows))
         dictionary = selector.finish(progress)
-    settings = dataclasses.asdict(recipe) | {"batch_size": batch_size, "n_tokens": n}
+    settings = recipe.record() | {"batch_size": batch_size, "n_tokens": n}
     return recipe.assemble(dictionary, {**(metadata or {}), BUILD_KEY: settings | versions()})
 
 

@@ -1,7 +1,7 @@
 """The presets: a rule for choosing atoms and the encoder that goes with it."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
 import torch
@@ -98,12 +98,29 @@ class Recipe:
             return "mp"
         return "ols" if self.signed else "omp"
 
+    @property
+    def tau(self) -> float:
+        """`loss_threshold`, or its default."""
+        return DEFAULT_LOSS_THRESHOLD if self.loss_threshold is None else float(self.loss_threshold)
+
+    @property
+    def bound(self) -> float:
+        """`least_cosine`, or its default."""
+        return DEFAULT_LEAST_COSINE if self.least_cosine is None else float(self.least_cosine)
+
+    def record(self) -> dict[str, Any]:
+        """The settings that count, with the values that defaults stand for."""
+        return asdict(self) | dict(
+            method=self.encoder,
+            loss_threshold=self.tau if self.preset == "paper" else None,
+            least_cosine=self.bound if self.update else None,
+        )
+
     def selector(self, d_in: int, dtype: torch.dtype, device: torch.device) -> Selector:
         """A fresh run of the preset's rule."""
         if self.preset == "paper":
-            threshold = DEFAULT_LOSS_THRESHOLD if self.loss_threshold is None else self.loss_threshold
             return GreedySelector(
-                d_in, self.d_sae, self.k, signed=self.signed, loss_threshold=threshold,
+                d_in, self.d_sae, self.k, signed=self.signed, loss_threshold=self.tau,
                 dtype=dtype, device=device,
             )  # fmt: skip
         assert self.d_sae is not None  # checked on construction
@@ -113,7 +130,7 @@ class Recipe:
             self.k if self.l0 is None else max(1, round(self.l0)),
             signed=self.signed,
             update=self.update,
-            least_cosine=DEFAULT_LEAST_COSINE if self.least_cosine is None else float(self.least_cosine),
+            least_cosine=self.bound,
             sample=self.l0 is not None,
             seed=self.seed,
             dtype=dtype,
