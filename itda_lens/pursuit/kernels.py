@@ -565,7 +565,8 @@ def least_squares_rows(
     <r, d>**2 / p, where p is the atom's squared distance from the span of those held. Both are updated
     with the inner products of all atoms with the new direction q = m D_S (see `orthogonal_rows`), a sum
     of Gram rows. With bounds on the errors of both, every atom that could be best is looked at in
-    float64. Of `most` atoms, those without which least is lost are dropped again, one by one.
+    float64, and its distance noted. Of `most` atoms, those without which least is lost are dropped again,
+    one by one.
 
     Args:
         most: atoms held at once, at most.
@@ -577,7 +578,7 @@ def least_squares_rows(
     tops = np.empty((n + BLOCK - 1) // BLOCK, _i4)
     found, support = np.empty(n, np.int64), np.empty(most, np.int64)
     residual = np.empty(d)
-    exact = np.empty(n)
+    exact, since = np.empty(n), np.empty(n)
     current, distances, scores = np.empty(n, _f4), np.empty(n, _f4), np.empty(n, _f4)
     bits = scores.view(_i4)
     held, inverse, c = np.empty((most, d)), np.empty((most, most)), np.empty(most)
@@ -593,6 +594,7 @@ def least_squares_rows(
             continue
         current[:] = correlations[row]
         distances[:] = 1
+        since[:] = 0  # what `squares` was when an atom's distance was exact
         c[:] = 0
         left, scale, n_held = energies[row], 1 / np.sqrt(energies[row]), 0
         error, squares = error_0, 0.0
@@ -613,7 +615,7 @@ def least_squares_rows(
             if n_found > FEW_IN_QUESTION:
                 _residual(residual, x, row, held, c, n_held)
                 n_found, top = _by_exact_correlation(
-                    residual, atoms, distances, error_p, tolerance, found, n_found, exact
+                    residual, atoms, distances, since, squares, n_held, tolerance, found, n_found, exact
                 )
             atom, step, distance, retry = -1, 0.0, 1.0, False
             for i in range(n_found):
@@ -623,7 +625,10 @@ def least_squares_rows(
                 if apart <= tolerance:
                     distances[found[i]] = TAKEN
                     retry |= found[i] == top  # it must not say what others have to reach
-                elif atom < 0 or one * one * distance > step * step * apart:
+                    continue
+                if n_found > 1:  # what is not picked is often in question again
+                    distances[found[i]], since[found[i]] = apart, squares
+                if atom < 0 or one * one * distance > step * step * apart:
                     atom, step, distance = found[i], one, apart
                     best_m[: n_held + 1] = m[: n_held + 1]
             if retry:
@@ -658,8 +663,7 @@ def least_squares_rows(
                 error_q += abs(inverse[t, i]) * error_g
             squares += error_q * error_q
             error += abs(step) * scale * error_q + ROUNDING
-            # By the Cauchy-Schwarz inequality, since squared products with directions sum to 1 at most.
-            error_p = 2 * np.sqrt(squares) + squares + ROUNDING * (n_held + 1)
+            error_p = _distance_error(squares, n_held)
             inverse_unit, scaled = _f4(1 / (unit * GRAM_SCALE)), _f4(step * scale)
             for i in range(tops.shape[0]):
                 b = i if t % 2 == 0 else tops.shape[0] - 1 - i  # back and forth, as in OMP
@@ -674,20 +678,35 @@ def least_squares_rows(
 
 
 @jit
-def _by_exact_correlation(residual, atoms, distances, error, tolerance, found, n_found, explained):
+def _distance_error(squares, n_held):
+    """Bound on the error of a squared distance, from the squared errors of the products that made it.
+
+    By the Cauchy-Schwarz inequality, since the squares of an atom's products with directions sum to 1 at
+    most.
+    """
+    return 2 * np.sqrt(squares) + squares + ROUNDING * (n_held + 1)
+
+
+@jit
+def _by_exact_correlation(
+    residual, atoms, distances, since, squares, n_held, tolerance, found, n_found, explained
+):  # fmt: skip
     """Leave those `found` that may be best by their exact correlation and the bound on their distance.
 
+    That bound grows from when the distance was exact; it is often the same atoms that are in question.
     Returns how many are left, and the one that explains most for certain.
     """
     top, least = -1, -1.0
     for i in range(n_found):
         correlation = dot(residual, atoms, found[i])
         explained[i] = correlation * correlation
+        error = _distance_error(squares - since[found[i]], n_held)
         certain = explained[i] / max(distances[found[i]] + error, tolerance)
         if certain > least:
             top, least = found[i], certain
     n_left = 0
     for i in range(n_found):
+        error = _distance_error(squares - since[found[i]], n_held)
         if explained[i] / max(distances[found[i]] - error, tolerance) >= least:
             found[n_left] = found[i]
             n_left += 1
