@@ -565,8 +565,8 @@ def least_squares_rows(
     <r, d>**2 / p, where p is the atom's squared distance from the span of those held. Both are updated
     with the inner products of all atoms with the new direction q = m D_S (see `orthogonal_rows`), a sum
     of Gram rows. With bounds on the errors of both, every atom that could be best is looked at in
-    float64, and its distance noted. Of `most` atoms, those without which least is lost are dropped again,
-    one by one.
+    float64, and its distance noted. Of `most` atoms, those without which least is lost are dropped
+    again, one by one.
 
     Args:
         most: atoms held at once, at most.
