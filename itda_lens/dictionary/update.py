@@ -38,10 +38,11 @@ def update_atoms(
     """Unit atoms that reconstruct activations better: for each part, code it, then solve for the atoms.
 
     The method of optimal directions (Engan, Aase & Husoy, 1999) on codes of matching pursuit, a round a
-    part, by conjugate gradients from the atoms as they are: memory for the codes and a few copies of the
-    atoms, none for atoms by atoms. As in online dictionary learning (Mairal et al., 2009) codes of
-    earlier rounds still count, by `PAST_WEIGHT`: rare atoms are fitted to more activations. An atom that
-    no code uses stays as it is, bit for bit; none gets farther from where it began than `least_cosine`.
+    part, by conjugate gradients from the atoms as they are: memory for all parts, their codes and a few
+    copies of the atoms, none for atoms by atoms. As in online dictionary learning (Mairal et al., 2009)
+    codes of earlier rounds still count, by `PAST_WEIGHT`: rare atoms are fitted to more activations. An
+    atom that no code uses stays as it is, bit for bit; none gets farther from where it began than
+    `least_cosine`.
 
     Args:
         parts: activations, centred; other ones in each round fit the atoms to none of them too closely.
