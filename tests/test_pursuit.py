@@ -293,6 +293,16 @@ def test_calibration_meets_the_mean(method, signed, l0):
 
 
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("seed", range(6))
+def test_calibration_on_few_rows_takes_the_nearest_step(method, seed):
+    """The mean L0 of twenty rows moves in steps of a twentieth, which no power law foretells."""
+    x, atoms = problem(n=100, d=24, rows=20, seed=seed, dtype=torch.float32)
+    threshold = calibrate_threshold(x, atoms, 3.3, 12, method=method)
+    codes = encode(x, atoms, 12, method=method, threshold=threshold)
+    assert codes.l0().double().mean().item() == pytest.approx(3.3, abs=0.051)
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_calibration_without_need(method):
     x, atoms = problem()
     assert calibrate_threshold(x, atoms, 5, 5, method=method) == 0

@@ -149,7 +149,8 @@ class EnergySelector:
         labels = [labels[i] for i in origin]
         sample = self._others(scored, atoms, mean) if self._sample else None
         if self._update:
-            parts = (limit_outliers(sample.rows() - mean) for sample in self._samples)
+            del x, scored
+            parts = (limit_outliers(drawn.rows() - mean) for drawn in self._samples)
             updated = update_atoms(
                 parts, atoms, self._k,
                 least_cosine=self._least_cosine, signed=self._signed, progress=progress,

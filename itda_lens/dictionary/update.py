@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 from itda_lens.pursuit import SparseCodes, encode, gram_matrix
 
 PAST_WEIGHT = 0.5
-"""What the codes of one round weigh in the next: they are of atoms that have moved, but for nothing."""
+"""What the codes of one round weigh in the next: they are of atoms that have moved, but cost nothing."""
 
 CG_STEPS = 2
 """Steps of conjugate gradients per round; more gain nothing, since codes change with the atoms."""
@@ -54,20 +54,27 @@ def update_atoms(
     if least_cosine == 1:
         return atoms
     origin = atoms
-    rows = atoms[:0]
-    past = SparseCodes(rows.new_zeros(0, k, dtype=torch.long), rows.new_zeros(0, k))
-    fading = PAST_WEIGHT**0.5  # of rows and coefficients; their squares count
+    past: tuple[Tensor, SparseCodes] | None = None
     for x in tqdm(parts, desc="updating", unit="round", disable=not progress, leave=False):
         codes = encode(x, atoms, k, signed=signed, gram=gram_matrix(atoms, signed=signed))
-        rows = torch.cat([fading * rows, x])
-        past = SparseCodes(
-            torch.cat([past.indices, codes.indices]), torch.cat([fading * past.values, codes.values])
-        )
-        found = least_squares_atoms(rows, past, atoms)
+        past = (x, codes) if past is None else _joined(*past, x, codes)
+        found = least_squares_atoms(*past, atoms)
         moved = (found != atoms).any(dim=-1, keepdim=True)
         atoms = torch.where(moved, torch.nn.functional.normalize(found, dim=-1), atoms)
         atoms = hold_near(atoms, origin, least_cosine)
     return atoms
+
+
+def _joined(
+    past: Tensor, past_codes: SparseCodes, x: Tensor, codes: SparseCodes
+) -> tuple[Tensor, SparseCodes]:
+    """All rows and their codes, those of the past scaled so that their squares weigh `PAST_WEIGHT`."""
+    fading = PAST_WEIGHT**0.5
+    values = torch.cat([fading * past_codes.values, codes.values])
+    return (
+        torch.cat([fading * past, x]),
+        SparseCodes(torch.cat([past_codes.indices, codes.indices]), values),
+    )
 
 
 def hold_near(

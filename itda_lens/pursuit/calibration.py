@@ -13,8 +13,8 @@ from itda_lens.pursuit.encode import DEFAULT_RTOL, Method, encode
 from itda_lens.pursuit.gram import GramMatrix
 
 CLOSE_ENOUGH = 0.005
-"""Relative distance from the mean L0 asked for at which calibration stops: of some thousands of rows the
-mean is not known better."""
+"""Relative distance from the mean L0 asked for, about, at which calibration stops: of some thousands of
+rows the mean is not known better."""
 
 FIRST_ROWS = 256
 """Rows, about, on which the search begins."""
@@ -25,6 +25,12 @@ FIRST_CLOSE = 0.03
 NEAR = 0.025
 """Relative distance from which one more step is trusted to be close enough: a steepness that is off by a
 fifth then misses by half a per cent."""
+
+ORDINARY = 1.5
+"""Factor from `STEEPNESS` up to which a measured steepness is one to trust."""
+
+MANY_ROWS = 1000
+"""Rows from which it is: with few, mean L0 moves in steps."""
 
 STEPS = 3
 """Steps tried at most before the threshold is enclosed."""
@@ -91,13 +97,15 @@ def calibrate_threshold(
         )
         return codes.l0().double().mean().item()
 
+    def find(rows: Tensor, start: float, enough: float) -> float:
+        return _find(partial(mean_l0, rows), l0, start, least, enough, trust=len(rows) >= MANY_ROWS)
+
     # First on few rows, then near what they say.
     few = x[:: max(1, len(x) // FIRST_ROWS)]
     fixed = encode(few, atoms, math.ceil(l0), method=method, signed=signed, rtol=rtol, gram=gram)
     least = 1e-6 * scale
     start = min(max(least, _guess(fixed)), scale)
-    start = max(least, _find(partial(mean_l0, few), l0, start, least, FIRST_CLOSE))
-    return _find(partial(mean_l0, x), l0, start, least, CLOSE_ENOUGH)
+    return find(x, max(least, find(few, start, FIRST_CLOSE)), CLOSE_ENOUGH)
 
 
 def check_l0(l0: float, k: int) -> None:
@@ -113,14 +121,19 @@ def _guess(codes: SparseCodes) -> float:
 
 
 def _find(
-    mean_l0: Callable[[float], float], l0: float, start: float, least: float, enough: float
+    mean_l0: Callable[[float], float],
+    l0: float,
+    start: float,
+    least: float,
+    enough: float,
+    trust: bool,
 ) -> float:
     """Where `mean_l0`, which falls with the threshold, is `l0`, looked for from `start`; 0 if it is
     lower at `least` still.
 
-    A few steps first: near l0 mean L0 falls about as a power of the threshold. Once that power is known
-    from two thresholds, and an ordinary one, the last step is trusted; where L0 jumps, or falls no
-    more, `_enclose` goes on.
+    A few steps first: near l0 mean L0 falls about as a power of the threshold. With `trust`, once that
+    power is known from two thresholds, and an ordinary one, the last step is not tried; where L0 jumps,
+    or falls no more, `_enclose` goes on.
     """
     threshold, before = start, math.nan
     steepness, ordinary = STEEPNESS, False
@@ -132,10 +145,10 @@ def _find(
         if 0 < found != trials.get(before, 0) > 0:
             measured = math.log(trials[before] / found) / math.log(threshold / before)
             steepness = min(max(measured, STEEPNESS / 2), STEEPNESS * 2)
-            ordinary = steepness == measured
+            ordinary = STEEPNESS / ORDINARY <= measured <= STEEPNESS * ORDINARY
         before = threshold
         threshold *= min(max((found / l0) ** (1 / steepness), 0.5), 2.0)
-        if ordinary and abs(found - l0) <= NEAR * l0:
+        if trust and ordinary and abs(found - l0) <= NEAR * l0:
             return threshold
         if threshold < least:
             break
@@ -155,7 +168,9 @@ def _enclose(
 ) -> float:
     """The same, surely: thresholds from those of `trials` (which holds the mean L0 of some) outwards, in
     growing steps, until two of them enclose it; then by interpolation of logarithms."""
-    low, high, factor = min(trials), max(trials), FIRST_FACTOR
+    low = max((tried for tried, found in trials.items() if found >= l0), default=min(trials))
+    high = min((tried for tried in trials if tried > low), default=low)
+    factor = FIRST_FACTOR
     while trials[low] < l0 and not _close(trials, l0, enough):
         if low < least:
             return 0.0

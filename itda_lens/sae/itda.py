@@ -169,7 +169,7 @@ class ITDA(SAE[ITDAConfig]):
 
         Args:
             x: activations like those to encode, some thousands, not the atoms' own. The mean is met on
-                these.
+                these, to half a per cent or so.
             l0: mean number of nonzeros, 0 < l0 <= k.
             k: most nonzeros of a code from now on; default: `cfg.k` stays.
 
