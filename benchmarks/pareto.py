@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from measures import ROWS
 from results import Results
 from sae_lens import SAE
 from torch import Tensor
@@ -50,9 +51,6 @@ TRAINED = ("topk", "batchtopk", "matryoshka", "matching_pursuit")
 
 TRAINING = ("layer", "d_sae", "target", "kind", "seed", "tokens", "epochs")
 """What in a setting decides about training."""
-
-ROWS = 1024
-"""Activations encoded at once."""
 
 
 def k_for(l0: int) -> int:
