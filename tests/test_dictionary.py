@@ -6,9 +6,12 @@ import warnings
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from itda_lens.dictionary import EnergySelector, GreedySelector, Label, Labels, RowLabels, RunningFVU
 from itda_lens.dictionary import energy as energy_rule
+from itda_lens.dictionary.folds import assign_folds
 from itda_lens.dictionary.mean import RunningMean
 from itda_lens.dictionary.outliers import OUTLIER, limit_outliers, robust_centre
 from itda_lens.dictionary.rows import RowStore
@@ -39,8 +42,8 @@ def rows(n=500, d=16, seed=0):
 
 def energy(d_sae=40, k=4, seed=0, d=16, **options):
     return EnergySelector(
-        d, d_sae, k, sample=True, seed=seed, dtype=torch.float32, device=CPU,
-        **dict(signed=True, update=False, least_cosine=0.9) | options,
+        d, d_sae, k, seed=seed, dtype=torch.float32, device=CPU,
+        **dict(signed=True, update=False, least_cosine=0.9, sample=True) | options,
     )  # fmt: skip
 
 
@@ -513,21 +516,26 @@ class TestUpdate:
         sample.update(x, RowLabels(0, len(x)))
         assert len(sample) == len(x)
 
-    def test_sample_has_none_of_the_atoms(self):
-        x = rows(300)
-        found = feed(energy(), x)
-        own = x[[label.row for label in found.labels]]
-        assert len(found.sample) == 260
-        assert torch.cdist(found.sample, own).min() > 0
-
-    def test_sample_has_no_copies_of_atoms_whatever_the_labels(self):
-        x = rows(300).repeat(3, 1)
+    def test_sample_keeps_rows_from_the_atoms_of_their_text(self):
+        x = rows(6000)
+        labels = [Label(i // 100, i % 100) for i in range(6000)]
         selector = energy()
-        selector.update(x, [Label(0)] * 900)
+        for start in range(0, 6000, 64):
+            selector.update(x[start : start + 64], labels[start : start + 64])
         found = selector.finish(progress=False)
-        assert len(found.sample) == 900 - 3 * 40
-        unit = normalize_rows(found.sample - found.mean)[0]
-        assert (unit @ found.atoms.T).abs().max() < 1 - 1e-6
+        assert len(found.sample.rows) == 2048
+        where = {tuple(row.tolist()): i // 100 for i, row in enumerate(x)}
+        fold_of = {}
+        for row, fold in zip(found.sample.rows, found.sample.folds.tolist(), strict=True):
+            assert fold_of.setdefault(where[tuple(row.tolist())], fold) == fold
+        for label, fold in zip(found.labels, found.sample.atom_folds.tolist(), strict=True):
+            assert fold_of[label.row] == fold
+        assert sorted(set(fold_of.values())) == list(range(8))
+
+    def test_sample_is_all_of_few_activations(self):
+        found = feed(energy(), rows(300))
+        assert torch.equal(found.sample.rows, rows(300))
+        assert feed(energy(sample=False), rows(300)).sample is None
 
     def test_an_unused_atom_stays_through_all_rounds(self):
         atoms = normalize_rows(rows(30, seed=1))[0]
@@ -535,6 +543,56 @@ class TestUpdate:
         found = update_atoms([x, x], atoms, 1, least_cosine=0.9, signed=True, progress=False)
         assert torch.equal(found[20:], atoms[20:])
         assert not torch.equal(found[:20], atoms[:20])
+
+
+class TestFolds:
+    def test_texts_stay_together_and_folds_are_even(self):
+        generator = torch.Generator().manual_seed(0)
+        texts = torch.randint(0, 200, (3000,), generator=generator).square() // 200  # of any size
+        labels = [Label(text, i) for i, text in enumerate(texts.tolist())]
+        in_rows, in_atoms = assign_folds(labels[:2000], labels[2000:])
+        fold_of = {}
+        for label, fold in zip(labels, torch.cat([in_rows, in_atoms]).tolist(), strict=True):
+            assert fold_of.setdefault(label.row, fold) == fold
+        for folds in (in_rows, in_atoms):
+            shares = folds.bincount(minlength=8) / len(folds)
+            assert shares.min() > 0.06
+            assert shares.max() < 0.2
+
+    def test_rows_without_texts_stay_with_their_neighbours(self):
+        labels = RowLabels(0, 6400)
+        folds, _ = assign_folds(labels[:3200:2], labels[1:6400:3])
+        assert sorted(folds.unique().tolist()) == list(range(8))
+        # 1,600 of them, half of those that 64 runs are made of: about 32 runs begin.
+        assert 8 <= (folds.diff() != 0).sum() <= 64
+
+    @pytest.mark.parametrize(
+        ("share", "contexts", "together"), [(0.2, 1, 200), (0.3, 100, 3), (0.3, 1, 1)]
+    )
+    def test_what_stays_together_where_one_text_has_most(self, share, contexts, together):
+        many = int(share * 1000)
+        labels = [Label(0, i * contexts // many, i) for i in range(many)]
+        labels += [Label(1 + i) for i in range(1000 - many)]
+        folds = assign_folds(labels, labels)[0][:many].reshape(-1, together)
+        assert (folds == folds[:, :1]).all()
+        assert (len(folds.unique()) == 1) == (together == many)
+
+    @pytest.mark.parametrize("labels", [[Label(0)] * 900, [Label(i) for i in range(3)]])
+    def test_too_few_places_make_no_folds(self, labels):
+        rows_in, atoms_in = assign_folds(labels, labels[:2])
+        assert (rows_in == 0).all()
+        assert (atoms_in == -1).all()
+
+    @given(st.lists(st.tuples(*[st.integers(0, 5)] * 3), min_size=1, max_size=60), st.data())
+    def test_no_fold_has_all_atoms(self, places, data):
+        labels = [Label(*place) for place in places]
+        atoms = data.draw(st.lists(st.sampled_from(labels), min_size=1, max_size=60))
+        folds, atom_folds = assign_folds(labels, atoms)
+        for fold in folds.unique():
+            assert (atom_folds != fold).any()
+        again = assign_folds(labels, atoms)
+        assert torch.equal(folds, again[0])
+        assert torch.equal(atom_folds, again[1])
 
 
 class TestGreedySelector:

@@ -16,6 +16,7 @@ from sklearn.linear_model import orthogonal_mp_gram
 from itda_lens.pursuit import (
     GramRows,
     SparseCodes,
+    calibrate_out_of_fold,
     calibrate_threshold,
     calibration,
     compiled,
@@ -30,6 +31,7 @@ from itda_lens.pursuit import (
     orthogonal,
     precision,
 )
+from itda_lens.pursuit.gram import leave_out
 
 METHODS = ("mp", "omp", "ols")
 SIGNED = [(method, True) for method in METHODS]
@@ -300,6 +302,56 @@ def test_calibration_on_few_rows_takes_the_nearest_step(method, seed):
     threshold = calibrate_threshold(x, atoms, 3.3, 12, method=method)
     codes = encode(x, atoms, 12, method=method, threshold=threshold)
     assert codes.l0().double().mean().item() == pytest.approx(3.3, abs=0.051)
+
+
+@pytest.mark.parametrize(("method", "signed"), PURSUITS)
+@pytest.mark.parametrize("budget", [None, 60 * 50 * 2])  # whole Gram matrices, or rows, or none
+def test_calibration_out_of_fold_codes_no_row_by_its_own_fold(method, signed, budget, monkeypatch):
+    x, atoms = problem(n=70, d=24, rows=1200, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(1)
+    folds = torch.randint(3, (len(x),), generator=generator)
+    atom_folds = torch.randint(-1, 4, (len(atoms),), generator=generator)
+    for fold in range(3):  # without that rule they need one nonzero fewer
+        own = atoms[atom_folds == fold]
+        x[folds == fold] += 10 * own.repeat(100, 1)[: (folds == fold).sum()]
+    options = dict(method=method, signed=signed)
+    if budget is not None:
+        monkeypatch.setattr(calibration, "GRAM_BUDGET_BYTES", 3 * budget)
+    threshold = calibrate_out_of_fold(x, folds, atoms, atom_folds, 4, 12, **options)
+    l0s = []
+    for fold in range(3):
+        others = atoms[atom_folds != fold]
+        l0s.append(encode(x[folds == fold], others, 12, threshold=threshold, **options).l0())
+    assert torch.cat(l0s).double().mean().item() == pytest.approx(4, rel=0.01)
+    everything = calibrate_threshold(x, atoms, 4, 12, **options)
+    assert abs(everything / threshold - 1) > 0.05
+
+
+def test_calibration_out_of_fold_is_calibration_where_no_atom_is_in_a_fold():
+    x, atoms = problem(n=70, d=24, rows=1200, dtype=torch.float32)
+    nowhere = torch.full((70,), -1)
+    found = calibrate_out_of_fold(x, torch.zeros(1200, dtype=torch.long), atoms, nowhere, 4, 12)
+    assert found == calibrate_threshold(x, atoms, 4, 12, gram=gram_matrix(atoms))
+
+
+def test_calibration_out_of_fold_with_fewer_atoms_left_than_k():
+    x, atoms = problem(n=8, d=24, rows=300, dtype=torch.float32)
+    in_one = (torch.arange(8) > 3).long()
+    found = calibrate_out_of_fold(x, torch.ones(300, dtype=torch.long), atoms, in_one, 2, 8)
+    codes = encode(x, atoms[:4], 4, threshold=found)
+    assert codes.l0().double().mean().item() == pytest.approx(2, rel=0.01)
+    with pytest.raises(ValueError, match=r"k must be between 1 and the number of atoms \(8\), got 9"):
+        calibrate_out_of_fold(x, in_one, atoms, in_one, 2, 9)
+    with pytest.raises(ValueError, match="must leave atoms for the rows of fold 1, got all in it"):
+        calibrate_out_of_fold(x, torch.ones(300).long(), atoms, torch.ones(8).long(), 2, 8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int16])
+@pytest.mark.parametrize(("start", "stop"), [(0, 0), (0, 3), (2, 7), (9, 10), (10, 10)])
+def test_leave_out(dtype, start, stop):
+    whole = torch.arange(100).reshape(10, 10).to(dtype)
+    kept = [i for i in range(10) if not start <= i < stop]
+    assert torch.equal(leave_out(whole, start, stop), whole[kept][:, kept])
 
 
 @pytest.mark.parametrize("method", METHODS)

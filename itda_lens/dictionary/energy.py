@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from itda_lens.dictionary.folds import FoldedSample, assign_folds
 from itda_lens.dictionary.labels import Label
 from itda_lens.dictionary.mean import RunningMean
 from itda_lens.dictionary.outliers import duplicate_cosines, limit_outliers, robust_centre
@@ -15,7 +16,6 @@ from itda_lens.dictionary.selection import (
     SAME_DIRECTION,
     Dictionary,
     first_of_direction,
-    nearest,
     normalize_rows,
     order_by_energy,
     prune_by_energy,
@@ -60,9 +60,6 @@ MIN_UPDATED = 24_576
 CALIBRATION_ROWS = 2048
 """Activations to calibrate a threshold on: their mean L0 is off by a 45th of its standard deviation."""
 
-BLOCK = 512
-"""Activations compared with the atoms at once; does not change the result."""
-
 GUIDE_ROWS = 64
 """Activations per update on which the progress bar's FVU is measured."""
 
@@ -71,7 +68,8 @@ class EnergySelector:
     """Centre, sample, drop near-duplicates, prune and order by energy; with `update`, least squares.
 
     One pass over the stream keeps its exact mean and two uniform samples of it: candidates, distinct
-    ones, and activations to score them on (for an update this one is larger, and there is another).
+    ones, and activations to score them on (for an update this one is larger, and there is another); with
+    `sample` a third one, small, to calibrate a threshold on.
     Memory is bounded by the samples; neither these nor the result depend on how the stream is cut into
     batches. An update begins at the atoms that would be chosen without one, and labels keep their
     cosine to them.
@@ -91,8 +89,12 @@ class EnergySelector:
             StreamSample(d_in, size, seed + 1 + i, dtype, device, distinct=False)
             for i, size in enumerate([n_updated] * UPDATE_ROUNDS if update else [self._n_scored])
         ]
+        self._calibration = (
+            StreamSample(d_in, CALIBRATION_ROWS, seed + 1 + UPDATE_ROUNDS, dtype, device, distinct=False)
+            if sample
+            else None
+        )
         self._update = update
-        self._sample = sample
         self._mean = RunningMean(d_in, dtype, device)
 
     @property
@@ -108,6 +110,8 @@ class EnergySelector:
         self._candidates.update(x, labels)
         for sample in self._samples:
             sample.update(x)
+        if self._calibration is not None:
+            self._calibration.update(x, labels)
 
     def running_fvu(self) -> float:
         """FVU of a random dictionary from the candidates so far: what selection starts from.
@@ -147,7 +151,10 @@ class EnergySelector:
         atoms = candidates[chosen].clone()
         origin = keep.nonzero().flatten()[chosen].tolist()
         labels = [labels[i] for i in origin]
-        sample = self._others(scored, atoms, mean) if self._sample else None
+        sample = None
+        if self._calibration is not None:
+            folds = assign_folds(self._calibration.labels(), labels)
+            sample = FoldedSample(self._calibration.rows(), *folds)
         if self._update:
             del x, scored
             parts = (limit_outliers(drawn.rows() - mean) for drawn in self._samples)
@@ -160,16 +167,6 @@ class EnergySelector:
             labels = [replace(a, cosine=round(c, 6)) for a, c in zip(labels, cosines, strict=True)]
             atoms = updated
         return Dictionary(atoms, mean, labels, sample)
-
-    def _others(self, scored: Tensor, atoms: Tensor, mean: Tensor) -> Tensor:
-        """Up to `CALIBRATION_ROWS` of the scored rows, evenly spread, that point as no atom does.
-
-        By direction, since what equals an atom need not come from the atom's own place.
-        """
-        rows = _spread(scored, 2 * CALIBRATION_ROWS)
-        unit, _ = normalize_rows(rows - mean)
-        closest = torch.cat([nearest(part, atoms, self._signed) for part in unit.split(BLOCK)])
-        return _spread(rows[closest < SAME_DIRECTION], CALIBRATION_ROWS)
 
     def _distinct(self, rows: Tensor, unit: Tensor, usable: Tensor) -> Tensor:
         """Candidates that repeat no earlier one; where they are few, by a less strict cosine."""

@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from itda_lens.dictionary.folds import FoldedSample
 from itda_lens.dictionary.labels import Label
 from itda_lens.pursuit import SparseCodes, encode, gram_matrix
 
@@ -27,14 +28,13 @@ class Dictionary:
         atoms: unit rows.
         mean: what is subtracted from an activation before it is decomposed (`b_dec`).
         labels: where each atom came from.
-        sample: activations of the stream other than the atoms' own, not centred, to calibrate a
-            threshold on; None where the rule keeps none.
+        sample: activations of the stream to calibrate a threshold on; None where the rule keeps none.
     """
 
     atoms: Float[Tensor, "d_sae d_in"]
     mean: Float[Tensor, " d_in"]
     labels: list[Label]
-    sample: Float[Tensor, "m d_in"] | None = None
+    sample: FoldedSample | None = None
 
 
 class Selector(Protocol):

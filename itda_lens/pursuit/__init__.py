@@ -1,6 +1,6 @@
 """Pure tensor functions: activations and atoms in, sparse codes out."""
 
-from itda_lens.pursuit.calibration import calibrate_threshold, check_l0
+from itda_lens.pursuit.calibration import calibrate_out_of_fold, calibrate_threshold, check_l0
 from itda_lens.pursuit.codes import SparseCodes
 from itda_lens.pursuit.encode import DEFAULT_RTOL, Method, check_sign, encode
 from itda_lens.pursuit.finite import first_nonfinite_row
@@ -21,6 +21,7 @@ __all__ = [
     "GramRows",
     "Method",
     "SparseCodes",
+    "calibrate_out_of_fold",
     "calibrate_threshold",
     "check_l0",
     "check_sign",

@@ -3,14 +3,22 @@
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from itda_lens.pursuit.codes import SparseCodes
-from itda_lens.pursuit.encode import DEFAULT_RTOL, Method, encode
-from itda_lens.pursuit.gram import GramMatrix
+from itda_lens.pursuit.encode import DEFAULT_RTOL, Method, check_k, encode
+from itda_lens.pursuit.gram import (
+    GRAM_BUDGET_BYTES,
+    GramMatrix,
+    gram_dtype,
+    gram_fits,
+    gram_matrix,
+    leave_out,
+)
 
 CLOSE_ENOUGH = 0.005
 """Relative distance from the mean L0 asked for, about, at which calibration stops: of some thousands of
@@ -67,7 +75,7 @@ def calibrate_threshold(
     does not depend on the rows beside it.
 
     Args:
-        x: activations, centred as they will be encoded; some thousands that are no atoms themselves.
+        x: activations, centred as they will be encoded; some thousands of text that atoms are not from.
         l0: mean number of nonzeros wanted, 0 < l0 <= k.
         k: most nonzeros per code; three or four times `l0` loses little.
         atoms, method, signed, rtol, gram: as in `encode`.
@@ -79,33 +87,100 @@ def calibrate_threshold(
     Raises:
         ValueError: `x` is empty or zero, `l0` or `k` is out of range; what `encode` raises.
     """
+    check_k(k, len(atoms))
+    pursuit = partial(encode, method=method, signed=signed, rtol=rtol)
+    return _calibrate([_Part(x, atoms, gram)], l0, k, pursuit)
+
+
+@torch.no_grad()
+def calibrate_out_of_fold(
+    x: Float[Tensor, "n d"],
+    folds: Int[Tensor, " n"],
+    atoms: Float[Tensor, "n_atoms d"],
+    atom_folds: Int[Tensor, " n_atoms"],
+    l0: float,
+    k: int,
+    *,
+    method: Method = "mp",
+    signed: bool = True,
+    rtol: float = DEFAULT_RTOL,
+) -> float:
+    """The same, with each row coded without the atoms of its own fold.
+
+    So `x` may be of the text that atoms are from. Codes of such text have fewer nonzeros than codes of
+    other text; not so where folds are of whole texts, by cross-validation (Stone, 1974).
+
+    Args:
+        x, atoms, l0, k, method, signed, rtol: as in `calibrate_threshold`.
+        folds: of each row; any integers.
+        atom_folds: of each atom. An atom in a fold without rows serves every row.
+
+    Raises:
+        ValueError: a fold has all atoms; what `calibrate_threshold` raises.
+    """
+    check_k(k, len(atoms))
+    order = atom_folds.argsort(stable=True)
+    atoms, atom_folds = atoms[order], atom_folds[order]
+    used = folds.unique().tolist()
+    budget = GRAM_BUDGET_BYTES // max(1, len(used))
+    whole = None
+    if gram_fits(len(atoms), gram_dtype(atoms, method, signed), budget):
+        whole = gram_matrix(atoms, method=method, signed=signed)
+    parts = []
+    for fold in used:
+        start, stop = torch.searchsorted(atom_folds, atom_folds.new_tensor([fold, fold + 1])).tolist()
+        others = torch.cat([atoms[:start], atoms[stop:]])
+        if not len(others):
+            raise ValueError(f"atom_folds must leave atoms for the rows of fold {fold}, got all in it")
+        if isinstance(whole, Tensor):
+            gram = leave_out(whole, start, stop)
+        else:
+            gram = gram_matrix(others, budget, method=method, signed=signed)
+        parts.append(_Part(x[folds == fold], others, gram))
+    return _calibrate(parts, l0, k, partial(encode, method=method, signed=signed, rtol=rtol))
+
+
+class _Part(NamedTuple):
+    """Rows, and the atoms that they are coded with."""
+
+    x: Float[Tensor, "n d"]
+    atoms: Float[Tensor, "n_atoms d"]
+    gram: GramMatrix | None
+
+
+def _calibrate(parts: list[_Part], l0: float, k: int, pursuit: Callable[..., SparseCodes]) -> float:
     check_l0(l0, k)
-    if not len(x):
+    n = sum(len(part.x) for part in parts)
+    if not n:
         raise ValueError("x must have at least one row, got none")
-    scale = x.double().square().sum(dim=-1).mean().sqrt().item()
+    scale = math.sqrt(sum(part.x.double().square().sum().item() for part in parts) / n)
     if not math.isfinite(scale):
         raise ValueError("x has NaN or infinite values")
     if scale == 0:
         raise ValueError("x must have a row that is not zero")
-
     if l0 == k:
         return 0.0
 
-    def mean_l0(rows: Tensor, threshold: float) -> float:
-        codes = encode(
-            rows, atoms, k, method=method, signed=signed, rtol=rtol, threshold=threshold, gram=gram
-        )
-        return codes.l0().double().mean().item()
+    def numbers(step: int, most: int, threshold: float = 0.0) -> list[Float[Tensor, "m most"]]:
+        codes = [
+            pursuit(x[::step], atoms, min(most, len(atoms)), threshold=threshold, gram=gram)
+            for x, atoms, gram in parts
+        ]
+        return [part.values for part in codes]
 
-    def find(rows: Tensor, start: float, enough: float) -> float:
-        return _find(partial(mean_l0, rows), l0, start, least, enough, trust=len(rows) >= MANY_ROWS)
+    def mean_l0(step: int, threshold: float) -> float:
+        l0s = [(values != 0).sum(dim=-1) for values in numbers(step, k, threshold)]
+        return torch.cat(l0s).double().mean().item()
+
+    def find(step: int, start: float, enough: float) -> float:
+        trust = n / step >= MANY_ROWS
+        return _find(partial(mean_l0, step), l0, start, least, enough, trust)
 
     # First on few rows, then near what they say.
-    few = x[:: max(1, len(x) // FIRST_ROWS)]
-    fixed = encode(few, atoms, math.ceil(l0), method=method, signed=signed, rtol=rtol, gram=gram)
+    step = max(1, n // FIRST_ROWS)
     least = 1e-6 * scale
-    start = min(max(least, _guess(fixed)), scale)
-    return find(x, max(least, find(few, start, FIRST_CLOSE)), CLOSE_ENOUGH)
+    start = min(max(least, _guess(numbers(step, math.ceil(l0)))), scale)
+    return find(1, max(least, find(step, start, FIRST_CLOSE)), CLOSE_ENOUGH)
 
 
 def check_l0(l0: float, k: int) -> None:
@@ -114,10 +189,10 @@ def check_l0(l0: float, k: int) -> None:
         raise ValueError(f"l0 must be above 0 and at most k={k}, got {l0}")
 
 
-def _guess(codes: SparseCodes) -> float:
+def _guess(values: list[Float[Tensor, "n k"]]) -> float:
     """From codes of a fixed length: the least coefficient of an ordinary row."""
-    sizes = codes.values.abs()
-    return sizes.masked_fill(sizes == 0, torch.inf).amin(dim=-1).median().item()
+    least = [part.abs().masked_fill(part == 0, torch.inf).amin(dim=-1) for part in values]
+    return torch.cat(least).median().item()
 
 
 def _find(

@@ -139,6 +139,12 @@ def _chunk_rows(rows: Tensor, gram: GramMatrix | None) -> int:
     return ROWS_PER_CHUNK["compiled" if gram.dtype == torch.int16 else "gram"]
 
 
+def check_k(k: int, n_atoms: int) -> None:
+    """Raise ValueError where codes of `k` nonzeros cannot be had of so many atoms."""
+    if not 1 <= k <= n_atoms:
+        raise ValueError(f"k must be between 1 and the number of atoms ({n_atoms}), got {k}")
+
+
 def check_sign(method: str, signed: bool) -> None:
     """Raise ValueError where this pursuit has no form without signs."""
     if method == "ols" and not signed:
@@ -163,8 +169,7 @@ def _check(
     n, d = atoms.shape
     if x.ndim < 1 or x.shape[-1] != d:
         raise ValueError(f"x must have {d} numbers per row like the atoms, got {tuple(x.shape)}")
-    if not 1 <= k <= n:
-        raise ValueError(f"k must be between 1 and the number of atoms ({n}), got {k}")
+    check_k(k, n)
     if method not in get_args(Method):
         raise ValueError(f"method must be one of {get_args(Method)}, got {method!r}")
     check_sign(method, signed)

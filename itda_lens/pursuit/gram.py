@@ -2,7 +2,7 @@
 
 import psutil
 import torch
-from jaxtyping import Float, Int16
+from jaxtyping import Float, Int16, Shaped
 from torch import Tensor
 
 from itda_lens.pursuit import compiled, gpu
@@ -82,6 +82,16 @@ def gram_matrix(
         available = psutil.virtual_memory().available
         budget_bytes = max(GRAM_BUDGET_BYTES, min(int(ROWS_SHARE * available), MOST_ROWS_BYTES))
     return GramRows(atoms, budget_bytes)
+
+
+def leave_out(gram: Shaped[Tensor, "n n"], start: int, stop: int) -> Shaped[Tensor, "m m"]:
+    """A copy of a whole Gram matrix without the atoms from `start` to before `stop`."""
+    size = len(gram) - (stop - start)
+    left = gram.new_empty(size, size)
+    for rows, of_rows in ((slice(start), slice(start)), (slice(start, None), slice(stop, None))):
+        left[rows, :start] = gram[of_rows, :start]
+        left[rows, start:] = gram[of_rows, stop:]
+    return left
 
 
 def _whole_budget(device: torch.device, dtype: torch.dtype) -> int:

@@ -168,8 +168,8 @@ class ITDA(SAE[ITDAConfig]):
         nonzeros as with k = l0, spent on the rows that need them.
 
         Args:
-            x: activations like those to encode, some thousands, not the atoms' own. The mean is met on
-                these, to half a per cent or so.
+            x: activations like those to encode, some thousands, of texts that atoms are not from: codes
+                of an atom's own text have fewer. The mean is met on these, to half a per cent or so.
             l0: mean number of nonzeros, 0 < l0 <= k.
             k: most nonzeros of a code from now on; default: `cfg.k` stays.
 

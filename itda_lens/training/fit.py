@@ -52,9 +52,10 @@ def fit(
             non-negative codes), "mp" for "paper".
         signed: whether coefficients may be negative.
         loss_threshold: relative squared error over which "paper" admits an activation; default 0.2.
-        l0: mean nonzeros per code. Codes then have as many as their activation needs, at most k, by a
-            threshold calibrated on activations that are not atoms; give k three or four times `l0`.
-            Default: k nonzeros in every code.
+        l0: mean nonzeros per code of other text. Codes then have as many as their activation needs, at
+            most k, by a threshold calibrated on some of the rows, each without the atoms of its own text
+            and of others (by `labels`; without these, of its neighbours). Give k three or four times
+            `l0`. Default: k nonzeros in every code.
         update: move the atoms by two rounds of least squares. They reconstruct far better, and are no
             longer activations themselves: each keeps its label with its cosine to that activation.
         least_cosine: the least that an update may leave of that cosine, 0 to 1; 1 moves no atom.

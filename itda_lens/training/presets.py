@@ -17,10 +17,9 @@ from itda_lens.dictionary import (
 from itda_lens.pursuit import (
     DEFAULT_RTOL,
     Method,
-    calibrate_threshold,
+    calibrate_out_of_fold,
     check_l0,
     check_sign,
-    gram_matrix,
 )
 from itda_lens.sae import ITDA, assemble
 
@@ -140,28 +139,21 @@ class Recipe:
     def assemble(
         self, dictionary: Dictionary, metadata: Mapping[str, Any], reshape_activations: str = "none"
     ) -> ITDA:
-        """The chosen atoms as an ITDA, in their dtype.
-
-        Raises:
-            ValueError: `l0` is set, and no activation but the atoms' own is there to calibrate on.
-        """
+        """The chosen atoms as an ITDA, in their dtype."""
         atoms, method = dictionary.atoms, self.encoder
         k, threshold = min(self.k, len(atoms)), 0.0
         if self.l0 is not None:
-            if dictionary.sample is None or not len(dictionary.sample):
-                raise ValueError(
-                    f"l0={self.l0} needs activations besides those that became atoms; give more than "
-                    f"{len(dictionary.atoms)}"
-                )
-            threshold = calibrate_threshold(
-                dictionary.sample - dictionary.mean,
+            assert dictionary.sample is not None  # of `selector`
+            threshold = calibrate_out_of_fold(
+                dictionary.sample.rows - dictionary.mean,
+                dictionary.sample.folds,
                 atoms,
+                dictionary.sample.atom_folds,
                 self.l0,
                 k,
                 method=method,
                 signed=self.signed,
                 rtol=self.rtol,
-                gram=gram_matrix(atoms, method=method, signed=self.signed),
             )
         return assemble(
             atoms,
