@@ -2,17 +2,19 @@
 
     python benchmarks/saebench.py OUT [--layers 5 10] [--ks 10 20 40 80] [--d-sae 1024] [--tokens 50000]
 
-Builds every dictionary on the same activations of Python's reference manual (ITDA with both presets,
-random atoms, principal components, a TopK SAE trained by SAELens), runs the evaluations on texts that
-none of them has seen, and prints the tables. Stop it when you like: the same command goes on.
+Builds every dictionary on the same activations of Python's reference manual (ITDA with both presets, with
+a mean L0 and updated, random atoms, principal components, a TopK SAE trained by SAELens), evaluates them
+on texts that none of them has seen, and prints the tables. Stop it when you like: the same command goes on.
 """
 
 import argparse
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
+from pareto import k_for
 
 from itda_lens import fit
 from itda_lens.demo import smollm2
@@ -21,7 +23,15 @@ from itda_lens.reports import bench_table, make_console, pareto_plot
 from itda_lens.saebench import baseline, bench, save_inference
 from itda_lens.training import collect
 
-KINDS = ("itda-best", "itda-paper", "topk", "random", "pca")
+FITTED: dict[str, dict[str, Any]] = {
+    "itda-best": {},
+    "itda-l0": dict(spread=True),
+    "itda-updated": dict(spread=True, update=True),
+    "itda-paper": dict(preset="paper"),
+}
+"""Settings of `fit`; with `spread` a mean L0 of k, as `fit` calibrates it."""
+
+KINDS = (*FITTED, "topk", "random", "pca")
 
 PROBED = [
     "118_us_state_CA",
@@ -75,12 +85,14 @@ def build_all(out: Path, options: argparse.Namespace) -> dict[str, Path]:
                 model_name=folder.name, hook_name=hooks[layer], context_size=128, prepend_bos=True
             )
             start = time.perf_counter()
-            common = dict(d_sae=options.d_sae, k=k, labels=labels, metadata=metadata)
-            if kind.startswith("itda-"):
+            common = dict(d_sae=options.d_sae, labels=labels, metadata=metadata)
+            if kind in FITTED:
                 # The paper's rule stops by itself; what it lacks of d_sae atoms is part of its result.
-                sae = fit(x, preset=kind.removeprefix("itda-"), **common)
+                settings = dict(FITTED[kind])
+                sparsity = dict(k=k_for(k), l0=k) if settings.pop("spread", False) else dict(k=k)
+                sae = fit(x, **sparsity, **settings, **common)
             else:
-                sae = baseline(kind, x, epochs=options.epochs, **common)
+                sae = baseline(kind, x, k=k, epochs=options.epochs, **common)
             seconds = time.perf_counter() - start
             sae.cfg.metadata["seconds"] = round(seconds, 1)
             save_inference(sae, paths[name])
