@@ -1,10 +1,12 @@
 """Other rules for choosing atoms, against that of preset "best", all from one pool of candidates.
 
     python benchmarks/selection_rules.py [--layer 10] [--d-sae 1024] [--k 20] [--seeds 0 1]
+        [--rules snapped replaced]
 
 SmolLM2's residual stream on the text of `itda demo`; FVU on the validation split of `selection.py`,
 under OMP and OLS with k nonzeros and OLS with a mean L0 of k. The rules see the same candidates (four an
-atom, without near-duplicates) and the same 16,384 activations to choose by.
+atom, without near-duplicates) and the same 16,384 activations to choose by; the last two may take any
+activation for an atom. `--rules` runs those with such words in their names.
 """
 
 import argparse
@@ -18,6 +20,7 @@ from torch import Tensor
 from itda_lens.demo.prose import HELD_OUT, reference_prose
 from itda_lens.demo.smollm2 import load
 from itda_lens.dictionary import RunningFVU
+from itda_lens.dictionary.energy import UPDATE_ROUNDS
 from itda_lens.dictionary.outliers import limit_outliers
 from itda_lens.dictionary.selection import (
     energy_by_atom,
@@ -116,11 +119,41 @@ def medoids(candidates: Tensor, x: Tensor, n: int, k: int) -> Tensor:
     return snapped(centres, candidates)
 
 
-def update_and_snap(candidates: Tensor, x: Tensor, n: int, k: int) -> Tensor:
-    """Those of most energy, moved by least squares, then each replaced by its nearest candidate."""
-    atoms = by_energy(0.5)(candidates, x, n, k)
-    moved = update_atoms([x] * 3, atoms, k, least_cosine=0.0, signed=True, progress=False)
-    return snapped(moved, candidates)
+def update_and_snap(pool: Tensor | None = None) -> Rule:
+    """Those of most energy, moved by least squares, then each replaced by the nearest of `pool` (of the
+    candidates)."""
+
+    def rule(candidates: Tensor, x: Tensor, n: int, k: int) -> Tensor:
+        atoms = by_energy(0.5)(candidates, x, n, k)
+        moved = update_atoms(
+            [x] * UPDATE_ROUNDS, atoms, k, least_cosine=0.0, signed=True, progress=False
+        )
+        return snapped(moved, candidates if pool is None else pool)
+
+    return rule
+
+
+def replace_each(pool: Tensor) -> Rule:
+    """Those of most energy; twice, each replaced by the one that would explain most of what the others
+    leave to it: of the 64 of `pool` nearest to where least squares would move it, or itself."""
+
+    def rule(candidates: Tensor, x: Tensor, n: int, k: int) -> Tensor:
+        atoms = by_energy(0.5)(candidates, x, n, k)
+        for _ in range(2):
+            codes = encode(x, atoms, k, gram=gram_matrix(atoms))
+            left, dense = x - codes.decode(atoms), codes.to_dense(n)
+            moved, _ = normalize_rows(dense.square().sum(0)[:, None] * atoms + dense.T @ left)
+            near = torch.cat([(part @ pool.T).topk(64).indices for part in moved.split(256)])
+            replaced = atoms.clone()
+            for i in range(n):
+                users = dense[:, i].nonzero().flatten()
+                own = left[users] + dense[users, i, None] * atoms[i]
+                tried = torch.cat([atoms[i : i + 1], pool[near[i]]])
+                replaced[i] = tried[(own @ tried.T).square().sum(0).argmax()]
+            atoms = replaced
+        return atoms
+
+    return rule
 
 
 def snapped(atoms: Tensor, candidates: Tensor) -> Tensor:
@@ -142,8 +175,15 @@ RULES: dict[str, Rule] = {
     "grown by total error removed": by_error_removed,
     "prune and grow": prune_and_grow,
     "medoids of directions": medoids,
-    "updated, then snapped to candidates": update_and_snap,
+    "updated, then snapped to candidates": update_and_snap(),
 }
+
+
+def of_any(pool: Tensor) -> dict[str, Rule]:
+    return {
+        "updated, then snapped to any activation": update_and_snap(pool),
+        "each replaced by any activation, twice": replace_each(pool),
+    }
 
 
 def fvu(x: Tensor, atoms: Tensor, k: int, method: str, threshold: float = 0.0) -> float:
@@ -161,6 +201,7 @@ def main() -> None:
     parser.add_argument("--d-sae", type=int, default=1024)
     parser.add_argument("--k", type=int, default=20)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--rules", nargs="+", default=[""], help="words of their names")
     options = parser.parse_args()
     n, k = options.d_sae, options.k
     lm = language_model(load())
@@ -176,9 +217,12 @@ def main() -> None:
         generator = torch.Generator().manual_seed(seed)
         drawn = train[torch.randperm(len(train), generator=generator)] - mean
         x = limit_outliers(drawn[-16_384:])
-        unit, _ = normalize_rows(drawn[: 4 * n])
-        candidates = unit[first_of_direction(unit, 0.85, signed=True)]
-        for name, rule in RULES.items():
+        unit, _ = normalize_rows(drawn)
+        pool = unit[: 4 * n]
+        candidates = pool[first_of_direction(pool, 0.85, signed=True)]
+        for name, rule in (RULES | of_any(unit)).items():
+            if not any(word in name for word in options.rules):
+                continue
             start = time.perf_counter()
             atoms = rule(candidates, x, n, k)
             seconds = time.perf_counter() - start
