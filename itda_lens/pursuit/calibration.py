@@ -161,16 +161,14 @@ def _calibrate(parts: list[_Part], l0: float, k: int, pursuit: Callable[..., Spa
     if l0 == k:
         return 0.0
 
-    def numbers(step: int, most: int, threshold: float = 0.0) -> list[Float[Tensor, "m most"]]:
-        codes = [
+    def codes(step: int, most: int, threshold: float = 0.0) -> list[SparseCodes]:
+        return [
             pursuit(x[::step], atoms, min(most, len(atoms)), threshold=threshold, gram=gram)
             for x, atoms, gram in parts
         ]
-        return [part.values for part in codes]
 
     def mean_l0(step: int, threshold: float) -> float:
-        l0s = [(values != 0).sum(dim=-1) for values in numbers(step, k, threshold)]
-        return torch.cat(l0s).double().mean().item()
+        return torch.cat([part.l0() for part in codes(step, k, threshold)]).double().mean().item()
 
     def find(step: int, start: float, enough: float) -> float:
         trust = n / step >= MANY_ROWS
@@ -179,7 +177,7 @@ def _calibrate(parts: list[_Part], l0: float, k: int, pursuit: Callable[..., Spa
     # First on few rows, then near what they say.
     step = max(1, n // FIRST_ROWS)
     least = 1e-6 * scale
-    start = min(max(least, _guess(numbers(step, math.ceil(l0)))), scale)
+    start = min(max(least, _guess(codes(step, math.ceil(l0)))), scale)
     return find(1, max(least, find(step, start, FIRST_CLOSE)), CLOSE_ENOUGH)
 
 
@@ -189,9 +187,10 @@ def check_l0(l0: float, k: int) -> None:
         raise ValueError(f"l0 must be above 0 and at most k={k}, got {l0}")
 
 
-def _guess(values: list[Float[Tensor, "n k"]]) -> float:
+def _guess(codes: list[SparseCodes]) -> float:
     """From codes of a fixed length: the least coefficient of an ordinary row."""
-    least = [part.abs().masked_fill(part == 0, torch.inf).amin(dim=-1) for part in values]
+    sizes = [part.values.abs() for part in codes]
+    least = [size.masked_fill(size == 0, torch.inf).amin(dim=-1) for size in sizes]
     return torch.cat(least).median().item()
 
 
