@@ -38,6 +38,10 @@ KINDS = {
     "updated": "ITDA updated",
     "updated-l0": "ITDA updated, mean L0",
     "near-l0": "ITDA updated, cosines of 0.99, mean L0",
+    "thorough": "ITDA, preset thorough",
+    "thorough-l0": "ITDA, preset thorough, mean L0",
+    "thorough-near-l0": "ITDA, preset thorough, updated, cosines of 0.99, mean L0",
+    "thorough-updated-l0": "ITDA, preset thorough, updated, mean L0",
     "paper": "ITDA, preset paper",
     "random": "random activations",
     "pca": "principal components",
@@ -46,6 +50,18 @@ KINDS = {
     "matryoshka": "Matryoshka BatchTopK SAE",
     "matching_pursuit": "SAELens's MatchingPursuitSAE, trained",
 }
+
+FITTED: dict[str, dict[str, Any]] = {
+    "itda": dict(),
+    "itda-omp": dict(method="omp"),
+    "updated": dict(update=True),
+    "near": dict(update=True, least_cosine=0.99),
+    "thorough": dict(preset="thorough"),
+    "thorough-near": dict(preset="thorough", update=True, least_cosine=0.99),
+    "thorough-updated": dict(preset="thorough", update=True),
+    "paper": dict(preset="paper"),
+}
+"""Arguments of `fit`; "-l0" behind such a kind asks for a mean L0."""
 
 TRAINED = ("topk", "batchtopk", "matryoshka", "matching_pursuit")
 
@@ -62,19 +78,10 @@ def make(kind: str, x: Activations, d_sae: int, l0: int, seed: int) -> SAE[Any]:
     common: dict[str, Any] = dict(d_sae=d_sae, seed=seed, labels=x.labels)
     if kind == "prefix":
         return fit(x.values, k=l0, **common | {"d_sae": 2 * d_sae}).prefix(d_sae)
-    if kind == "itda-omp":
-        return fit(x.values, k=l0, method="omp", **common)
-    if kind == "itda-omp-l0":
-        return fit(x.values, k=k_for(l0), l0=l0, method="omp", **common)
-    if kind in ("itda", "updated"):
-        return fit(x.values, k=l0, update=kind == "updated", **common)
-    if kind in ("itda-l0", "updated-l0", "near-l0"):
-        update: dict[str, Any] = dict(update=kind != "itda-l0")
-        if kind == "near-l0":
-            update |= dict(least_cosine=0.99)
-        return fit(x.values, k=k_for(l0), l0=l0, **update, **common)
-    if kind == "paper":
-        return fit(x.values, k=l0, preset="paper", **common)
+    if kind in FITTED:
+        return fit(x.values, k=l0, **FITTED[kind], **common)
+    if kind.removesuffix("-l0") in FITTED:
+        return fit(x.values, k=k_for(l0), l0=l0, **FITTED[kind.removesuffix("-l0")], **common)
     return baseline(kind, x.values, k=l0, **common)  # pyright: ignore
 
 

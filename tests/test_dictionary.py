@@ -14,10 +14,12 @@ from itda_lens.dictionary import energy as energy_rule
 from itda_lens.dictionary.folds import assign_folds
 from itda_lens.dictionary.mean import RunningMean
 from itda_lens.dictionary.outliers import OUTLIER, limit_outliers, robust_centre
+from itda_lens.dictionary.refine import nearest_rows, refine_atoms
 from itda_lens.dictionary.rows import RowStore
 from itda_lens.dictionary.sampling import StreamSample
 from itda_lens.dictionary.selection import (
     FEW,
+    SAME_DIRECTION,
     energy_by_atom,
     first_of_direction,
     normalize_rows,
@@ -43,7 +45,7 @@ def rows(n=500, d=16, seed=0):
 def energy(d_sae=40, k=4, seed=0, d=16, **options):
     return EnergySelector(
         d, d_sae, k, seed=seed, dtype=torch.float32, device=CPU,
-        **dict(signed=True, update=False, least_cosine=0.9, sample=True) | options,
+        **dict(signed=True, thorough=False, update=False, least_cosine=0.9, sample=True) | options,
     )  # fmt: skip
 
 
@@ -543,6 +545,86 @@ class TestUpdate:
         found = update_atoms([x, x], atoms, 1, least_cosine=0.9, signed=True, progress=False)
         assert torch.equal(found[20:], atoms[20:])
         assert not torch.equal(found[:20], atoms[:20])
+
+
+class TestRefine:
+    @pytest.mark.parametrize("signed", [True, False])
+    def test_nearest_rows_by_a_slow_loop(self, signed):
+        """In so few dimensions many atoms are nearest to one row, and all rows but a few are taken."""
+        pool = normalize_rows(rows(45, 3).double())[0]
+        pool = torch.cat([pool, -pool[:5], pool[5:10]])
+        atoms = normalize_rows(rows(40, 3, seed=1).double())[0]
+        cosines = atoms @ pool.T
+        similar = pool @ pool.T
+        if signed:
+            cosines, similar = cosines.abs(), similar.abs()
+        expected, free = {}, torch.ones(len(pool), dtype=torch.bool)
+        first = cosines.argmax(dim=1)
+        for atom in range(40):
+            if free[first[atom]]:
+                expected[atom] = int(first[atom])
+                free &= similar[first[atom]] < SAME_DIRECTION
+        assert len(expected) < 35
+        for atom in sorted(set(range(40)) - set(expected)):
+            expected[atom] = int(cosines[atom].masked_fill(~free, -2).argmax())
+            free &= similar[expected[atom]] < SAME_DIRECTION
+        found = nearest_rows(atoms, pool, signed)
+        # By row, not by index: of two rows that are equal, rounding decides.
+        assert torch.equal(pool[found], pool[[expected[atom] for atom in range(40)]])
+        distinct = (pool[found] @ pool[found].T).fill_diagonal_(0)
+        assert (distinct.abs() if signed else distinct).max() < SAME_DIRECTION
+
+    def test_finds_the_activations_nearest_to_what_made_the_data(self):
+        generator = torch.Generator().manual_seed(0)
+        true = normalize_rows(rows(24, 32))[0]
+        code = torch.zeros(4000, 24)
+        picked = torch.rand(4000, 24, generator=generator).topk(2).indices
+        code.scatter_(1, picked, 2 * torch.randn(4000, 2, generator=generator))
+        x = code @ true + 0.02 * rows(4000, 32, seed=3)
+        unit = normalize_rows(x)[0]
+        start = normalize_rows(true + 0.15 * rows(24, 32, seed=2))[0]
+        found = refine_atoms([x] * 8, start, unit, 2, signed=True, progress=False)
+        before, after = ((atoms * true).sum(dim=1).abs().min() for atoms in (start, unit[found]))
+        assert before < 0.9
+        assert after > 0.985
+        nearest = (unit @ true.T).abs().max(dim=0).values.min()
+        assert after > nearest - 0.01
+
+    def test_selector_gives_activations_that_reconstruct_better(self):
+        x = 3 * rows(60, seed=5).repeat(60, 1) + 0.8 * rows(3600, seed=6) + 1
+        best, found = feed(energy(), x), feed(energy(thorough=True), x)
+        origin = x[[label.row for label in found.labels]] - found.mean
+        torch.testing.assert_close(found.atoms, normalize_rows(origin)[0])
+        assert all(label.cosine == 1 for label in found.labels)
+        assert len({label.row for label in found.labels}) == 40
+
+        def error(dictionary):
+            centred = rows(3600, seed=7) * 0.8 + 3 * rows(60, seed=5).repeat(60, 1) + 1 - dictionary.mean
+            return (
+                (centred - encode(centred, dictionary.atoms, 4).decode(dictionary.atoms)).square().sum()
+            )
+
+        assert error(found) < 0.97 * error(best)
+
+    def test_bit_equal_whatever_the_batches(self):
+        x = rows(2000)
+        first, second = (feed(energy(thorough=True, update=True), x, batch=b) for b in (2000, 37))
+        assert torch.equal(first.atoms, second.atoms)
+        assert first.labels == second.labels
+
+    def test_an_update_begins_at_the_refined_atoms(self):
+        x = 3 * rows(60, seed=5).repeat(60, 1) + 0.8 * rows(3600, seed=6) + 1
+        pure, moved = feed(energy(thorough=True), x), feed(energy(thorough=True, update=True), x)
+        assert [a.key for a in moved.labels] == [a.key for a in pure.labels]
+        cosines = (pure.atoms * moved.atoms).sum(dim=1)
+        expected = torch.tensor([label.cosine for label in moved.labels])
+        torch.testing.assert_close(cosines, expected, atol=1e-5, rtol=0)
+        assert 0.9 - 1e-6 < cosines.min() < 0.999
+
+    def test_as_many_atoms_as_there_are_directions(self):
+        x = torch.cat([rows(40), rows(40)])
+        found = feed(energy(thorough=True), x)
+        assert sorted(label.row % 40 for label in found.labels) == list(range(40))
 
 
 class TestFolds:

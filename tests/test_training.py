@@ -38,7 +38,7 @@ class TestFit:
             label.chunk == 7 for label in fit(activations(), d_sae=50, k=4, labels=triples).labels
         )
 
-    @pytest.mark.parametrize("preset", ["best", "paper"])
+    @pytest.mark.parametrize("preset", ["best", "thorough", "paper"])
     def test_bit_equal_again(self, preset):
         first, second = (fit(activations(), d_sae=50, k=4, preset=preset, seed=3) for _ in range(2))
         assert torch.equal(first.W_dec, second.W_dec)
@@ -140,6 +140,27 @@ class TestFit:
         assert itda.encode_sparse(other).l0().float().mean() == pytest.approx(3, rel=0.06)
         assert itda.encode_sparse(activations()).l0().float().mean() == 1
 
+    @pytest.mark.parametrize("update", [False, True])
+    def test_thorough_preset(self, update):
+        x = 3 * activations(60).repeat(100, 1) + 0.8 * activations(6000)
+        x, others = x[:3000], x[3000:]
+        best, thorough, spread = (
+            fit(x, d_sae=50, update=update, preset=preset, **codes)
+            for preset, codes in (
+                ("best", dict(k=3)), ("thorough", dict(k=3)), ("thorough", dict(k=9, l0=3))
+            )
+        )  # fmt: skip
+        assert thorough.cfg.method == "ols"
+        assert thorough.cfg.metadata.itda_build["preset"] == "thorough"
+        errors = [(others - itda(others)).square().sum() for itda in (thorough, best)]
+        assert errors[0] < 0.98 * errors[1]
+        assert torch.equal(spread.W_dec, thorough.W_dec)
+        assert spread.cfg.threshold > 0
+        for atom, label in zip(thorough.W_dec.detach(), thorough.labels, strict=True):
+            origin = x[label.row] - thorough.b_dec.detach()
+            cosine = torch.nn.functional.cosine_similarity(atom, origin, dim=0)
+            assert cosine.item() == pytest.approx(label.cosine, abs=1e-4)
+
     def test_paper_preset(self):
         itda = fit(activations(), d_sae=None, k=4, preset="paper", loss_threshold=0.3)
         assert itda.cfg.method == "mp"
@@ -190,8 +211,8 @@ class TestFit:
             (dict(preset="paper", loss_threshold=1.5), ValueError, "loss_threshold must be between"),
             (dict(l0=0), ValueError, "l0 must be above 0 and at most k=4, got 0"),
             (dict(l0=4.5), ValueError, "at most k=4, got 4.5"),
-            (dict(preset="paper", l0=2), ValueError, "l0 is a setting of preset='best' only"),
-            (dict(preset="paper", update=True), ValueError, "update is a setting of preset='best' only"),
+            (dict(preset="paper", l0=2), ValueError, "l0 is no setting of preset='paper'"),
+            (dict(preset="paper", update=True), ValueError, "update is no setting of preset='paper'"),
             (dict(least_cosine=0.9), ValueError, "least_cosine is a setting of update=True only"),
             (dict(update=True, least_cosine=1.1), ValueError, "between 0 and 1, got 1.1"),
             (dict(update=True, least_cosine=float("nan")), ValueError, "between 0 and 1, got nan"),

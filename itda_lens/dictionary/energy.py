@@ -1,4 +1,4 @@
-"""The "best" rule: of a uniform sample of activations, keep those that carry the most energy."""
+"""The rule of presets "best" and "thorough": of a sample of activations, those of the most energy."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,6 +11,7 @@ from itda_lens.dictionary.folds import FoldedSample, assign_folds
 from itda_lens.dictionary.labels import Label
 from itda_lens.dictionary.mean import RunningMean
 from itda_lens.dictionary.outliers import duplicate_cosines, limit_outliers, robust_centre
+from itda_lens.dictionary.refine import refine_atoms
 from itda_lens.dictionary.sampling import StreamSample
 from itda_lens.dictionary.selection import (
     SAME_DIRECTION,
@@ -48,14 +49,29 @@ RELAXED = (0.9, 0.95, 0.99, SAME_DIRECTION)
 ORDERED_ON = 2048
 """Activations, at most, that decide the order of the chosen atoms."""
 
+UPDATE_SAMPLES = 2
+"""Samples for rounds of least-squares update, in turn (all of the stream, where it is short)."""
+
 UPDATE_ROUNDS = 2
-"""Rounds of least-squares update, each on a sample of its own (all of it, where a stream is short)."""
+"""Rounds of an update, each on a sample of its own."""
+
+THOROUGH_ROUNDS = 8
+"""The same of preset "thorough", and rounds before it replaces atoms by activations."""
+
+MIN_REPLACEMENTS = 65_536
+"""Activations that may take the place of an atom, at least."""
+
+REPLACEMENTS_PER_ATOM = 16
+"""The same, in multiples of the atoms wanted."""
 
 UPDATED_PER_ATOM = 4
 """Activations of one such sample, in multiples of the atoms: more than `SCORED_PER_ATOM`."""
 
 MIN_UPDATED = 24_576
 """The same, at least: more than `MIN_SCORED`."""
+
+THOROUGH_MIN_UPDATED = 49_152
+"""The same of preset "thorough"."""
 
 CALIBRATION_ROWS = 2048
 """Activations to calibrate a threshold on: their mean L0 is off by a 45th of its standard deviation."""
@@ -68,38 +84,47 @@ class EnergySelector:
     """Centre, sample, drop near-duplicates, prune and order by energy; with `update`, least squares.
 
     One pass over the stream keeps its exact mean and two uniform samples of it: candidates, distinct
-    ones, and activations to score them on (for an update this one is larger, and there is another); with
-    `sample` a third one, small, to calibrate a threshold on.
+    ones, and activations to score them on (for least squares this one is larger, and there is another);
+    with `sample` a third one, small, to calibrate a threshold on.
     Memory is bounded by the samples; neither these nor the result depend on how the stream is cut into
-    batches. An update begins at the atoms that would be chosen without one, and labels keep their
-    cosine to them.
+    batches. With `thorough` the chosen atoms are refined: a larger sample of activations may take their
+    place. An update, with `thorough` of more rounds, begins at the atoms that would be chosen without
+    one, and labels keep their cosine to them.
     """
 
     def __init__(
-        self, d_in: int, d_sae: int, k: int, *, signed: bool, update: bool, sample: bool, seed: int,
-        least_cosine: float, dtype: torch.dtype, device: torch.device,
+        self, d_in: int, d_sae: int, k: int, *, signed: bool, thorough: bool, update: bool, sample: bool,
+        seed: int, least_cosine: float, dtype: torch.dtype, device: torch.device,
     ) -> None:  # fmt: skip
         self._d_sae, self._k, self._signed, self._least_cosine = d_sae, k, signed, least_cosine
-        n_candidates = max(MIN_CANDIDATES, CANDIDATES_PER_ATOM * d_sae)
+        self._n_candidates = max(MIN_CANDIDATES, CANDIDATES_PER_ATOM * d_sae)
         self._n_scored = max(MIN_SCORED, SCORED_PER_ATOM * d_sae)
-        n_updated = max(MIN_UPDATED, UPDATED_PER_ATOM * d_sae)
-        self._candidates = StreamSample(d_in, n_candidates, seed, dtype, device, distinct=True)
-        # A larger sample of the same seed holds the smaller one: an update changes no scores.
+        least = THOROUGH_MIN_UPDATED if thorough else MIN_UPDATED
+        n_updated = max(least, UPDATED_PER_ATOM * d_sae)
+        n_replacements = max(MIN_REPLACEMENTS, REPLACEMENTS_PER_ATOM * d_sae)
+        # A larger sample of the same seed holds the smaller one: neither candidates nor scores change.
+        self._activations = StreamSample(
+            d_in, n_replacements if thorough else self._n_candidates, seed, dtype, device, distinct=True
+        )
         self._samples = [
             StreamSample(d_in, size, seed + 1 + i, dtype, device, distinct=False)
-            for i, size in enumerate([n_updated] * UPDATE_ROUNDS if update else [self._n_scored])
+            for i, size in enumerate(
+                [n_updated] * UPDATE_SAMPLES if update or thorough else [self._n_scored]
+            )
         ]
         self._calibration = (
-            StreamSample(d_in, CALIBRATION_ROWS, seed + 1 + UPDATE_ROUNDS, dtype, device, distinct=False)
+            StreamSample(
+                d_in, CALIBRATION_ROWS, seed + 1 + UPDATE_SAMPLES, dtype, device, distinct=False
+            )
             if sample
             else None
         )
-        self._update = update
+        self._thorough, self._update = thorough, update
         self._mean = RunningMean(d_in, dtype, device)
 
     @property
     def n_atoms(self) -> int:
-        return min(self._d_sae, len(self._candidates))
+        return min(self._d_sae, len(self._activations))
 
     @property
     def done(self) -> bool:
@@ -107,7 +132,7 @@ class EnergySelector:
 
     def update(self, x: Float[Tensor, "m d"], labels: Sequence[Label]) -> None:
         self._mean.update(x)
-        self._candidates.update(x, labels)
+        self._activations.update(x, labels)
         for sample in self._samples:
             sample.update(x)
         if self._calibration is not None:
@@ -118,10 +143,10 @@ class EnergySelector:
 
         NaN until there are more activations than atoms, since each would be its own atom.
         """
-        if self._candidates.n_seen <= self._d_sae:
+        if self._activations.n_seen <= self._d_sae:
             return float("nan")
         mean = self._mean.value()
-        atoms, usable = normalize_rows(self._candidates.held[: self._d_sae] - mean)
+        atoms, usable = normalize_rows(self._activations.held[: self._d_sae] - mean)
         atoms = atoms[usable]
         # The last rows: while the samples still hold everything, they are not among those atoms.
         x = self._samples[0].held[-GUIDE_ROWS:] - mean
@@ -133,31 +158,26 @@ class EnergySelector:
     def finish(self, progress: bool) -> Dictionary:
         scored = self._samples[0].rows(self._n_scored)
         mean = robust_centre(scored, self._mean.value())
-        rows = self._candidates.rows() - mean
-        unit, usable = normalize_rows(rows)
-        keep = self._distinct(rows, unit, usable)
-        labels = self._candidates.labels()
-        candidates = unit[keep]
         x = limit_outliers(scored - mean)
-        chosen = prune_by_energy(
-            x, candidates, self._d_sae, self._k,
-            signed=self._signed, drop=DROP_PER_ROUND, progress=progress,
-        )  # fmt: skip
+        del scored
+        atoms, labels = self._chosen(x, mean, progress)
+        parts = []
+        if self._update or self._thorough:
+            parts = [limit_outliers(sample.rows() - mean) for sample in self._samples]
+            n_rounds = THOROUGH_ROUNDS if self._thorough else UPDATE_ROUNDS
+            parts = [parts[i % len(parts)] for i in range(n_rounds)]
+        if self._thorough:
+            atoms, labels = self._refined(parts, atoms, mean, progress)
         order = order_by_energy(
-            _spread(x, ORDERED_ON), candidates[chosen], self._k,
-            signed=self._signed, drop=DROP_PER_ROUND,
-        )  # fmt: skip
-        chosen = chosen[order]
-        atoms = candidates[chosen].clone()
-        origin = keep.nonzero().flatten()[chosen].tolist()
-        labels = [labels[i] for i in origin]
+            _spread(x, ORDERED_ON), atoms, self._k, signed=self._signed, drop=DROP_PER_ROUND
+        )
+        atoms, labels = atoms[order], [labels[i] for i in order.tolist()]
+        del x
         sample = None
         if self._calibration is not None:
             folds = assign_folds(self._calibration.labels(), labels)
             sample = FoldedSample(self._calibration.rows(), *folds)
         if self._update:
-            del x, scored
-            parts = (limit_outliers(drawn.rows() - mean) for drawn in self._samples)
             updated = update_atoms(
                 parts, atoms, self._k,
                 least_cosine=self._least_cosine, signed=self._signed, progress=progress,
@@ -167,6 +187,30 @@ class EnergySelector:
             labels = [replace(a, cosine=round(c, 6)) for a, c in zip(labels, cosines, strict=True)]
             atoms = updated
         return Dictionary(atoms, mean, labels, sample)
+
+    def _chosen(self, x: Tensor, mean: Tensor, progress: bool) -> tuple[Tensor, list[Label]]:
+        """The candidates that carry the most energy of `x`, in the order of the stream."""
+        rows = self._activations.rows(self._n_candidates) - mean
+        unit, usable = normalize_rows(rows)
+        keep = self._distinct(rows, unit, usable)
+        candidates = unit[keep]
+        chosen = prune_by_energy(
+            x, candidates, self._d_sae, self._k,
+            signed=self._signed, drop=DROP_PER_ROUND, progress=progress,
+        )  # fmt: skip
+        labels = self._activations.labels(self._n_candidates)
+        origin = keep.nonzero().flatten()[chosen].tolist()
+        return candidates[chosen], [labels[i] for i in origin]
+
+    def _refined(
+        self, parts: list[Tensor], atoms: Tensor, mean: Tensor, progress: bool
+    ) -> tuple[Tensor, list[Label]]:
+        """The activations that are nearest to the atoms once they have been moved."""
+        unit, usable = normalize_rows(self._activations.rows() - mean)
+        found = refine_atoms(parts, atoms, unit[usable], self._k, signed=self._signed, progress=progress)
+        labels = self._activations.labels()
+        origin = usable.nonzero().flatten()[found].tolist()
+        return unit[origin], [labels[i] for i in origin]
 
     def _distinct(self, rows: Tensor, unit: Tensor, usable: Tensor) -> Tensor:
         """Candidates that repeat no earlier one; where they are few, by a less strict cosine."""
@@ -179,7 +223,7 @@ class EnergySelector:
                 return keep
         raise ValueError(
             f"d_sae must be at most the number of distinct activations: got d_sae={self._d_sae}, but "
-            f"{self._candidates.n_seen} activations point in only {int(keep.sum())} directions "
+            f"{self._activations.n_seen} activations point in only {int(keep.sum())} directions "
             "from their mean"
         )
 

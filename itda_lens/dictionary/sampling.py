@@ -91,9 +91,9 @@ class StreamSample:
         """
         return self._store.rows[self._order(at_most)]
 
-    def labels(self) -> list[Label]:
+    def labels(self, at_most: int | None = None) -> list[Label]:
         """Their labels, in the same order."""
-        return [self._store.labels[i] for i in self._order().tolist()]
+        return [self._store.labels[i] for i in self._order(at_most).tolist()]
 
     @property
     def held(self) -> Float[Tensor, "n d"]:

@@ -10,7 +10,8 @@ from tqdm.auto import tqdm
 from itda_lens.pursuit import SparseCodes, encode, gram_matrix
 
 PAST_WEIGHT = 0.5
-"""What the codes of one round weigh in the next: they are of atoms that have moved, but cost nothing."""
+"""What the codes of one round weigh in the next: they are of atoms that have moved, but cost nothing.
+Those of earlier rounds count no more: a third part gains nothing."""
 
 CG_STEPS = 2
 """Steps of conjugate gradients per round; more gain nothing, since codes change with the atoms."""
@@ -38,10 +39,10 @@ def update_atoms(
     """Unit atoms that reconstruct activations better: for each part, code it, then solve for the atoms.
 
     The method of optimal directions (Engan, Aase & Husoy, 1999) on codes of matching pursuit, a round a
-    part, by conjugate gradients from the atoms as they are: memory for all parts, their codes and a few
+    part, by conjugate gradients from the atoms as they are: memory for two parts, their codes and a few
     copies of the atoms, none for atoms by atoms. As in online dictionary learning (Mairal et al., 2009)
-    codes of earlier rounds still count, by `PAST_WEIGHT`: rare atoms are fitted to more activations. An
-    atom that no code uses stays as it is, bit for bit; none gets farther from where it began than
+    codes of the round before still count, by `PAST_WEIGHT`: rare atoms are fitted to more activations.
+    An atom that no code uses stays as it is, bit for bit; none gets farther from where it began than
     `least_cosine`.
 
     Args:
@@ -54,11 +55,11 @@ def update_atoms(
     if least_cosine == 1:
         return atoms
     origin = atoms
-    past: tuple[Tensor, SparseCodes] | None = None
+    last: tuple[Tensor, SparseCodes] | None = None
     for x in tqdm(parts, desc="updating", unit="round", disable=not progress, leave=False):
         codes = encode(x, atoms, k, signed=signed, gram=gram_matrix(atoms, signed=signed))
-        past = (x, codes) if past is None else _joined(*past, x, codes)
-        found = least_squares_atoms(*past, atoms)
+        found = least_squares_atoms(*((x, codes) if last is None else _joined(*last, x, codes)), atoms)
+        last = x, codes
         moved = (found != atoms).any(dim=-1, keepdim=True)
         atoms = torch.where(moved, torch.nn.functional.normalize(found, dim=-1), atoms)
         atoms = hold_near(atoms, origin, least_cosine)

@@ -23,7 +23,7 @@ from itda_lens.pursuit import (
 )
 from itda_lens.sae import ITDA, assemble
 
-Preset = Literal["best", "paper"]
+Preset = Literal["best", "thorough", "paper"]
 
 
 @dataclass(frozen=True)
@@ -33,13 +33,13 @@ class Recipe:
     Attributes:
         d_sae: atoms; for preset "paper" the most atoms, or None to let `loss_threshold` decide alone.
         k: most nonzeros per code.
-        preset: "best" or "paper".
-        seed: of the samples that "best" draws; "paper" is deterministic without one.
+        preset: "best", "thorough" or "paper".
+        seed: of the samples that "best" and "thorough" draw; "paper" is deterministic without one.
         method: encoder, "mp", "omp" or "ols"; None takes the preset's.
         signed: whether coefficients may be negative.
         loss_threshold: tau of preset "paper"; None takes its default.
-        l0: mean nonzeros per code, met by a threshold; None gives every code k. Of preset "best".
-        update: whether a least-squares update moves the chosen atoms. Of preset "best".
+        l0: mean nonzeros per code, met by a threshold; None gives every code k. Not of preset "paper".
+        update: whether a least-squares update moves the chosen atoms. Not of preset "paper".
         least_cosine: of an updated atom to its activation; None takes its default. Of `update`.
         rtol: a code ends once the residual is at most this, relative to the activation.
     """
@@ -75,8 +75,8 @@ class Recipe:
                 f"loss_threshold must be between 0 and 1 (both excluded), got {self.loss_threshold}"
             )
         for name, given in (("l0", self.l0 is not None), ("update", self.update)):
-            if given and self.preset != "best":
-                raise ValueError(f"{name} is a setting of preset='best' only")
+            if given and self.preset == "paper":
+                raise ValueError(f"{name} is no setting of preset='paper'")
         if self.least_cosine is not None and not self.update:
             raise ValueError("least_cosine is a setting of update=True only")
         if self.least_cosine is not None and not 0 <= self.least_cosine <= 1:
@@ -128,6 +128,7 @@ class Recipe:
             self.d_sae,
             self.k if self.l0 is None else max(1, round(self.l0)),
             signed=self.signed,
+            thorough=self.preset == "thorough",
             update=self.update,
             least_cosine=self.bound,
             sample=self.l0 is not None,
