@@ -210,29 +210,18 @@ def obtain(setting: dict[str, Any], data: Splits, out: Path) -> tuple[SAE[Any], 
     return sae, seconds
 
 
-def splice(lm: LanguageModel, saes: list[SAE[Any]], hook: str, max_tokens: int) -> list[float]:
-    """CE-loss scores on the first held-out tokens."""
-    for sae in saes:
-        sae.cfg.metadata.hook_name = hook
-    found = evaluate(lm, saes, reference_prose()[1], max_tokens=max_tokens, progress=False)
-    return [evaluation.ce_loss_score for evaluation in found]
+def splice(lm: LanguageModel, sae: SAE[Any], hook: str, max_tokens: int) -> float:
+    """CE-loss score on the first held-out tokens."""
+    sae.cfg.metadata.hook_name = hook
+    (found,) = evaluate(lm, [sae], reference_prose()[1], max_tokens=max_tokens, progress=False)
+    return found.ce_loss_score
 
 
-def compare(
-    settings: list[dict[str, Any]],
-    lm: LanguageModel,
-    data: Splits,
-    out: Path,
-    results: Results,
-) -> list[dict[str, Any]]:
-    """Rows of these settings, side by side; what is not there yet is made and measured."""
-    missing = [setting for setting in settings if results.find(setting) is None]
-    made = [obtain(setting, data, out) for setting in missing]
-    saes = [sae for sae, _ in made]
-    scores = splice(lm, saes, data.hook, missing[0]["ce_tokens"]) if made else []
-    for setting, (sae, seconds), score in zip(missing, made, scores, strict=True):
-        results.add(setting | {"seconds": seconds, "ce_loss_score": score} | measure(sae, data.test))
-    return [row for setting in settings if (row := results.find(setting))]
+def row(setting: dict[str, Any], lm: LanguageModel, data: Splits, out: Path) -> dict[str, Any]:
+    """The figures of one setting."""
+    sae, seconds = obtain(setting, data, out)
+    score = splice(lm, sae, data.hook, setting["ce_tokens"])
+    return {"seconds": seconds, "ce_loss_score": score} | measure(sae, data.test)
 
 
 @torch.no_grad()
@@ -260,7 +249,10 @@ def main() -> None:
                 for kind in options.kinds
                 for epochs in (options.epochs if kind in TRAINED else [None])
             ]
-            rows = compare(settings, lm, data, options.out, results)
+            rows = [
+                results.once(setting, lambda s=setting, d=data: row(s, lm, d, options.out))
+                for setting in settings
+            ]
             title = f"layer {layer}, {d_sae} atoms, L0 {l0}, seed {seed}, {settings[0]['tokens']} tokens"
             print(f"\n{title}\n\n{table(rows)}\n", flush=True)
 

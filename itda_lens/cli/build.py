@@ -25,7 +25,9 @@ def build_command(
     ],
     d_sae: Annotated[int, typer.Option(help="Atoms per dictionary.")] = 4096,
     k: Annotated[int, typer.Option(help="Most nonzeros per code.")] = 20,
-    preset: Annotated[str, typer.Option(help="best, or paper (Leask et al. 2025).")] = "best",
+    preset: Annotated[
+        str, typer.Option(help="best, thorough (better, slower) or paper (Leask et al. 2025).")
+    ] = "best",
     method: Annotated[
         str | None, typer.Option(help="Encoder: mp, omp or ols; default: ols for best, mp for paper.")
     ] = None,

@@ -275,10 +275,10 @@ class ITDA(SAE[ITDAConfig]):
     def prefix(self, m: int) -> "ITDA":
         """The dictionary of the first `m` atoms, a copy.
 
-        Preset "best" orders atoms by importance: a prefix of 64 atoms or more is a few per cent worse
-        than a dictionary that was built with as many. Preset "paper" orders them as they were
-        admitted. `cfg.k` becomes `m` where it was more. A threshold stays as it is, and gives another
-        mean L0: calibrate again.
+        Presets "best" and "thorough" order atoms by importance: a prefix of 64 atoms or more is a few
+        per cent worse than a dictionary that was built with as many. Preset "paper" orders them as they
+        were admitted. `cfg.k` becomes `m` where it was more. A threshold stays as it is, and gives
+        another mean L0: calibrate again.
 
         Raises:
             ValueError: `m` is not between 1 and d_sae, or this is a non-negative view.

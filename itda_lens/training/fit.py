@@ -44,26 +44,29 @@ def fit(
         d_sae: atoms. For preset "paper": the most atoms, or None to let `loss_threshold` decide.
         k: most nonzeros per code.
         preset: "best" centres by the mean, drops near-duplicates and keeps those of a uniform sample
-            of the rows that carry the most energy; "paper" is the greedy rule of Leask et al. (2025).
+            of the rows that carry the most energy; "thorough" takes several times as long to replace
+            these by better ones, the rows nearest to where eight rounds of least squares move them;
+            "paper" is the greedy rule of Leask et al. (2025).
         labels: where each row came from, `Label`s or (row, chunk, position) triples; default: row i is
             labelled row=i, chunk=0, position=0.
-        seed: of the samples that "best" draws.
-        method: "mp", "omp" or "ols", see `pursuit.encode`; default: "ols" for "best" ("omp" for
-            non-negative codes), "mp" for "paper".
+        seed: of the samples that "best" and "thorough" draw.
+        method: "mp", "omp" or "ols", see `pursuit.encode`; default: "mp" for "paper", otherwise
+            "ols" ("omp" for non-negative codes).
         signed: whether coefficients may be negative.
         loss_threshold: relative squared error over which "paper" admits an activation; default 0.2.
         l0: mean nonzeros per code of other text. Codes then have as many as their activation needs, at
             most k, by a threshold calibrated on some of the rows, each without the atoms of its own text
             and of others (by `labels`; without these, of its neighbours). Give k three or four times
             `l0`. Default: k nonzeros in every code.
-        update: move the atoms by two rounds of least squares. They reconstruct far better, and are no
-            longer activations themselves: each keeps its label with its cosine to that activation.
+        update: move the atoms by two rounds of least squares ("thorough": eight). They reconstruct far
+            better, and are no longer activations themselves: each keeps its label with its cosine to
+            that activation.
         least_cosine: the least that an update may leave of that cosine, 0 to 1; 1 moves no atom.
             Default 0.9.
         rtol: a code ends once |residual| <= rtol |x|, x less the mean. The default, 0.001, only keeps
             coefficients from coding rounding errors; 0.3, say, ends codes at 9 % of the energy. Which
             atoms are chosen, and how they are updated, does not depend on it.
-        batch_size: rows looked at together. Changes nothing for "best"; the paper's rule depends on it.
+        batch_size: rows looked at together. Only the paper's rule depends on it.
         metadata: entries for `cfg.metadata`, such as model_name and hook_name.
         progress: show a progress bar.
 
