@@ -39,6 +39,8 @@ def main() -> None:
         "ITDA, mean L0": spread,
         "ITDA updated": dict(k=l0, update=True),
         "ITDA updated, mean L0": dict(update=True, **spread),
+        "ITDA, preset thorough": dict(k=l0, preset="thorough"),
+        "ITDA, preset thorough, updated, mean L0": dict(preset="thorough", update=True, **spread),
     }
     fit(x[:3000], d_sae=128, update=True, **spread)
     trained = seconds(

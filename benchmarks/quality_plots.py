@@ -22,8 +22,10 @@ EPOCHS = 8
 STYLES = {
     "itda": dict(color="tab:blue", linestyle="--"),
     "itda-l0": dict(color="tab:blue"),
+    "thorough-l0": dict(color="tab:cyan"),
     "near-l0": dict(color="tab:purple"),
     "updated-l0": dict(color="tab:red"),
+    "thorough-updated-l0": dict(color="tab:orange"),
     "paper": dict(color="tab:gray", linestyle="--"),
     "random": dict(color="tab:gray"),
     "topk": dict(color="black", linestyle="--"),

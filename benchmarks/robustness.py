@@ -45,6 +45,8 @@ def main() -> None:
     rules = {
         "best": lambda x: fit(x, **size),
         "best, updated": lambda x: fit(x, update=True, **size),
+        "thorough": lambda x: fit(x, preset="thorough", **size),
+        "thorough, updated": lambda x: fit(x, preset="thorough", update=True, **size),
         "random": lambda x: random_atoms(x, **size),
         "paper": lambda x: fit(x, preset="paper", **size),
     }

@@ -1,12 +1,13 @@
 """Other rules for choosing atoms, against that of preset "best", all from one pool of candidates.
 
     python benchmarks/selection_rules.py [--layer 10] [--d-sae 1024] [--k 20] [--seeds 0 1]
-        [--rules snapped replaced]
+        [--rules refined replaced]
 
 SmolLM2's residual stream on the text of `itda demo`; FVU on the validation split of `selection.py`,
 under OMP and OLS with k nonzeros and OLS with a mean L0 of k. The rules see the same candidates (four an
-atom, without near-duplicates) and the same 16,384 activations to choose by; the last two may take any
-activation for an atom. `--rules` runs those with such words in their names.
+atom, without near-duplicates) and the same 16,384 activations to choose by; the last ones may take any
+activation for an atom, and those of preset "thorough" have more to choose by. `--rules` runs those with
+such words in their names.
 """
 
 import argparse
@@ -20,11 +21,12 @@ from torch import Tensor
 from itda_lens.demo.prose import HELD_OUT, reference_prose
 from itda_lens.demo.smollm2 import load
 from itda_lens.dictionary import RunningFVU
-from itda_lens.dictionary.energy import UPDATE_ROUNDS
+from itda_lens.dictionary.energy import THOROUGH_MIN_UPDATED, THOROUGH_ROUNDS, UPDATE_ROUNDS
 from itda_lens.dictionary.outliers import limit_outliers
 from itda_lens.dictionary.selection import (
     energy_by_atom,
     first_of_direction,
+    nearest_rows,
     normalize_rows,
     prune_by_energy,
 )
@@ -116,19 +118,21 @@ def medoids(candidates: Tensor, x: Tensor, n: int, k: int) -> Tensor:
         sums = torch.zeros_like(centres).index_add_(0, nearest, unit)
         centres, found = normalize_rows(sums)
         centres = torch.where(found[:, None], centres, candidates[:n])
-    return snapped(centres, candidates)
+    return candidates[nearest_rows(centres, candidates, signed=True)]
 
 
-def update_and_snap(pool: Tensor | None = None) -> Rule:
+def refined(
+    pool: Tensor | None = None, rounds: int = UPDATE_ROUNDS, samples: tuple[Tensor, ...] = ()
+) -> Rule:
     """Those of most energy, moved by least squares, then each replaced by the nearest of `pool` (of the
-    candidates)."""
+    candidates); moved on `samples` in turn (on what the others choose by)."""
 
     def rule(candidates: Tensor, x: Tensor, n: int, k: int) -> Tensor:
         atoms = by_energy(0.5)(candidates, x, n, k)
-        moved = update_atoms(
-            [x] * UPDATE_ROUNDS, atoms, k, least_cosine=0.0, signed=True, progress=False
-        )
-        return snapped(moved, candidates if pool is None else pool)
+        parts = [(samples or (x,))[i % max(1, len(samples))] for i in range(rounds)]
+        activations = candidates if pool is None else pool
+        moved = update_atoms(parts, atoms, k, least_cosine=0.0, signed=True, progress=False)
+        return activations[nearest_rows(moved, activations, signed=True)]
 
     return rule
 
@@ -156,16 +160,6 @@ def replace_each(pool: Tensor) -> Rule:
     return rule
 
 
-def snapped(atoms: Tensor, candidates: Tensor) -> Tensor:
-    """The nearest candidate to each atom, each candidate once: in turn, of those not taken yet."""
-    similarity = (atoms @ candidates.T).abs()
-    picks = []
-    for row in similarity:
-        picks.append(int(row.argmax()))
-        similarity[:, picks[-1]] = -1
-    return candidates[picks]
-
-
 RULES: dict[str, Rule] = {
     "random": at_random,
     '**energy, half dropped a round ("best")**': by_energy(0.5),
@@ -175,14 +169,23 @@ RULES: dict[str, Rule] = {
     "grown by total error removed": by_error_removed,
     "prune and grow": prune_and_grow,
     "medoids of directions": medoids,
-    "updated, then snapped to candidates": update_and_snap(),
+    "refined, 2 rounds, by candidates": refined(),
 }
 
 
-def of_any(pool: Tensor) -> dict[str, Rule]:
+def of_any(pool: Tensor, x: Tensor) -> dict[str, Rule]:
+    """Rules that may take any row of `pool`; larger samples are as large as those of "thorough"."""
+    large = (x[:THOROUGH_MIN_UPDATED], x[-THOROUGH_MIN_UPDATED:])
     return {
-        "updated, then snapped to any activation": update_and_snap(pool),
         "each replaced by any activation, twice": replace_each(pool),
+        "refined, 2 rounds, by any activation": refined(pool),
+        "refined, 8 rounds, by any": refined(pool, 8),
+        "refined, 2 rounds on larger samples, by any": refined(pool, 2, large),
+        '**refined, 8 rounds on larger samples, by any ("thorough")**': refined(
+            pool, THOROUGH_ROUNDS, large
+        ),
+        "refined, 8 rounds on larger samples, by 16,384": refined(pool[:16_384], 8, large),
+        "refined, 16 rounds on larger samples, by any": refined(pool, 16, large),
     }
 
 
@@ -216,11 +219,12 @@ def main() -> None:
     for seed in options.seeds:
         generator = torch.Generator().manual_seed(seed)
         drawn = train[torch.randperm(len(train), generator=generator)] - mean
-        x = limit_outliers(drawn[-16_384:])
+        every = limit_outliers(drawn)
+        x = every[-16_384:]
         unit, _ = normalize_rows(drawn)
         pool = unit[: 4 * n]
         candidates = pool[first_of_direction(pool, 0.85, signed=True)]
-        for name, rule in (RULES | of_any(unit)).items():
+        for name, rule in (RULES | of_any(unit, every)).items():
             if not any(word in name for word in options.rules):
                 continue
             start = time.perf_counter()

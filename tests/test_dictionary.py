@@ -14,7 +14,6 @@ from itda_lens.dictionary import energy as energy_rule
 from itda_lens.dictionary.folds import assign_folds
 from itda_lens.dictionary.mean import RunningMean
 from itda_lens.dictionary.outliers import OUTLIER, limit_outliers, robust_centre
-from itda_lens.dictionary.refine import nearest_rows, refine_atoms
 from itda_lens.dictionary.rows import RowStore
 from itda_lens.dictionary.sampling import StreamSample
 from itda_lens.dictionary.selection import (
@@ -22,6 +21,7 @@ from itda_lens.dictionary.selection import (
     SAME_DIRECTION,
     energy_by_atom,
     first_of_direction,
+    nearest_rows,
     normalize_rows,
     order_by_energy,
     prune_by_energy,
@@ -411,10 +411,22 @@ class TestUpdate:
         assert after > 0.995
 
     def test_earlier_rounds_count_by_their_weight(self):
-        """The second round solves for what all codes so far ask, those of the first by half."""
+        """A round solves for what its codes ask, and for what those of the one before ask by half."""
         x, atoms = rows(600).double(), normalize_rows(rows(30, seed=1).double())[0]
         options = dict(least_cosine=0.0, signed=True, progress=False)
         between = update_atoms([x[:400]], atoms, 4, **options)
+        # The third does not know of the first.
+        second = update_atoms([x[:400], x[400:]], atoms, 4, **options)
+        third = update_atoms([x[:400], x[400:], x[:300]], atoms, 4, **options)
+        codes = [encode(part, a, 4) for part, a in ((x[400:], between), (x[:300], second))]
+        faded = PAST_WEIGHT**0.5
+        both = SparseCodes(
+            torch.cat([c.indices for c in codes]),
+            torch.cat([faded * codes[0].values, codes[1].values]),
+        )
+        expected = least_squares_atoms(torch.cat([faded * x[400:], x[:300]]), both, second)
+        torch.testing.assert_close(third, normalize_rows(expected)[0], atol=1e-12, rtol=0)
+
         codes = [encode(part, a, 4) for part, a in ((x[:400], atoms), (x[400:], between))]
         scale = [PAST_WEIGHT**0.5] * 400 + [1.0] * 200
         weighted = x * torch.tensor(scale, dtype=x.dtype)[:, None]
@@ -583,28 +595,86 @@ class TestRefine:
         x = code @ true + 0.02 * rows(4000, 32, seed=3)
         unit = normalize_rows(x)[0]
         start = normalize_rows(true + 0.15 * rows(24, 32, seed=2))[0]
-        found = refine_atoms([x] * 8, start, unit, 2, signed=True, progress=False)
+        moved = update_atoms([x] * 8, start, 2, least_cosine=0.0, signed=True, progress=False)
+        found = nearest_rows(moved, unit, signed=True)
         before, after = ((atoms * true).sum(dim=1).abs().min() for atoms in (start, unit[found]))
         assert before < 0.9
         assert after > 0.985
         nearest = (unit @ true.T).abs().max(dim=0).values.min()
         assert after > nearest - 0.01
 
-    def test_selector_gives_activations_that_reconstruct_better(self):
-        x = 3 * rows(60, seed=5).repeat(60, 1) + 0.8 * rows(3600, seed=6) + 1
-        best, found = feed(energy(), x), feed(energy(thorough=True), x)
+    def test_a_taken_row_is_not_taken_again_where_cosines_are_rounded(self):
+        # In float32 and many uneven dimensions the cosine of a row to itself can be below the limit.
+        scales = (1.5 * rows(1, 4096, seed=2)).exp()
+        atoms = rows(20, 4096).repeat(15, 1) + 0.01 * rows(300, 4096, seed=1)
+        pool = rows(20, 4096).repeat(20, 1) + 0.3 * rows(400, 4096, seed=3)
+        atoms, pool = (normalize_rows(x * scales)[0] for x in (atoms, pool))
+        assert len(nearest_rows(atoms, pool, signed=True).unique()) == 300
+
+    def test_more_atoms_than_directions_get_different_rows(self):
+        pool = normalize_rows(rows(5, seed=1))[0].repeat(4, 1)
+        found = nearest_rows(normalize_rows(rows(20))[0], pool, signed=True)
+        assert sorted(found.tolist()) == list(range(20))
+
+    @pytest.mark.parametrize("signed", [True, False])
+    def test_selector_gives_activations_that_reconstruct_better(self, signed):
+        centres = 3 * rows(30, seed=5)
+        centres = torch.cat([centres, -centres]).repeat(60, 1)  # an atom of the wrong sign is of no use
+        x = centres + 0.8 * rows(3600, seed=6) + 1
+        options = dict(signed=signed, d_sae=30)
+        best, found = feed(energy(**options), x), feed(energy(thorough=True, **options), x)
         origin = x[[label.row for label in found.labels]] - found.mean
         torch.testing.assert_close(found.atoms, normalize_rows(origin)[0])
         assert all(label.cosine == 1 for label in found.labels)
-        assert len({label.row for label in found.labels}) == 40
+        assert len({label.row for label in found.labels}) == 30
 
         def error(dictionary):
-            centred = rows(3600, seed=7) * 0.8 + 3 * rows(60, seed=5).repeat(60, 1) + 1 - dictionary.mean
-            return (
-                (centred - encode(centred, dictionary.atoms, 4).decode(dictionary.atoms)).square().sum()
-            )
+            centred = centres + 0.8 * rows(3600, seed=7) + 1 - dictionary.mean
+            codes = encode(centred, dictionary.atoms, 4, signed=signed)
+            return (centred - codes.decode(dictionary.atoms)).square().sum()
 
         assert error(found) < 0.97 * error(best)
+
+    def test_refines_the_atoms_of_best_by_more_activations_than_candidates(self, monkeypatch):
+        for name, size in (
+            ("MIN_CANDIDATES", 300),
+            ("MIN_SCORED", 300),
+            ("MIN_UPDATED", 500),
+            ("THOROUGH_MIN_UPDATED", 700),
+            ("MIN_REPLACEMENTS", 900),
+        ):
+            monkeypatch.setattr(energy_rule, name, size)
+        x = 3 * rows(60, seed=5).repeat(40, 1) + 0.8 * rows(2400, seed=6) + 1
+        best, thorough = feed(energy(), x), feed(energy(thorough=True), x)
+        sample = StreamSample(16, 300, 0, torch.float32, CPU, distinct=True)
+        sample.update(x, RowLabels(0, len(x)))
+        candidates = {label.row for label in sample.labels()}
+        assert {label.row for label in best.labels} <= candidates
+        assert not {label.row for label in thorough.labels} <= candidates
+        monkeypatch.setattr(
+            energy_rule, "THOROUGH_ROUNDS", 0
+        )  # nothing moves: each is nearest to itself
+        unmoved = feed(energy(thorough=True), x)
+        assert unmoved.labels == best.labels
+        assert torch.equal(unmoved.atoms, best.atoms)
+
+    def test_labels_are_of_rows_that_have_a_direction(self):
+        half = rows(300)
+        x = torch.cat([torch.zeros(5, 16), half, -half])  # the first five are the mean
+        found = feed(energy(thorough=True), x)
+        origin = x[[label.row for label in found.labels]] - found.mean
+        torch.testing.assert_close(found.atoms, normalize_rows(origin)[0])
+
+    def test_one_huge_activation_does_not_hide_the_others(self):
+        x = rows(2000)
+        labels = {label.row for label in feed(energy(), x).labels}
+        sample = StreamSample(16, 1024, 0, torch.float32, CPU, distinct=True)
+        sample.update(x, RowLabels(0, len(x)))
+        unseen = set(range(2000)) - {label.row for label in sample.labels()}
+        x[min(unseen)] *= 1e7
+        assert {label.row for label in feed(energy(), x).labels} != {min(unseen)}
+        found = feed(energy(thorough=True), x)
+        assert len({label.row for label in found.labels}) == 40 == len(labels)
 
     def test_bit_equal_whatever_the_batches(self):
         x = rows(2000)

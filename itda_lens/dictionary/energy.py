@@ -11,12 +11,12 @@ from itda_lens.dictionary.folds import FoldedSample, assign_folds
 from itda_lens.dictionary.labels import Label
 from itda_lens.dictionary.mean import RunningMean
 from itda_lens.dictionary.outliers import duplicate_cosines, limit_outliers, robust_centre
-from itda_lens.dictionary.refine import refine_atoms
 from itda_lens.dictionary.sampling import StreamSample
 from itda_lens.dictionary.selection import (
     SAME_DIRECTION,
     Dictionary,
     first_of_direction,
+    nearest_rows,
     normalize_rows,
     order_by_energy,
     prune_by_energy,
@@ -53,16 +53,16 @@ UPDATE_SAMPLES = 2
 """Samples for rounds of least-squares update, in turn (all of the stream, where it is short)."""
 
 UPDATE_ROUNDS = 2
-"""Rounds of an update, each on a sample of its own."""
+"""Rounds of an update of preset "best"."""
 
 THOROUGH_ROUNDS = 8
-"""The same of preset "thorough", and rounds before it replaces atoms by activations."""
-
-MIN_REPLACEMENTS = 65_536
-"""Activations that may take the place of an atom, at least."""
+"""Rounds of an update of preset "thorough", and those before it replaces atoms by activations."""
 
 REPLACEMENTS_PER_ATOM = 16
-"""The same, in multiples of the atoms wanted."""
+"""Activations that may take the place of an atom of preset "thorough", in multiples of the atoms."""
+
+MIN_REPLACEMENTS = 65_536
+"""The same, at least: the more there are, the less is lost by taking the nearest."""
 
 UPDATED_PER_ATOM = 4
 """Activations of one such sample, in multiples of the atoms: more than `SCORED_PER_ATOM`."""
@@ -83,13 +83,16 @@ GUIDE_ROWS = 64
 class EnergySelector:
     """Centre, sample, drop near-duplicates, prune and order by energy; with `update`, least squares.
 
-    One pass over the stream keeps its exact mean and two uniform samples of it: candidates, distinct
-    ones, and activations to score them on (for least squares this one is larger, and there is another);
-    with `sample` a third one, small, to calibrate a threshold on.
-    Memory is bounded by the samples; neither these nor the result depend on how the stream is cut into
-    batches. With `thorough` the chosen atoms are refined: a larger sample of activations may take their
-    place. An update, with `thorough` of more rounds, begins at the atoms that would be chosen without
-    one, and labels keep their cosine to them.
+    One pass over the stream keeps its exact mean and uniform samples of it: candidates, distinct ones,
+    and activations to score them on; for least squares the latter is larger, and there is another; with
+    `sample` there is a small one, to calibrate a threshold on. Memory is bounded by the samples; neither
+    these nor the result depend on how the stream is cut into batches.
+
+    With `thorough` the chosen atoms are refined: least squares moves them, then each is replaced by the
+    activation nearest to it, of a sample that holds the candidates and many more.
+
+    An update, with `thorough` of more rounds, begins at the atoms that would be chosen without one, and
+    labels keep their cosine to them.
     """
 
     def __init__(
@@ -206,11 +209,17 @@ class EnergySelector:
         self, parts: list[Tensor], atoms: Tensor, mean: Tensor, progress: bool
     ) -> tuple[Tensor, list[Label]]:
         """The activations that are nearest to the atoms once they have been moved."""
-        unit, usable = normalize_rows(self._activations.rows() - mean)
-        found = refine_atoms(parts, atoms, unit[usable], self._k, signed=self._signed, progress=progress)
+        moved = update_atoms(
+            parts, atoms, self._k, least_cosine=0.0, signed=self._signed, progress=progress
+        )
+        # Cut first: one that is a million times as long would make all others pass for rounding errors.
+        unit, usable = normalize_rows(limit_outliers(self._activations.rows() - mean))
+        origin = usable.nonzero().flatten()
+        if not usable.all():
+            unit = unit[usable]
+        found = nearest_rows(moved, unit, self._signed)
         labels = self._activations.labels()
-        origin = usable.nonzero().flatten()[found].tolist()
-        return unit[origin], [labels[i] for i in origin]
+        return unit[found], [labels[i] for i in origin[found].tolist()]
 
     def _distinct(self, rows: Tensor, unit: Tensor, usable: Tensor) -> Tensor:
         """Candidates that repeat no earlier one; where they are few, by a less strict cosine."""

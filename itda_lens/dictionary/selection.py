@@ -88,6 +88,41 @@ def nearest(
     return torch.maximum(most, -similarity.amin(dim=-1)) if signed else most
 
 
+def nearest_rows(
+    atoms: Float[Tensor, "n d"], rows: Float[Tensor, "m d"], signed: bool, block: int = 128
+) -> Int[Tensor, " n"]:
+    """The index of the row nearest to each atom, or to minus it, if `signed`; a different row for each.
+
+    Where two atoms are nearest to one direction, the first has it, and the other the nearest that is
+    left once all those are given away.
+
+    Args:
+        atoms, rows: of unit norm; at least as many rows as atoms, of different directions.
+        block: atoms compared with all rows at once.
+    """
+
+    def similarity(a: Tensor, b: Tensor) -> Float[Tensor, "i j"]:
+        cosines = a @ b.T
+        return cosines.abs() if signed else cosines
+
+    found = torch.cat([similarity(part, rows).argmax(dim=-1) for part in atoms.split(block)])
+    first = first_of_direction(rows[found], SAME_DIRECTION, signed)
+    if first.all():
+        return found
+    given = rows[found[first]]
+    free = torch.cat([nearest(part, given, signed) < SAME_DIRECTION for part in rows.split(4096)])
+    taken = torch.zeros_like(free)
+    taken[found[first]] = True
+    for i in (~first).nonzero().flatten().tolist():
+        # By index, too: a cosine of a row to itself may be rounded to less.
+        left = free & ~taken
+        left = left if left.any() else ~taken
+        found[i] = similarity(atoms[i : i + 1], rows).masked_fill(~left, -torch.inf).argmax()
+        taken[found[i]] = True
+        free &= similarity(rows, rows[found[i]][None])[:, 0] < SAME_DIRECTION
+    return found
+
+
 def first_of_direction(
     unit: Float[Tensor, "n d"],
     cosine: float | Float[Tensor, " n"],
