@@ -29,7 +29,7 @@ def build_command(
         str, typer.Option(help="best, thorough (better, slower) or paper (Leask et al. 2025).")
     ] = "best",
     method: Annotated[
-        str | None, typer.Option(help="Encoder: mp, omp or ols; default: ols for best, mp for paper.")
+        str | None, typer.Option(help="Encoder: mp, omp or ols; default: mp for paper, else ols.")
     ] = None,
     loss_threshold: Annotated[
         float | None, typer.Option(help="For paper: relative error that admits an activation.")

@@ -276,7 +276,7 @@ class ITDA(SAE[ITDAConfig]):
         """The dictionary of the first `m` atoms, a copy.
 
         Presets "best" and "thorough" order atoms by importance: a prefix of 64 atoms or more is a few
-        per cent worse than a dictionary that was built with as many. Preset "paper" orders them as they
+        per cent worse than a dictionary that was built with as many ("thorough": up to 7). Preset "paper" orders them as they
         were admitted. `cfg.k` becomes `m` where it was more. A threshold stays as it is, and gives
         another mean L0: calibrate again.
 

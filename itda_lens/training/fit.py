@@ -44,7 +44,7 @@ def fit(
         d_sae: atoms. For preset "paper": the most atoms, or None to let `loss_threshold` decide.
         k: most nonzeros per code.
         preset: "best" centres by the mean, drops near-duplicates and keeps those of a uniform sample
-            of the rows that carry the most energy; "thorough" takes several times as long to replace
+            of the rows that carry the most energy; "thorough" takes about ten times as long to replace
             these by better ones, the rows nearest to where eight rounds of least squares move them;
             "paper" is the greedy rule of Leask et al. (2025).
         labels: where each row came from, `Label`s or (row, chunk, position) triples; default: row i is
