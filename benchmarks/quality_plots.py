@@ -68,7 +68,8 @@ def main() -> None:
         draw(axes, [row for row in rows if (row["d_sae"], row["tokens"]) == (d_sae, most)], "l0")
         axes.set_title(f"{d_sae:,} atoms")
         axes.set_xlabel("mean nonzeros a token")
-    figure.axes[0].legend(fontsize=7, handlelength=3)
+    lines = figure.axes[0].get_legend_handles_labels()
+    figure.legend(*lines, loc="outside lower center", ncols=3, fontsize=7, handlelength=3)
     figure.savefig(options.images / "quality_l0.png", dpi=150)
 
     wide = [row for row in rows if (row["d_sae"], row["target"]) == (widths[-1], 20)]

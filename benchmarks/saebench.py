@@ -3,9 +3,9 @@
     python benchmarks/saebench.py OUT [--layers 5 10] [--ks 10 20 40 80] [--d-sae 1024] [--tokens 50000]
 
 Builds every dictionary on the same activations of Python's manual (ITDA with presets "best" and "paper",
-with a mean L0 and updated, random atoms, principal components, a TopK SAE trained by SAELens), evaluates them
-on texts that none of them has seen, and prints the tables. Stop it when you like: the same command then
-goes on.
+with a mean L0 and updated, random atoms, principal components, a TopK SAE trained by SAELens), evaluates
+them on texts that none of them has seen, and prints the tables. Stop it when you like: the same command
+then goes on.
 """
 
 import argparse
