@@ -75,7 +75,7 @@ def main() -> None:
     wide = [row for row in rows if (row["d_sae"], row["target"]) == (widths[-1], 20)]
     if len({row["tokens"] for row in wide}) < 2:
         return
-    figure = Figure(figsize=(4.5, 4), layout="constrained")
+    figure = Figure(figsize=(4.5, 5), layout="constrained")
     axes = figure.subplots()
     draw(axes, wide, "tokens")
     axes.set_title(f"{widths[-1]:,} atoms, 20 nonzeros a token")
@@ -83,7 +83,7 @@ def main() -> None:
     tokens = sorted({row["tokens"] for row in wide})
     axes.set_xticks(tokens, [f"{n:,}" for n in tokens])
     axes.set_xticks([], minor=True)
-    axes.legend(fontsize=7, handlelength=3)
+    figure.legend(loc="outside lower center", fontsize=7, handlelength=3)
     figure.savefig(options.images / "quality_tokens.png", dpi=150)
 
 
