@@ -217,7 +217,7 @@ def splice(lm: LanguageModel, sae: SAE[Any], hook: str, max_tokens: int) -> floa
     return found.ce_loss_score
 
 
-def row(setting: dict[str, Any], lm: LanguageModel, data: Splits, out: Path) -> dict[str, Any]:
+def figures(setting: dict[str, Any], lm: LanguageModel, data: Splits, out: Path) -> dict[str, Any]:
     """The figures of one setting."""
     sae, seconds = obtain(setting, data, out)
     score = splice(lm, sae, data.hook, setting["ce_tokens"])
@@ -250,7 +250,7 @@ def main() -> None:
                 for epochs in (options.epochs if kind in TRAINED else [None])
             ]
             rows = [
-                results.once(setting, lambda s=setting, d=data: row(s, lm, d, options.out))
+                results.once(setting, lambda s=setting, d=data: figures(s, lm, d, options.out))
                 for setting in settings
             ]
             title = f"layer {layer}, {d_sae} atoms, L0 {l0}, seed {seed}, {settings[0]['tokens']} tokens"

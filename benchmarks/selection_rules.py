@@ -12,7 +12,8 @@ such words in their names.
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import cycle, islice
 
 import torch
 from selection import activations
@@ -122,14 +123,14 @@ def medoids(candidates: Tensor, x: Tensor, n: int, k: int) -> Tensor:
 
 
 def refined(
-    pool: Tensor | None = None, rounds: int = UPDATE_ROUNDS, samples: tuple[Tensor, ...] = ()
+    pool: Tensor | None = None, rounds: int = UPDATE_ROUNDS, samples: Sequence[Tensor] = ()
 ) -> Rule:
     """Those of most energy, moved by least squares, then each replaced by the nearest of `pool` (of the
     candidates); moved on `samples` in turn (on what the others choose by)."""
 
     def rule(candidates: Tensor, x: Tensor, n: int, k: int) -> Tensor:
         atoms = by_energy(0.5)(candidates, x, n, k)
-        parts = [(samples or (x,))[i % max(1, len(samples))] for i in range(rounds)]
+        parts = islice(cycle(samples or [x]), rounds)
         activations = candidates if pool is None else pool
         moved = update_atoms(parts, atoms, k, least_cosine=0.0, signed=True, progress=False)
         return activations[nearest_rows(moved, activations, signed=True)]

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import cycle, islice
 
 import torch
 from jaxtyping import Float
@@ -164,11 +165,7 @@ class EnergySelector:
         x = limit_outliers(scored - mean)
         del scored
         atoms, labels = self._chosen(x, mean, progress)
-        parts = []
-        if self._update or self._thorough:
-            parts = [limit_outliers(sample.rows() - mean) for sample in self._samples]
-            n_rounds = THOROUGH_ROUNDS if self._thorough else UPDATE_ROUNDS
-            parts = [parts[i % len(parts)] for i in range(n_rounds)]
+        parts = self._parts(mean) if self._update or self._thorough else []
         if self._thorough:
             atoms, labels = self._refined(parts, atoms, mean, progress)
         order = order_by_energy(
@@ -204,6 +201,11 @@ class EnergySelector:
         labels = self._activations.labels(self._n_candidates)
         origin = keep.nonzero().flatten()[chosen].tolist()
         return candidates[chosen], [labels[i] for i in origin]
+
+    def _parts(self, mean: Tensor) -> list[Tensor]:
+        """A sample for each round of least squares: there are fewer of them, which come in turn."""
+        samples = [limit_outliers(sample.rows() - mean) for sample in self._samples]
+        return list(islice(cycle(samples), THOROUGH_ROUNDS if self._thorough else UPDATE_ROUNDS))
 
     def _refined(
         self, parts: list[Tensor], atoms: Tensor, mean: Tensor, progress: bool

@@ -276,9 +276,9 @@ class ITDA(SAE[ITDAConfig]):
         """The dictionary of the first `m` atoms, a copy.
 
         Presets "best" and "thorough" order atoms by importance: a prefix of 64 atoms or more is a few
-        per cent worse than a dictionary that was built with as many ("thorough": up to 7). Preset
-        "paper" orders them as they were admitted. `cfg.k` becomes `m` where it was more. A threshold
-        stays as it is, and gives another mean L0: calibrate again.
+        per cent worse than a dictionary that was built with as many. Preset "paper" orders them as they
+        were admitted. `cfg.k` becomes `m` where it was more. A threshold stays as it is, and gives
+        another mean L0: calibrate again.
 
         Raises:
             ValueError: `m` is not between 1 and d_sae, or this is a non-negative view.
