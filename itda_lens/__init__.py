@@ -4,8 +4,8 @@ Importing this package registers the architecture "itda" with SAELens.
 """
 
 from itda_lens.compare import jaccard
-from itda_lens.dictionary import Label, Labels
 from itda_lens.pursuit import SparseCodes
+from itda_lens.records import Label, Labels
 from itda_lens.sae import ITDA, ITDAConfig, load, register
 from itda_lens.training import build, fit
 

@@ -37,16 +37,22 @@ install_import_hook(
         "itda_lens.dictionary.selection",
         "itda_lens.dictionary.update",
         "itda_lens.dictionary.variance",
+        "itda_lens.dictionary.mean",
         "itda_lens.sources.contexts",
         "itda_lens.analysis.evaluate",
     ],
     "beartype.beartype",
 )
 
+import hypothesis
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from itda_lens.sources import LanguageModel, language_model
+
+# A machine may be busy with other things: how long an example takes says nothing.
+hypothesis.settings.register_profile("unhurried", deadline=None)
+hypothesis.settings.load_profile("unhurried")
 
 TINY = dict(
     hidden_size=32,

@@ -18,6 +18,7 @@ from sae_lens.training.activation_scaler import ActivationScaler
 
 from itda_lens import build, fit
 from itda_lens.analysis import decompose, evaluate
+from itda_lens.records import Cutting
 from itda_lens.sources import Tokenization, language_model, register_with_transformer_lens
 
 HOOK = "blocks.1.hook_resid_post"
@@ -41,7 +42,7 @@ def test_figures_equal_saelens(itda, hooked, tokenizer, texts):
     long = [" ".join(text.split()[:11]) for text in long]
     (ours,) = evaluate(hooked, itda, long, batch_size=len(long), tokenizer=tokenizer, progress=False)
 
-    tokens = next(Tokenization(tokenizer, 12).batches(long, len(long))).tokens
+    tokens = next(Tokenization(tokenizer, Cutting(12)).batches(long, len(long))).tokens
     special = tokenizer.all_special_ids
     with torch.no_grad():
         theirs = get_recons_loss(
@@ -71,7 +72,7 @@ def test_fvu_l0_and_alive_by_hand(itda, tiny, texts):
     x = torch.cat(
         [
             tiny.capture(batch.tokens, batch.attention_mask, [HOOK])[HOOK][batch.keep]
-            for batch in Tokenization(tiny.tokenizer, 12).batches(texts, 8)
+            for batch in Tokenization(tiny.tokenizer, Cutting(12)).batches(texts, 8)
         ]
     )
     with torch.no_grad():
@@ -105,7 +106,7 @@ def test_per_head_hook(tiny, texts):
 
 def test_other_saes_are_measured_beside(itda, tiny, texts):
     """TopK SAEs, one of them by heads, against the same figures by hand."""
-    batches = list(Tokenization(tiny.tokenizer, 12).batches(texts, 8))
+    batches = list(Tokenization(tiny.tokenizer, Cutting(12)).batches(texts, 8))
     for hook, shape, options in (
         (HOOK, (32,), {}),
         ("blocks.1.attn.hook_z", (4, 8), dict(reshape_activations="hook_z")),

@@ -26,6 +26,7 @@ from itda_lens import ITDA, build, fit
 from itda_lens.analysis import evaluate
 from itda_lens.demo import smollm2 as model_package
 from itda_lens.demo.prose import reference_prose
+from itda_lens.records import Cutting
 from itda_lens.sources import Tokenization
 
 pytestmark = pytest.mark.real
@@ -50,7 +51,7 @@ def hooked():
 @pytest.fixture(scope="module")
 def contexts(smollm2):
     """Full contexts of held-out text, and the very pieces of text that they are the contexts of."""
-    tokenization = Tokenization(smollm2.tokenizer, CONTEXT)
+    tokenization = Tokenization(smollm2.tokenizer, Cutting(CONTEXT))
     ids, pieces = [], []
     for context in tokenization.contexts(reference_prose()[1]):
         piece = context.text[context.spans[1][0] : context.spans[-1][1]]

@@ -18,6 +18,7 @@ from itda_lens import ITDA, build
 from itda_lens.analysis import evaluate
 from itda_lens.demo import smollm2 as model_package
 from itda_lens.demo.prose import reference_prose
+from itda_lens.records import Cutting
 from itda_lens.sources import Tokenization, language_model
 
 pytestmark = pytest.mark.real
@@ -59,7 +60,7 @@ def built(smollm2):
 @pytest.fixture(scope="module")
 def tokens(smollm2):
     """Two contexts of 10 tokens; the first token is the BOS token."""
-    contexts = Tokenization(smollm2.tokenizer, 10).contexts(reference_prose()[1])
+    contexts = Tokenization(smollm2.tokenizer, Cutting(10)).contexts(reference_prose()[1])
     return torch.tensor([next(contexts).ids for _ in range(2)])
 
 

@@ -1,18 +1,18 @@
 """Labels, samples and the rules that choose atoms."""
 
-import copy
-import json
+import math
 import warnings
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from itda_lens.dictionary import EnergySelector, GreedySelector, Label, Labels, RowLabels, RunningFVU
-from itda_lens.dictionary import energy as energy_rule
+from itda_lens.dictionary import EnergyRule, GreedyRule, Request, RunningFVU
 from itda_lens.dictionary.folds import assign_folds
-from itda_lens.dictionary.mean import RunningMean
+from itda_lens.dictionary.mean import LEAST_BIN, WINDOW, ExactSum
 from itda_lens.dictionary.outliers import OUTLIER, limit_outliers, robust_centre
 from itda_lens.dictionary.rows import RowStore
 from itda_lens.dictionary.sampling import StreamSample
@@ -34,6 +34,8 @@ from itda_lens.dictionary.update import (
     update_atoms,
 )
 from itda_lens.pursuit import SparseCodes, encode
+from itda_lens.records import Label, Places, mix64
+from itda_lens.records.places import CONTEXT_CHARS
 
 CPU = torch.device("cpu")
 
@@ -52,49 +54,21 @@ def planted():
     return code @ true + 0.02 * rows(4000, 32, seed=3), true
 
 
-def energy(d_sae=40, k=4, seed=0, d=16, **options):
-    return EnergySelector(
-        d, d_sae, k, seed=seed, dtype=torch.float32, device=CPU,
-        **dict(signed=True, thorough=False, update=False, least_cosine=0.9, sample=True) | options,
-    )  # fmt: skip
+def energy(d_sae=40, k=4, seed=0, d=16, signed=True, thorough=False, **settings):
+    if thorough:
+        settings = dict(refine=True, rounds=8, min_updated=49_152) | settings
+    return EnergyRule(**settings).selector(Request(d, d_sae, k, signed, seed))
 
 
 def greedy(max_atoms, k=4, tau=0.2, d=16):
-    return GreedySelector(
-        d, max_atoms, k, signed=True, loss_threshold=tau, dtype=torch.float32, device=CPU
-    )
+    return GreedyRule(tau).selector(Request(d, max_atoms, k))
 
 
 def feed(selector, x, batch=64):
-    labels = RowLabels(0, len(x))
+    places = Places.numbered(0, len(x))
     for start in range(0, len(x), batch):
-        selector.update(x[start : start + batch], labels[start : start + batch])
+        selector.update(x[start : start + batch], places[start : start + batch])
     return selector.finish(progress=False)
-
-
-class TestLabels:
-    LABELS = Labels(
-        [
-            Label(3, 1, 17, (5, 9), "cat", "the [[cat]] sat", 0.5),
-            Label(2**40),
-            Label(0, token='ünï"\n', context="😀 \ud83d"),
-        ]
-    )
-
-    def test_round_trip_through_json_and_copies(self):
-        text = json.loads(json.dumps(copy.deepcopy(self.LABELS.to_compact())))
-        assert Labels.from_compact(text) == self.LABELS
-
-    def test_sequence(self):
-        assert len(self.LABELS) == 3
-        assert self.LABELS[0].key == (3, 1, 17)
-        assert self.LABELS[1:] == Labels(list(self.LABELS)[1:])
-        assert self.LABELS[-1].token == 'ünï"\n'
-
-    @pytest.mark.parametrize("damage", [lambda t: t[:-9], lambda t: "x" + t, lambda t: None])
-    def test_damage_is_told(self, damage):
-        with pytest.raises(ValueError, match="damaged labels"):
-            Labels.from_compact(damage(self.LABELS.to_compact()))
 
 
 class TestRowStore:
@@ -104,7 +78,7 @@ class TestRowStore:
         expected = rows(20_000, 4)
         for i in range(0, len(expected), 10):
             size_before = len(store._buffer)
-            store.append(expected[i : i + 10], [Label(j) for j in range(i, i + 10)])
+            store.append(expected[i : i + 10])
             if len(store._buffer) != size_before:
                 copied += i
         assert torch.equal(store.rows, expected)
@@ -112,43 +86,88 @@ class TestRowStore:
 
     def test_limit(self):
         store = RowStore(4, torch.float32, CPU, limit=5)
-        store.append(rows(5, 4), [Label(i) for i in range(5)])
+        store.append(rows(5, 4))
         assert len(store._buffer) == 5
         assert store.room == 0
         with pytest.raises(ValueError, match="exceed the limit of 5"):
-            store.append(rows(1, 4), [Label(5)])
+            store.append(rows(1, 4))
 
 
-class TestRunningMean:
-    def test_equals_the_mean_bit_for_bit_whatever_the_batches(self):
+def uneven(n=500, d=3, dtype=torch.float64, seed=0):
+    """Numbers of very different sizes, whose sums lose digits in any floating-point order."""
+    generator = torch.Generator().manual_seed(seed)
+    exponents = torch.randint(-40, 41, (n, d), generator=generator)
+    return torch.ldexp(torch.randn(n, d, generator=generator, dtype=torch.float64), exponents).to(dtype)
+
+
+class TestExactSum:
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+    def test_equals_fsum(self, dtype):
+        x = uneven(dtype=dtype)
+        exact = ExactSum(3)
+        exact.update(x)
+        assert exact.total().tolist() == [math.fsum(column) for column in x.double().T.tolist()]
+        assert x.double().sum(dim=0).tolist() != exact.total().tolist()
+
+    @pytest.mark.parametrize("scale", [1e-300, 1e-30, 1e30, 1e300])
+    def test_numbers_of_any_size(self, scale):
+        x = rows(300, 3).double() * scale
+        exact = ExactSum(3)
+        exact.update(x)
+        # Under half the unit of the least bin numbers are dropped, 300 of them here at the most.
+        dropped = 300 * 2.0 ** (WINDOW * LEAST_BIN - 1)
+        for found, column in zip(exact.total().tolist(), x.T.tolist(), strict=True):
+            assert abs(found - math.fsum(column)) <= dropped
+            if scale > 1e-280:
+                assert found == math.fsum(column)
+
+    @given(st.permutations(range(6)), st.integers(1, 200))
+    def test_any_order_batches_and_parts(self, order, size):
+        x = uneven(600)
+        whole = ExactSum(3)
+        whole.update(x)
+        parts = [ExactSum(3) for _ in range(3)]
+        for i in order:
+            for batch in x[100 * i : 100 * (i + 1)].split(size):
+                parts[i % 3].update(batch)
+        merged = ExactSum(3)
+        for part in parts:
+            merged.merge(part)
+        assert merged.n == 600
+        assert torch.equal(merged.total(), whole.total())
+        assert torch.equal(merged.mean(), whole.mean())
+
+    def test_the_mean_is_rounded_once(self):
         x = 1e3 + rows(1000)
-        values = []
-        for size in (1000, 64, 7, 1):
-            running = RunningMean(16, x.dtype, CPU)
-            for part in x.split(size):
-                running.update(part)
-            assert running.n == 1000
-            values.append(running.value())
-        torch.testing.assert_close(values[0], x.double().mean(dim=0).float(), rtol=1e-7, atol=0)
-        assert all(torch.equal(value, values[0]) for value in values)
+        exact = ExactSum(16)
+        exact.update(x)
+        sums = [sum(map(Fraction, column)) for column in x.T.tolist()]
+        assert exact.mean().tolist() == [float(total / 1000) for total in sums]
+
+    def test_before_the_first_row(self):
+        assert ExactSum(4).mean().tolist() == [0.0] * 4
+        empty = ExactSum(4)
+        empty.update(torch.zeros(3, 4))
+        assert empty.n == 3
+        assert empty.total().tolist() == [0.0] * 4
 
     def test_keeps_no_reference_to_the_batch(self):
         x = rows(10)
-        running = RunningMean(16, x.dtype, CPU)
-        running.update(x)
-        expected = running.value()
+        exact = ExactSum(16)
+        exact.update(x)
+        expected = exact.mean()
         x.zero_()
-        assert torch.equal(running.value(), expected)
-        assert (RunningMean(16, x.dtype, CPU).value() == 0).all()
+        assert torch.equal(exact.mean(), expected)
 
 
 class TestStreamSample:
     @staticmethod
-    def sample(x, batch, distinct, capacity=50, seed=0):
-        sample = StreamSample(x.shape[1], capacity, seed, x.dtype, CPU, distinct)
-        labels = RowLabels(0, len(x))
-        for start in range(0, len(x), batch):
-            sample.update(x[start : start + batch], labels[start : start + batch])
+    def sample(x, batch, distinct, capacity=50, seed=0, order=None):
+        sample = StreamSample(x.shape[1], capacity, seed, x.dtype, CPU, distinct=distinct, labelled=True)
+        places = Places.numbered(0, len(x))
+        order = torch.arange(len(x)) if order is None else order
+        for part in order.split(batch):
+            sample.update(x[part], places.take(part.numpy()))
         return sample
 
     @pytest.mark.parametrize("distinct", [True, False])
@@ -157,24 +176,24 @@ class TestStreamSample:
         whole = self.sample(x, 400, distinct)
         parts = self.sample(x, 7, distinct)
         assert torch.equal(whole.rows(), parts.rows())
-        assert whole.labels() == parts.labels()
+        assert whole.places() == parts.places()
         assert len(whole) == 50
-        assert torch.equal(x[[label.row for label in whole.labels()]], whole.rows())
+        assert torch.equal(x[[label.row for label in whole.places()]], whole.rows())
 
     @pytest.mark.parametrize("distinct", [True, False])
     def test_does_not_depend_on_the_width(self, distinct):
         """Models of different widths choose among the same tokens: their labels can be compared."""
         x = rows(400)
         narrow, wide = (self.sample(y, 30, distinct) for y in (x, torch.cat([x, x], dim=1)))
-        assert narrow.labels() == wide.labels()
+        assert narrow.places() == wide.places()
 
     @pytest.mark.parametrize("distinct", [True, False])
     def test_is_uniform(self, distinct):
         x = rows(100)
         counts = torch.zeros(100)
         for seed in range(400):
-            labels = self.sample(x, 30, distinct, capacity=25, seed=seed).labels()
-            counts[[label.row for label in labels]] += 1
+            places = self.sample(x, 30, distinct, capacity=25, seed=seed).places()
+            counts[places.row] += 1
         # 400 draws of probability 1/4: standard deviation 8.7; five of them for a hundred rows.
         assert (counts - 100).abs().max() < 5 * 8.7
         assert counts.std() > 4
@@ -190,14 +209,14 @@ class TestStreamSample:
         x = rows(30).repeat(20, 1)
         for batch in (17, 600):
             sample = self.sample(x, batch, distinct=True)
-            assert sorted(label.row % 30 for label in sample.labels()) == list(range(30))
-            assert torch.equal(x[[label.row for label in sample.labels()]], sample.rows())
+            assert sorted(label.row % 30 for label in sample.places()) == list(range(30))
+            assert torch.equal(x[[label.row for label in sample.places()]], sample.rows())
         assert len(self.sample(x, 17, distinct=False)) == 50
 
     def test_distinct_prefers_the_frequent(self):
         x = torch.cat([rows(1, seed=9).repeat(300, 1), rows(300)])
         held = [
-            any(label.row < 300 for label in self.sample(x, 50, True, capacity=20, seed=s).labels())
+            any(label.row < 300 for label in self.sample(x, 50, True, capacity=20, seed=s).places())
             for s in range(20)
         ]
         assert all(held)
@@ -205,6 +224,65 @@ class TestStreamSample:
     def test_short_stream_is_kept_whole(self):
         x = rows(20)
         assert torch.equal(self.sample(x, 6, distinct=True).rows(), x)
+
+    @pytest.mark.parametrize("distinct", [True, False])
+    @settings(max_examples=30)
+    @given(data=st.data())
+    def test_any_order_and_any_parts(self, distinct, data):
+        """Samples of parts, in any number and order, merge into that of the whole."""
+        x = rows(300)[torch.arange(300) % 200]
+        whole = self.sample(x, 300, distinct)
+        generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
+        order = torch.randperm(300, generator=generator)
+        shuffled = self.sample(x, data.draw(st.integers(1, 300)), distinct, order=order)
+        shards = order.split(data.draw(st.integers(40, 300)))
+        first, *others = [self.sample(x, 50, distinct, order=shard) for shard in shards]
+        for other in others:
+            first.merge(other)
+        for found in (shuffled, first):
+            assert torch.equal(found.rows(), whole.rows())
+            assert found.places() == whole.places()
+            assert found.n_seen == 300
+
+    def test_other_contexts_and_tokenizers_choose_the_same_places(self):
+        """A place is its text and first character, however the text was cut and numbered."""
+        digests = mix64(np.arange(40, dtype=np.uint64))
+        texts = np.array([f"text {i}" for i in range(40)], dtype=object)
+
+        def places(length, step, order):
+            row, start = (part.flatten() for part in np.meshgrid(order, np.arange(0, 120, step)))
+            span = np.stack([start, start + step], axis=1)
+            number = np.argsort(order)[row]
+            return Places.tokens(number, start // length, start % length, span, texts[row], digests[row])
+
+        def chosen(places):
+            sample = StreamSample(2, 200, 0, torch.float32, CPU, distinct=False, labelled=True)
+            sample.update(torch.zeros(len(places), 2), places)
+            return {(p.context, p.chars[0]) for p in sample.places()}
+
+        one = chosen(places(128, 3, np.arange(40)))
+        other = chosen(places(32, 3, np.arange(40)[::-1].copy()))
+        assert one == other
+        finer = places(64, 1, np.arange(40))  # three tokens where the others have one
+        fine = {start for _, start in chosen(finer)}
+        assert fine - {start for _, start in one}
+        shared = chosen(finer.take(np.flatnonzero(finer.start % 3 == 0)))
+        assert {start for _, start in shared} == {start for _, start in one}
+
+    def test_keeps_no_more_of_a_text_than_labels_quote(self):
+        text = "x" * 10_000
+        n = 100
+        places = Places.tokens(
+            np.zeros(n, int),
+            np.zeros(n, int),
+            np.arange(n),
+            np.stack([np.arange(n) * 100] * 2, 1),
+            np.array([text] * n, dtype=object),
+            np.zeros(n, np.uint64),
+        )
+        sample = StreamSample(2, 5, 0, torch.float32, CPU, distinct=False, labelled=True)
+        sample.update(torch.zeros(n, 2), places)
+        assert all(len(origin) <= 2 * CONTEXT_CHARS for origin in sample._places._origins)
 
 
 class TestPieces:
@@ -287,6 +365,22 @@ class TestEnergySelector:
         strength = [float(weights[label.row // 40]) for label in found.labels]
         assert sum(strength[:32]) > 2 * sum(strength[32:])
 
+    def test_any_order_and_any_parts(self):
+        x = rows(2000)
+        places = Places.numbered(0, 2000)
+        whole = feed(energy(update=True), x)
+        order = torch.randperm(2000, generator=torch.Generator().manual_seed(1))
+        runs = [energy(update=True) for _ in range(3)]
+        for run, shard in zip(runs, order.split(700), strict=True):
+            run.update(x[shard], places.take(shard.numpy()))
+        first, second, third = runs
+        third.merge(first)
+        third.merge(second)
+        found = third.finish(progress=False)
+        assert torch.equal(found.atoms, whole.atoms)
+        assert torch.equal(found.mean, whole.mean)
+        assert found.labels == whole.labels
+
     def test_seed_matters(self):
         x = rows(2000)
         assert feed(energy(seed=0), x).labels != feed(energy(seed=1), x).labels
@@ -324,10 +418,10 @@ class TestEnergySelector:
 
     def test_guide_for_progress_bars(self):
         selector = energy(d_sae=100)
-        selector.update(rows(90), RowLabels(0, 90))
+        selector.update(rows(90), Places.numbered(0, 90))
         assert selector.n_atoms == 90
         assert selector.running_fvu() != selector.running_fvu()
-        selector.update(rows(300, seed=1), RowLabels(90, 390))
+        selector.update(rows(300, seed=1), Places.numbered(90, 390))
         assert selector.n_atoms == 100
         assert 0 < selector.running_fvu() < 1
 
@@ -443,12 +537,11 @@ class TestUpdate:
         found = update_atoms([x[:400], x[400:]], atoms, 4, **options)
         torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
 
-    def test_is_no_reason_to_choose_other_atoms(self, monkeypatch):
+    def test_is_no_reason_to_choose_other_atoms(self):
         """Its samples are larger than the one that candidates are scored on, and hold that one."""
-        monkeypatch.setattr(energy_rule, "MIN_SCORED", 300)
-        monkeypatch.setattr(energy_rule, "MIN_UPDATED", 500)
         x = rows(900) + 1
-        pure, moved = feed(energy(), x), feed(energy(update=True), x)
+        sizes = dict(min_scored=300, min_updated=500)
+        pure, moved = feed(energy(**sizes), x), feed(energy(update=True, **sizes), x)
         assert [a.key for a in moved.labels] == [a.key for a in pure.labels]
         assert not torch.equal(moved.atoms, pure.atoms)
 
@@ -531,30 +624,9 @@ class TestUpdate:
     @pytest.mark.parametrize("make", [torch.sign, lambda x: x.bfloat16().float()])
     def test_rows_of_few_digits_are_told_apart(self, make):
         x = make(rows(100_000, 32)).unique(dim=0)
-        sample = StreamSample(32, len(x), 0, x.dtype, CPU, distinct=True)
-        sample.update(x, RowLabels(0, len(x)))
+        sample = StreamSample(32, len(x), 0, x.dtype, CPU, distinct=True, labelled=False)
+        sample.update(x, Places.numbered(0, len(x)))
         assert len(sample) == len(x)
-
-    def test_sample_keeps_rows_from_the_atoms_of_their_text(self):
-        x = rows(6000)
-        labels = [Label(i // 100, i % 100) for i in range(6000)]
-        selector = energy()
-        for start in range(0, 6000, 64):
-            selector.update(x[start : start + 64], labels[start : start + 64])
-        found = selector.finish(progress=False)
-        assert len(found.sample.rows) == 2048
-        where = {tuple(row.tolist()): i // 100 for i, row in enumerate(x)}
-        fold_of = {}
-        for row, fold in zip(found.sample.rows, found.sample.folds.tolist(), strict=True):
-            assert fold_of.setdefault(where[tuple(row.tolist())], fold) == fold
-        for label, fold in zip(found.labels, found.sample.atom_folds.tolist(), strict=True):
-            assert fold_of[label.row] == fold
-        assert sorted(set(fold_of.values())) == list(range(8))
-
-    def test_sample_is_all_of_few_activations(self):
-        found = feed(energy(), rows(300))
-        assert torch.equal(found.sample.rows, rows(300))
-        assert feed(energy(sample=False), rows(300)).sample is None
 
     def test_an_unused_atom_stays_through_all_rounds(self):
         atoms = normalize_rows(rows(30, seed=1))[0]
@@ -635,25 +707,17 @@ class TestRefine:
 
         assert error(found) < 0.97 * error(best)
 
-    def test_refines_the_atoms_of_best_by_more_activations_than_candidates(self, monkeypatch):
-        for name, size in (
-            ("MIN_CANDIDATES", 300),
-            ("MIN_SCORED", 300),
-            ("MIN_UPDATED", 500),
-            ("THOROUGH_MIN_UPDATED", 700),
-            ("MIN_REPLACEMENTS", 900),
-        ):
-            monkeypatch.setattr(energy_rule, name, size)
+    def test_refines_the_atoms_of_best_by_more_activations_than_candidates(self):
+        sizes = dict(min_candidates=300, min_scored=300, min_updated=700, min_replacements=900)
         x = 3 * rows(60, seed=5).repeat(40, 1) + 0.8 * rows(2400, seed=6) + 1
-        best, thorough = feed(energy(), x), feed(energy(thorough=True), x)
-        sample = StreamSample(16, 300, 0, torch.float32, CPU, distinct=True)
-        sample.update(x, RowLabels(0, len(x)))
-        candidates = {label.row for label in sample.labels()}
+        best, thorough = (feed(energy(thorough=t, **sizes), x) for t in (False, True))
+        sample = StreamSample(16, 300, 0, torch.float32, CPU, distinct=True, labelled=False)
+        sample.update(x, Places.numbered(0, len(x)))
+        candidates = {label.row for label in sample.places()}
         assert {label.row for label in best.labels} <= candidates
         assert not {label.row for label in thorough.labels} <= candidates
         # Nothing moves: each is nearest to itself.
-        monkeypatch.setattr(energy_rule, "THOROUGH_ROUNDS", 0)
-        unmoved = feed(energy(thorough=True), x)
+        unmoved = feed(energy(thorough=True, rounds=0, **sizes), x)
         assert unmoved.labels == best.labels
         assert torch.equal(unmoved.atoms, best.atoms)
 
@@ -666,9 +730,9 @@ class TestRefine:
 
     def test_one_huge_activation_does_not_hide_the_others(self):
         x = rows(2000)
-        sample = StreamSample(16, 1024, 0, torch.float32, CPU, distinct=True)
-        sample.update(x, RowLabels(0, len(x)))
-        unseen = set(range(2000)) - {label.row for label in sample.labels()}
+        sample = StreamSample(16, 1024, 0, torch.float32, CPU, distinct=True, labelled=False)
+        sample.update(x, Places.numbered(0, len(x)))
+        unseen = set(range(2000)) - {label.row for label in sample.places()}
         x[min(unseen)] *= 1e7
         found = feed(energy(thorough=True), x)
         assert len({label.row for label in found.labels}) == 40
@@ -709,7 +773,7 @@ class TestFolds:
             assert shares.max() < 0.2
 
     def test_rows_without_texts_stay_with_their_neighbours(self):
-        labels = RowLabels(0, 6400)
+        labels = Places.numbered(0, 6400)
         folds, _ = assign_folds(labels[:3200:2], labels[1:6400:3])
         assert sorted(folds.unique().tolist()) == list(range(8))
         # 1,600 of them, half of those that 64 runs are made of: about 32 runs begin.

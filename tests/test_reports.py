@@ -9,7 +9,7 @@ from sae_lens.analysis.neuronpedia_integration import open_neuronpedia_feature_d
 
 from itda_lens import fit
 from itda_lens.analysis import Component, Evaluation, TokenDecomposition
-from itda_lens.dictionary import Label
+from itda_lens.records import Label
 from itda_lens.reports import (
     decomposition_table,
     evaluation_table,

@@ -3,12 +3,15 @@
 import json
 import shutil
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from transformer_lens import HookedTransformer
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoModelForCausalLM
 
+from itda_lens.records import Cutting
 from itda_lens.sources import LanguageModel, Tokenization, iterate_texts, language_model
 
 RESID = "blocks.1.hook_resid_post"
@@ -72,25 +75,26 @@ class TestTexts:
 class TestContexts:
     def test_cut_with_places(self, tokenizer):
         text = "the cat sat on the mat and the dog ran"
-        cut = list(Tokenization(tokenizer, context_size=5).contexts(["a", "", text]))
+        cut = list(Tokenization(tokenizer, Cutting(5)).contexts(["a", "", text]))
         assert [(c.row, c.chunk, len(c.ids)) for c in cut] == [
             (0, 0, 2), (2, 0, 5), (2, 1, 5), (2, 2, 3),
         ]  # fmt: skip
         assert all(context.ids[0] == tokenizer.bos_token_id for context in cut)
-        label = cut[2].label(1)
+        label = Tokenization(tokenizer).batch(cut[2:3]).places()[0]
         assert label.key == (2, 1, 1)
         assert text[slice(*label.chars)] == label.token == "the"
         assert label.chars == (15, 18)
         assert label.context == "the cat sat on [[the]] mat and the dog ran"
 
     def test_without_bos(self, tokenizer):
-        (context,) = Tokenization(tokenizer, 8, prepend_bos=False).contexts(["the cat"])
+        (context,) = Tokenization(tokenizer, Cutting(8, prepend_bos=False)).contexts(["the cat"])
         assert len(context.ids) == 2
-        assert context.label(0).token == "the"
+        (batch,) = Tokenization(tokenizer, Cutting(8, False, True)).batches(["the cat"], 1)
+        assert [label.token for label in batch.places()] == ["the", "cat"]
 
     def test_masks(self, tokenizer):
         texts = ["the cat sat", "dog <eos> ran on", "a"]
-        (batch,) = Tokenization(tokenizer, 8).batches(texts, 4)
+        (batch,) = Tokenization(tokenizer, Cutting(8)).batches(texts, 4)
         assert batch.tokens.shape == (3, 5)
         assert batch.attention_mask.sum(dim=1).tolist() == [4, 5, 2]
         assert batch.keep.tolist() == [
@@ -98,7 +102,7 @@ class TestContexts:
             [False, True, False, True, True],
             [False, True, False, False, False],
         ]
-        assert [label.token for label in batch.labels()] == [
+        assert [label.token for label in batch.places()] == [
             "the",
             "cat",
             "sat",
@@ -107,19 +111,22 @@ class TestContexts:
             "on",
             "a",
         ]
-        (kept,) = Tokenization(tokenizer, 8, keep_special_tokens=True).batches(texts, 4)
+        (kept,) = Tokenization(tokenizer, Cutting(8, keep_special_tokens=True)).batches(texts, 4)
         assert torch.equal(kept.keep, batch.attention_mask)
 
     def test_batches(self, tokenizer, texts):
-        whole = Tokenization(tokenizer, 16)
+        whole = Tokenization(tokenizer, Cutting(16))
         sizes = [len(batch.contexts) for batch in whole.batches(texts, 7)]
         assert sum(sizes) == len(list(whole.contexts(texts)))
         assert set(sizes[:-1]) == {7}
 
-    @pytest.mark.parametrize("change", [dict(context_size=1), dict(tokenizer=object())])
-    def test_bad_settings(self, tokenizer, change):
-        with pytest.raises(ValueError, match="context_size must|fast tokenizer"):
-            Tokenization(**(dict(tokenizer=tokenizer) | change))
+    def test_bad_settings(self):
+        with pytest.raises(ValueError, match="only a fast tokenizer gives; got object"):
+            Tokenization(object())
+        without = SimpleNamespace(is_fast=True, bos_token_id=None)
+        assert not Tokenization(without).prepend_bos
+        with pytest.raises(ValueError, match="no BOS token"):
+            Tokenization(without, Cutting(prepend_bos=True))
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +153,9 @@ def models(tiny_folder) -> dict[str, LanguageModel]:
 
 @pytest.fixture
 def batch(tokenizer):
-    return next(Tokenization(tokenizer, 12).batches(["the cat sat on a mat", "dog ran", "a log"], 3))
+    return next(
+        Tokenization(tokenizer, Cutting(12)).batches(["the cat sat on a mat", "dog ran", "a log"], 3)
+    )
 
 
 class TestModels:
@@ -179,7 +188,7 @@ class TestModels:
 
     @pytest.mark.parametrize("kind", KINDS)
     def test_padding_does_not_reach_the_tokens(self, models, batch, tokenizer, kind):
-        alone = Tokenization(tokenizer, 12).batch([batch.contexts[1]])
+        alone = Tokenization(tokenizer, Cutting(12)).batch([batch.contexts[1]])
         together = models[kind].capture(batch.tokens, batch.attention_mask, [RESID])[RESID][1]
         single = models[kind].capture(alone.tokens, alone.attention_mask, [RESID])[RESID][0]
         torch.testing.assert_close(together[: len(single)], single, atol=1e-5, rtol=1e-4)

@@ -2,12 +2,16 @@
 
 import sys
 import warnings
+from dataclasses import asdict
 
 import pytest
 import torch
 
 import itda_lens
 from itda_lens import Label, build, fit
+from itda_lens.dictionary import EnergyRule
+from itda_lens.records import Cutting, Places
+from itda_lens.sae import provenance_of
 from itda_lens.sources import Tokenization
 from itda_lens.training import output_folder, save_all
 
@@ -110,7 +114,7 @@ class TestFit:
         errors = [(x - itda(x)).square().sum().item() for itda in made]
         assert errors == sorted(errors)
         assert min(label.cosine for label in made[2].labels) == pytest.approx(0.995, abs=1e-5)
-        assert made[0].cfg.metadata.itda_build["least_cosine"] == 0
+        assert provenance_of(made[0]).recipe["rule"]["least_cosine"] == 0
 
     def test_rtol_ends_codes_early(self):
         x = activations(1000)
@@ -151,7 +155,7 @@ class TestFit:
             )
         )  # fmt: skip
         assert thorough.cfg.method == "ols"
-        assert thorough.cfg.metadata.itda_build["preset"] == "thorough"
+        assert provenance_of(thorough).recipe["preset"] == "thorough"
         errors = [(others - itda(others)).square().sum() for itda in (thorough, best)]
         assert errors[0] < 0.98 * errors[1]
         assert torch.equal(spread.W_dec, thorough.W_dec)
@@ -174,18 +178,38 @@ class TestFit:
         assert itda(activations().to(dtype)).dtype == itda.dtype
 
     def test_settings_are_recorded(self):
-        record = fit(activations(), d_sae=50, k=4, seed=5).cfg.metadata.itda_build
+        found = provenance_of(fit(activations(), d_sae=50, k=4, seed=5))
+        record = found.recipe
         assert (record["d_sae"], record["k"], record["seed"], record["preset"]) == (50, 4, 5, "best")
-        assert "torch" in record["versions"]
+        assert record["rule"] == {"name": "EnergyRule"} | asdict(EnergyRule())
+        assert "torch" in found.versions
 
     def test_records_say_what_defaults_were(self):
         records = [
-            fit(activations(), d_sae=50, k=4, **options).cfg.metadata.itda_build
+            provenance_of(fit(activations(), d_sae=50, k=4, **options)).recipe
             for options in (dict(), dict(signed=False), dict(update=True), dict(preset="paper"))
         ]
         assert [r["method"] for r in records] == ["ols", "omp", "ols", "mp"]
-        assert [r["least_cosine"] for r in records] == [None, None, 0.9, None]
-        assert [r["loss_threshold"] for r in records] == [None, None, None, 0.2]
+        assert [r["rule"].get("update") for r in records] == [False, False, True, None]
+        assert records[2]["rule"]["least_cosine"] == 0.9
+        assert records[3]["rule"]["loss_threshold"] == 0.2
+
+    def test_a_rule_of_ones_own_is_recorded_and_saved(self, tmp_path):
+        rule = EnergyRule(near_duplicate=0.5, min_candidates=60)
+        itda = fit(activations(), d_sae=20, k=4, rule=rule)
+        assert not torch.equal(itda.W_dec, fit(activations(), d_sae=20, k=4).W_dec)
+        itda.save_model(tmp_path)
+        recipe = provenance_of(itda_lens.load(tmp_path)).recipe
+        assert recipe["rule"]["near_duplicate"] == 0.5
+        assert "preset" not in recipe
+        named = fit(activations(), d_sae=20, k=4, rule="thorough")
+        assert torch.equal(named.W_dec, fit(activations(), d_sae=20, k=4, preset="thorough").W_dec)
+
+    @pytest.mark.parametrize("preset", ["best", "paper"])
+    def test_every_rule_works_with_a_mean_l0(self, preset):
+        x = activations(6000)
+        itda = fit(x[:3000], d_sae=50, k=12, l0=4, preset=preset)
+        assert itda.encode_sparse(x[3000:]).l0().double().mean() == pytest.approx(4, rel=0.08)
 
     @pytest.mark.parametrize(
         ("change", "error", "message"),
@@ -207,11 +231,14 @@ class TestFit:
             (dict(method="lasso"), ValueError, "method must be one of"),
             (dict(seed=-1), ValueError, "seed must be at least 0"),
             (dict(batch_size=0), ValueError, "batch_size must be at least 1"),
-            (dict(loss_threshold=0.1), ValueError, "preset='paper' only"),
+            (dict(loss_threshold=0.1), ValueError, "loss_threshold is no setting of preset='best'"),
+            (dict(rule="fast"), ValueError, "rule must be one of"),
+            (dict(rule=3), ValueError, "or have a method selector, got 3"),
+            (dict(rule="paper", preset="thorough"), ValueError, "give one of them"),
+            (dict(rule=EnergyRule(), d_sae=None), ValueError, "d_sae must be given for this rule"),
             (dict(preset="paper", loss_threshold=1.5), ValueError, "loss_threshold must be between"),
             (dict(l0=0), ValueError, "l0 must be above 0 and at most k=4, got 0"),
             (dict(l0=4.5), ValueError, "at most k=4, got 4.5"),
-            (dict(preset="paper", l0=2), ValueError, "l0 is no setting of preset='paper'"),
             (dict(preset="paper", update=True), ValueError, "update is no setting of preset='paper'"),
             (dict(least_cosine=0.9), ValueError, "least_cosine is a setting of update=True only"),
             (dict(update=True, least_cosine=1.1), ValueError, "between 0 and 1, got 1.1"),
@@ -246,7 +273,7 @@ class TestBuild:
     @pytest.mark.parametrize("hook", HOOKS)
     def test_labels_lead_back_to_the_activations(self, built, tiny, texts, hook):
         itda = built[hook]
-        tokenization = Tokenization(tiny.tokenizer, context_size=16)
+        tokenization = Tokenization(tiny.tokenizer, Cutting(16))
         contexts = {(c.row, c.chunk): c for c in tokenization.contexts(texts)}
         for i, label in enumerate(itda.labels):
             assert label.position > 0
@@ -268,12 +295,12 @@ class TestBuild:
             assert first[hook].labels == second[hook].labels
 
     def test_equals_fit_on_the_same_activations(self, built, tiny, texts):
-        xs, labels = [], []
-        for batch in Tokenization(tiny.tokenizer, context_size=16).batches(texts, 16):
+        xs, places = [], []
+        for batch in Tokenization(tiny.tokenizer, Cutting(16)).batches(texts, 16):
             captured = tiny.capture(batch.tokens, batch.attention_mask, [HOOKS[0]])[HOOKS[0]]
             xs.append(captured[batch.keep])
-            labels.extend(batch.labels())
-        itda = fit(torch.cat(xs), d_sae=60, k=4, labels=labels)
+            places.append(batch.places())
+        itda = fit(torch.cat(xs), d_sae=60, k=4, labels=Places.joined(places))
         assert torch.equal(itda.W_dec, built[HOOKS[0]].W_dec)
         assert itda.labels == built[HOOKS[0]].labels
 
@@ -339,7 +366,7 @@ class TestBuild:
         assert any(label.position == 0 for label in kept.labels)
 
     def test_progress_bar(self, tiny, texts, capsys, monkeypatch):
-        monkeypatch.setattr(sys.modules["itda_lens.training.build"], "SECONDS_BETWEEN_FVU", 0)
+        monkeypatch.setattr(sys.modules["itda_lens.training.run"], "SECONDS_BETWEEN_FVU", 0)
         build(tiny, texts, HOOKS, d_sae=20, k=4, context_size=16, progress=True)
         shown = capsys.readouterr()
         assert "tok/s" in shown.err
@@ -371,7 +398,7 @@ class TestBuild:
             (dict(d_sae=10**6), "d_sae=1000000"),
             (dict(k=70), "k must be between 1 and d_sae=60"),
             (dict(max_tokens=0), "max_tokens must be at least 1"),
-            (dict(max_tokens=59), "d_sae=60 atoms cannot be chosen among max_tokens=59"),
+            (dict(max_tokens=59), "got d_sae=60 for 59 rows"),
             (dict(batch_size=0), "batch_size must be at least 1"),
             (dict(context_size=1), "context_size must be at least 2"),
             (dict(context_size=257), "at most the model's 256 tokens, got 257"),

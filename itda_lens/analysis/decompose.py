@@ -7,10 +7,9 @@ from typing import Any
 import torch
 
 from itda_lens.analysis.evaluate import tokenization_of
-from itda_lens.dictionary import Label
-from itda_lens.sae import ITDA
+from itda_lens.records import Label
+from itda_lens.sae import ITDA, hook_name_of
 from itda_lens.sources import Loader, language_model
-from itda_lens.training import hook_name_of
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,7 @@ def decompose(
     centred = (x - itda.b_dec).square().sum(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
     explained = 1 - (x - reconstruction).square().sum(dim=-1) / centred
     found = []
-    for i, place in enumerate(batch.labels()):
+    for i, place in enumerate(batch.places()):
         order = codes.values[i].abs().argsort(descending=True)
         components = [
             Component(atom, value, labels[atom])

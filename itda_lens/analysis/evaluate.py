@@ -13,7 +13,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from itda_lens.dictionary import RunningFVU
-from itda_lens.sae import ITDA
+from itda_lens.records import agreed_cutting
+from itda_lens.sae import ITDA, hook_name_of, provenance_of
 from itda_lens.sources import (
     ContextBatch,
     LanguageModel,
@@ -21,8 +22,8 @@ from itda_lens.sources import (
     Tokenization,
     iterate_texts,
     language_model,
+    tokenization_for,
 )
-from itda_lens.training import build_record, hook_name_of
 
 ARCHITECTURES = frozenset({"itda", "standard", "gated", "jumprelu", "topk", "matching_pursuit"})
 """SAEs that code one activation at a time and give it back. Others, such as transcoders, do not."""
@@ -146,23 +147,9 @@ def tokenization_of(saes: Sequence[SAE[Any]], lm: LanguageModel) -> Tokenization
     """How the contexts that `saes` were built from were cut.
 
     Raises:
-        ValueError: they were cut in different ways.
+        ValueError: they were cut in different ways, or longer than the model's contexts.
     """
-    default_bos = lm.tokenizer.bos_token_id is not None
-    ways = {
-        (
-            sae.cfg.metadata.get("context_size") or 128,
-            bool(sae.cfg.metadata.get("prepend_bos", default_bos)),
-            bool(build_record(sae).get("keep_special_tokens", False)),
-        )
-        for sae in saes
-    }
-    if len(ways) > 1:
-        raise ValueError(
-            "dictionaries with different (context_size, prepend_bos, keep_special_tokens) cannot be "
-            f"taken together: {sorted(ways)}"
-        )
-    return Tokenization(lm.tokenizer, *ways.pop())
+    return tokenization_for(lm, agreed_cutting([provenance_of(sae) for sae in saes]))
 
 
 def _check_measurable(saes: Sequence[SAE[Any]]) -> None:

@@ -27,7 +27,7 @@ from itda_lens.reports import (
     save_differences,
 )
 from itda_lens.sae import ITDA, dictionaries_in, load
-from itda_lens.training import Activations
+from itda_lens.sources import Activations
 
 T = TypeVar("T")
 

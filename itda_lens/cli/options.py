@@ -5,9 +5,8 @@ from typing import Annotated, Any
 
 import typer
 
-from itda_lens.sae import ITDA, dictionaries_in, load
+from itda_lens.sae import ITDA, dictionaries_in, load, provenance_of
 from itda_lens.sources import Loader
-from itda_lens.training import build_record
 
 Folders = Annotated[
     list[Path],
@@ -44,12 +43,12 @@ def load_all(folders: list[Path]) -> list[tuple[Path, ITDA]]:
 
 def model_of(itdas: list[ITDA], model: str | None, loader: str | None) -> tuple[Any, Loader]:
     """The model to load: the one named by the user, else the one that the dictionaries name."""
-    records = [build_record(itda) for itda in itdas]
-    loaders = {record["loader"] for record in records if "loader" in record}
+    records = [provenance_of(itda) for itda in itdas]
+    loaders = {record.loader for record in records} - {None}
     chosen = loader or (loaders.pop() if len(loaders) == 1 else "bridge")
     if model is not None:
         return model, as_loader(chosen)
-    models = {record.get("model") for record in records} - {None}
+    models = {record.model for record in records} - {None}
     if len(models) != 1:
         raise ValueError(
             f"pass --model: the dictionaries name {len(models)} models that could be loaded, not one"

@@ -1,12 +1,14 @@
 """Activations of the models that dictionaries belong to, on texts that both sides read."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from itda_lens.sae import ITDA
-from itda_lens.sources import Loader
-from itda_lens.training import Activations, build_record, collect, hook_name_of
+from itda_lens.records import Cutting, Provenance, agreed
+from itda_lens.sae import ITDA, hook_name_of, provenance_of
+from itda_lens.sources import Activations, Loader
+from itda_lens.training import collect
 
 
 def activations_of(
@@ -41,26 +43,24 @@ def activations_of(
     settings = recorded_settings(itdas, model)
     hooks = [hook_name_of(itda) for itda in itdas]
     found = collect(
-        settings["model"],
+        settings.model if model is None else model,
         texts,
         list(dict.fromkeys(hooks)),
         max_tokens=max_tokens,
-        context_size=settings["context_size"] or 128,
-        prepend_bos=settings["prepend_bos"],
-        keep_special_tokens=bool(settings["keep_special_tokens"]),
+        **asdict(settings.cutting),
         batch_size=batch_size,
         text_field=text_field,
         split=split,
         tokenizer=tokenizer,
-        loader=loader or settings["loader"] or "bridge",
+        loader=loader or settings.loader or "bridge",  # pyright: ignore[reportArgumentType]
         device=device,
         progress=progress,
     )
     return [found[hook] for hook in hooks]
 
 
-def recorded_settings(itdas: Sequence[ITDA], model: Any = None) -> dict[str, Any]:
-    """The model, and how its texts were cut, as the dictionaries record it; None for what they do not.
+def recorded_settings(itdas: Sequence[ITDA], model: Any = None) -> Provenance:
+    """The model, and how its texts were cut, as the dictionaries record it.
 
     Args:
         model: instead of the one that they name.
@@ -72,16 +72,11 @@ def recorded_settings(itdas: Sequence[ITDA], model: Any = None) -> dict[str, Any
         raise ValueError("itdas must be one dictionary or more, got none")
     for itda in itdas:
         hook_name_of(itda)
-    records = [build_record(itda) for itda in itdas]
-    settings = {}
-    for name in ("model", "loader", "context_size", "prepend_bos", "keep_special_tokens"):
-        values = {record[name] for record in records if record.get(name) is not None}
-        if len(values) > 1 and not (name == "model" and model is not None):
-            raise ValueError(f"dictionaries of one model must agree in {name}, got {sorted(values)}")
-        settings[name] = values.pop() if values else None
-    if model is not None:
-        settings["model"] = model
-    if settings["model"] is None:
+    names = ["loader", *(f.name for f in fields(Cutting))]
+    if model is None:
+        names.append("model")
+    settings = agreed([provenance_of(itda) for itda in itdas], *names)
+    if model is None and settings.model is None:
         raise ValueError(
             "the dictionaries name no model that could be loaded (they were built from one in memory); "
             "from Python, pass model= to activations_of"

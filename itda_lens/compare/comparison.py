@@ -21,7 +21,7 @@ from itda_lens.compare.layers import layer_matching_accuracy, similarity_matrix
 from itda_lens.compare.measures import OF_LABELS, Measure, activation_similarity
 from itda_lens.compare.places import Match, Place, resolve_match
 from itda_lens.sae import ITDA
-from itda_lens.training import Activations
+from itda_lens.sources import Activations
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ from torch import Tensor
 from itda_lens.compare.discovery import false_discovery_rates
 from itda_lens.compare.measures import shared_tokens
 from itda_lens.compare.places import Match, Place, places, resolve_match
-from itda_lens.dictionary import Label
+from itda_lens.records import Label
 from itda_lens.sae import ITDA
-from itda_lens.sources import Loader, iterate_texts, language_model
-from itda_lens.training import Activations, Recipe, collect, fit
+from itda_lens.sources import Activations, Loader, iterate_texts, language_model
+from itda_lens.training import collect, fit, recipe_of
 
 logger = logging.getLogger(__name__)
 
@@ -186,7 +186,7 @@ def diff_models(
     Raises:
         ValueError, TypeError: as `build` and `diff`.
     """
-    Recipe(d_sae, k, seed=seed)  # which checks them
+    recipe_of(d_sae=d_sae, k=k, seed=seed)  # which checks them
     if max_tokens is not None and d_sae > max_tokens:
         raise ValueError(f"d_sae={d_sae} atoms cannot be chosen among max_tokens={max_tokens}")
     read: list[str] = []  # by the first model: the second reads the same, also of an iterator

@@ -18,8 +18,8 @@ from itda_lens.compare.representations import (
     linear_regression_r2,
     svcca,
 )
-from itda_lens.dictionary import Label
-from itda_lens.training import Activations
+from itda_lens.records import Label
+from itda_lens.sources import Activations
 
 logger = logging.getLogger(__name__)
 

@@ -2,11 +2,10 @@
 
 import logging
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
-from itda_lens.dictionary import Label
-from itda_lens.sae import ITDA
-from itda_lens.training import build_record
+from itda_lens.records import Label, Provenance
+from itda_lens.sae import ITDA, provenance_of
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +34,7 @@ def resolve_match(itdas: Sequence[ITDA], match: Match = "auto") -> Match:
     """
     if match not in get_args(Match):
         raise ValueError(f"match must be one of {get_args(Match)}, got {match!r}")
-    records = [build_record(itda) for itda in itdas]
+    records = [provenance_of(itda) for itda in itdas]
     difference = _difference(records, ("texts_fingerprint",))
     if difference is not None:
         raise ValueError(f"labels of different texts cannot be compared: {difference}")
@@ -111,9 +110,9 @@ def _span(label: Label) -> Place | None:
     return (label.row, start, end) if end > start else None
 
 
-def _difference(records: Sequence[dict[str, Any]], keys: Sequence[str]) -> str | None:
+def _difference(records: Sequence[Provenance], keys: Sequence[str]) -> str | None:
     for key in keys:
-        values = list(dict.fromkeys(r[key] for r in records if r.get(key) is not None))
+        values = list(dict.fromkeys(v for r in records if (v := getattr(r, key)) is not None))
         if len(values) > 1:
             shown = " and ".join(
                 f"{value[:12]}..." if isinstance(value, str) else str(value) for value in values[:2]

@@ -10,8 +10,9 @@ from itda_lens.analysis import decompose, evaluate
 from itda_lens.demo import smollm2
 from itda_lens.demo.prose import reference_prose
 from itda_lens.reports import decomposition_table, evaluation_table, make_console
+from itda_lens.sae import provenance_of
 from itda_lens.sources import language_model
-from itda_lens.training import BUILD_KEY, build, output_folder, save_all
+from itda_lens.training import build, output_folder, save_all
 
 HOOKS = ["blocks.5.hook_resid_post", "blocks.10.hook_resid_post"]
 ATOMS, K = 2048, 20
@@ -46,12 +47,12 @@ def demo(
         save_all(dictionaries, folder)
     start = time.perf_counter()
     evaluations = evaluate(model, list(dictionaries.values()), held_out, max_tokens=HELD_OUT_TOKENS)
-    records = {hook: itda.cfg.metadata[BUILD_KEY] for hook, itda in dictionaries.items()}
+    records = {hook: provenance_of(itda) for hook, itda in dictionaries.items()}
     console.print(
         evaluation_table(
             evaluations,
-            build_tokens={hook: record["n_tokens"] for hook, record in records.items()},
-            build_seconds={hook: record["seconds"] for hook, record in records.items()},
+            build_tokens={hook: record.n_tokens for hook, record in records.items()},
+            build_seconds={hook: record.seconds for hook, record in records.items()},
             title=f"{smollm2.NAME}, k = {K}",
         )
     )

@@ -1,23 +1,29 @@
-"""How atoms are chosen, labelled and stored, on plain tensors."""
+"""How atoms are chosen and moved, on plain tensors."""
 
-from itda_lens.dictionary.energy import EnergySelector
-from itda_lens.dictionary.greedy import DEFAULT_LOSS_THRESHOLD, GreedySelector
-from itda_lens.dictionary.labels import Label, Labels, RowLabels, as_label
-from itda_lens.dictionary.selection import Dictionary, Selector, energy_by_atom
+from itda_lens.dictionary.energy import EnergyRule
+from itda_lens.dictionary.folds import assign_folds
+from itda_lens.dictionary.greedy import DEFAULT_LOSS_THRESHOLD, GreedyRule
+from itda_lens.dictionary.rule import Dictionary, Guided, Request, Rule, Sated, Selector
+from itda_lens.dictionary.rules import RULES
+from itda_lens.dictionary.sampling import StreamSample
+from itda_lens.dictionary.selection import energy_by_atom
 from itda_lens.dictionary.update import DEFAULT_LEAST_COSINE
 from itda_lens.dictionary.variance import RunningFVU
 
 __all__ = [
     "DEFAULT_LEAST_COSINE",
     "DEFAULT_LOSS_THRESHOLD",
+    "RULES",
     "Dictionary",
-    "EnergySelector",
-    "GreedySelector",
-    "Label",
-    "Labels",
-    "RowLabels",
+    "EnergyRule",
+    "GreedyRule",
+    "Guided",
+    "Request",
+    "Rule",
     "RunningFVU",
+    "Sated",
     "Selector",
-    "as_label",
+    "StreamSample",
+    "assign_folds",
     "energy_by_atom",
 ]

@@ -1,146 +1,157 @@
 """The rule of presets "best" and "thorough": of a sample of activations, those of the most energy."""
 
-from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import cycle, islice
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from itda_lens.dictionary.folds import FoldedSample, assign_folds
-from itda_lens.dictionary.labels import Label
-from itda_lens.dictionary.mean import RunningMean
+from itda_lens.dictionary.mean import ExactSum
 from itda_lens.dictionary.outliers import duplicate_cosines, limit_outliers, robust_centre
+from itda_lens.dictionary.rule import Dictionary, Request
 from itda_lens.dictionary.sampling import StreamSample
 from itda_lens.dictionary.selection import (
     SAME_DIRECTION,
-    Dictionary,
     first_of_direction,
     nearest_rows,
     normalize_rows,
     order_by_energy,
     prune_by_energy,
 )
-from itda_lens.dictionary.update import update_atoms
+from itda_lens.dictionary.update import DEFAULT_LEAST_COSINE, update_atoms
 from itda_lens.dictionary.variance import RunningFVU
 from itda_lens.pursuit import encode
-
-CANDIDATES_PER_ATOM = 4
-"""Size of the pool that atoms are chosen from, in multiples of the atoms wanted."""
-
-MIN_CANDIDATES = 1024
-"""Size of the pool at least: a few atoms are chosen badly from a few times as many."""
-
-SCORED_PER_ATOM = 3
-"""Activations on which candidates are scored, in multiples of the atoms wanted."""
-
-MIN_SCORED = 16_384
-"""The same, at least; see docs/selection.md for its effect."""
-
-DROP_PER_ROUND = 0.5
-"""Fraction of the candidates that one round of pruning drops."""
-
-NEAR_DUPLICATE = 0.85
-"""Cosine (after centring) from which a candidate repeats an earlier one."""
-
-RELAXED = (0.9, 0.95, 0.99, SAME_DIRECTION)
-"""What counts as a repetition instead, in turn, while fewer candidates than atoms are left."""
-
-ORDERED_ON = 2048
-"""Activations, at most, that decide the order of the chosen atoms."""
-
-UPDATE_SAMPLES = 2
-"""Samples for rounds of least-squares update, in turn (all of the stream, where it is short)."""
-
-UPDATE_ROUNDS = 2
-"""Rounds of an update of preset "best"."""
-
-THOROUGH_ROUNDS = 8
-"""Rounds of an update of preset "thorough", and those before it replaces atoms by activations."""
-
-REPLACEMENTS_PER_ATOM = 16
-"""Activations that may take the place of an atom of preset "thorough", in multiples of the atoms."""
-
-MIN_REPLACEMENTS = 65_536
-"""The same, at least: the more there are, the less is lost by taking the nearest."""
-
-UPDATED_PER_ATOM = 4
-"""Activations of one such sample, in multiples of the atoms: more than `SCORED_PER_ATOM`."""
-
-MIN_UPDATED = 24_576
-"""The same, at least: more than `MIN_SCORED`."""
-
-THOROUGH_MIN_UPDATED = 49_152
-"""The same of preset "thorough"."""
-
-CALIBRATION_ROWS = 2048
-"""Activations to calibrate a threshold on: their mean L0 is off by a 45th of its standard deviation."""
+from itda_lens.records import Label, Places
 
 GUIDE_ROWS = 64
 """Activations per update on which the progress bar's FVU is measured."""
 
 
-class EnergySelector:
-    """Centre, sample, drop near-duplicates, prune and order by energy; with `update`, least squares.
+@dataclass(frozen=True)
+class EnergyRule:
+    """Centre, sample, drop near-duplicates, keep the candidates that carry the most energy.
 
-    One pass over the stream keeps its exact mean and uniform samples of it: candidates, distinct ones,
-    and activations to score them on; for least squares the latter is larger, and there is another; with
-    `sample` there is a small one, to calibrate a threshold on. Memory is bounded by the samples; neither
-    these nor the result depend on how the stream is cut into batches.
+    Candidates are a uniform sample of the distinct activations. Rounds of pruning code other
+    activations with them and drop those of the least energy (`prune_by_energy`). The chosen atoms are
+    ordered by importance, so that a prefix of them is a good dictionary too.
 
-    With `thorough` the chosen atoms are refined: least squares moves them, then each is replaced by the
-    activation nearest to it, of a sample that holds the candidates and many more.
+    With `refine`, least squares then moves the atoms, and each is replaced by the activation nearest to
+    where it lies. With `update`, least squares moves the atoms for good: they are no longer activations,
+    and labels keep their cosine to the activation that they started from.
 
-    An update, with `thorough` of more rounds, begins at the atoms that would be chosen without one, and
-    labels keep their cosine to them.
+    Sizes of samples are given in multiples of the atoms wanted, with a least size: a few atoms are
+    chosen badly from a few times their number. docs/selection.md has the effect of each setting.
+
+    Attributes:
+        update: whether least squares moves the chosen atoms for good.
+        least_cosine: the least cosine that an update may leave of an atom to its activation, 0 to 1.
+        refine: whether atoms are replaced by better activations (preset "thorough").
+        rounds: rounds of least squares, of an update and of what precedes the replacement.
+        candidates_per_atom, min_candidates: size of the sample that atoms are chosen from.
+        scored_per_atom, min_scored: size of the sample that candidates are scored on.
+        updated_per_atom, min_updated: size of a sample for least squares. Such a sample holds the one
+            that candidates are scored on.
+        update_samples: samples for least squares, which its rounds take in turn.
+        replacements_per_atom, min_replacements: size of the sample that replacements come from, with
+            `refine`. The larger it is, the less is lost by taking the nearest.
+        drop_per_round: fraction of the candidates that one round of pruning drops.
+        near_duplicate: cosine, after centring, from which a candidate repeats an earlier one.
+        relaxed: larger cosines, one tried after another while fewer candidates than atoms are left.
+        ordered_on: activations, at most, that decide the order of the chosen atoms.
+
+    Raises:
+        ValueError: a field is out of range.
     """
 
-    def __init__(
-        self, d_in: int, d_sae: int, k: int, *, signed: bool, thorough: bool, update: bool, sample: bool,
-        seed: int, least_cosine: float, dtype: torch.dtype, device: torch.device,
-    ) -> None:  # fmt: skip
-        self._d_sae, self._k, self._signed, self._least_cosine = d_sae, k, signed, least_cosine
-        self._n_candidates = max(MIN_CANDIDATES, CANDIDATES_PER_ATOM * d_sae)
-        self._n_scored = max(MIN_SCORED, SCORED_PER_ATOM * d_sae)
-        least = THOROUGH_MIN_UPDATED if thorough else MIN_UPDATED
-        n_updated = max(least, UPDATED_PER_ATOM * d_sae)
-        n_replacements = max(MIN_REPLACEMENTS, REPLACEMENTS_PER_ATOM * d_sae)
+    update: bool = False
+    least_cosine: float = DEFAULT_LEAST_COSINE
+    refine: bool = False
+    rounds: int = 2
+    candidates_per_atom: int = 4
+    min_candidates: int = 1024
+    scored_per_atom: int = 3
+    min_scored: int = 16_384
+    updated_per_atom: int = 4
+    min_updated: int = 24_576
+    update_samples: int = 2
+    replacements_per_atom: int = 16
+    min_replacements: int = 65_536
+    drop_per_round: float = 0.5
+    near_duplicate: float = 0.85
+    relaxed: tuple[float, ...] = (0.9, 0.95, 0.99, SAME_DIRECTION)
+    ordered_on: int = 2048
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.least_cosine <= 1:
+            raise ValueError(f"least_cosine must be between 0 and 1, got {self.least_cosine}")
+        if not 0 < self.drop_per_round < 1:
+            raise ValueError(
+                f"drop_per_round must be between 0 and 1 (both excluded), got {self.drop_per_round}"
+            )
+        for name in ("candidates_per_atom", "scored_per_atom", "updated_per_atom", "update_samples",
+                     "replacements_per_atom", "ordered_on"):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+    def selector(self, request: Request) -> "EnergySelector":
+        """A fresh run.
+
+        Raises:
+            ValueError: `request.d_sae` is None: this rule has no size of its own.
+        """
+        return EnergySelector(self, request)
+
+
+class EnergySelector:
+    """A run of `EnergyRule`.
+
+    One pass over the stream keeps its exact mean and uniform samples of it. Memory is bounded by the
+    samples; neither these nor the result depend on the order of the stream or on its batches.
+    """
+
+    def __init__(self, rule: EnergyRule, request: Request) -> None:
+        if request.d_sae is None:
+            raise ValueError("d_sae must be given for the rule of most energy, got None")
+        d_in, dtype, device, seed = request.d_in, request.dtype, request.device, request.seed
+        self._rule, self._d_sae = rule, request.d_sae
+        self._k, self._signed = request.k, request.signed
+        self._n_candidates = max(rule.min_candidates, rule.candidates_per_atom * self._d_sae)
+        self._n_scored = max(rule.min_scored, rule.scored_per_atom * self._d_sae)
+        n_updated = max(rule.min_updated, rule.updated_per_atom * self._d_sae)
+        n_replacements = max(rule.min_replacements, rule.replacements_per_atom * self._d_sae)
         # A larger sample of the same seed holds the smaller one: neither candidates nor scores change.
         self._activations = StreamSample(
-            d_in, n_replacements if thorough else self._n_candidates, seed, dtype, device, distinct=True
-        )
+            d_in, n_replacements if rule.refine else self._n_candidates, seed, dtype, device,
+            distinct=True, labelled=True,
+        )  # fmt: skip
+        sizes = [n_updated] * rule.update_samples if self._moves else [self._n_scored]
         self._samples = [
-            StreamSample(d_in, size, seed + 1 + i, dtype, device, distinct=False)
-            for i, size in enumerate(
-                [n_updated] * UPDATE_SAMPLES if update or thorough else [self._n_scored]
-            )
+            StreamSample(d_in, size, seed + 1 + i, dtype, device, distinct=False, labelled=False)
+            for i, size in enumerate(sizes)
         ]
-        self._calibration = (
-            StreamSample(
-                d_in, CALIBRATION_ROWS, seed + 1 + UPDATE_SAMPLES, dtype, device, distinct=False
-            )
-            if sample
-            else None
-        )
-        self._thorough, self._update = thorough, update
-        self._mean = RunningMean(d_in, dtype, device)
+        self._sum = ExactSum(d_in)
+
+    @property
+    def _moves(self) -> bool:
+        return self._rule.update or self._rule.refine
 
     @property
     def n_atoms(self) -> int:
         return min(self._d_sae, len(self._activations))
 
-    @property
-    def done(self) -> bool:
-        return False
+    def update(self, x: Float[Tensor, "m d"], places: Places) -> None:
+        self._sum.update(x)
+        for sample in (self._activations, *self._samples):
+            sample.update(x, places)
 
-    def update(self, x: Float[Tensor, "m d"], labels: Sequence[Label]) -> None:
-        self._mean.update(x)
-        self._activations.update(x, labels)
-        for sample in self._samples:
-            sample.update(x)
-        if self._calibration is not None:
-            self._calibration.update(x, labels)
+    def merge(self, other: "EnergySelector") -> None:
+        """Take in a run of the same rule and request on another part of the stream."""
+        self._sum.merge(other._sum)
+        for mine, theirs in zip(
+            (self._activations, *self._samples), (other._activations, *other._samples), strict=True
+        ):
+            mine.merge(theirs)
 
     def running_fvu(self) -> float:
         """FVU of a random dictionary from the candidates so far: what selection starts from.
@@ -149,7 +160,7 @@ class EnergySelector:
         """
         if self._activations.n_seen <= self._d_sae:
             return float("nan")
-        mean = self._mean.value()
+        mean = self._mean()
         atoms, usable = normalize_rows(self._activations.held[: self._d_sae] - mean)
         atoms = atoms[usable]
         # The last rows: while the samples still hold everything, they are not among those atoms.
@@ -160,33 +171,34 @@ class EnergySelector:
         return guide.value()
 
     def finish(self, progress: bool) -> Dictionary:
+        rule = self._rule
         scored = self._samples[0].rows(self._n_scored)
-        mean = robust_centre(scored, self._mean.value())
+        mean = robust_centre(scored, self._mean())
         x = limit_outliers(scored - mean)
         del scored
         atoms, labels = self._chosen(x, mean, progress)
-        parts = self._parts(mean) if self._update or self._thorough else []
-        if self._thorough:
+        parts = self._parts(mean) if self._moves else []
+        if rule.refine:
             atoms, labels = self._refined(parts, atoms, mean, progress)
         order = order_by_energy(
-            _spread(x, ORDERED_ON), atoms, self._k, signed=self._signed, drop=DROP_PER_ROUND
+            _spread(x, rule.ordered_on), atoms, self._k, signed=self._signed, drop=rule.drop_per_round
         )
         atoms, labels = atoms[order], [labels[i] for i in order.tolist()]
         del x
-        sample = None
-        if self._calibration is not None:
-            folds = assign_folds(self._calibration.labels(), labels)
-            sample = FoldedSample(self._calibration.rows(), *folds)
-        if self._update:
+        if rule.update:
             updated = update_atoms(
                 parts, atoms, self._k,
-                least_cosine=self._least_cosine, signed=self._signed, progress=progress,
+                least_cosine=rule.least_cosine, signed=self._signed, progress=progress,
             )  # fmt: skip
             cosines = (updated * atoms).sum(dim=-1).tolist()
             # Six digits: a label is text, and an atom that did not move has exactly 1.
             labels = [replace(a, cosine=round(c, 6)) for a, c in zip(labels, cosines, strict=True)]
             atoms = updated
-        return Dictionary(atoms, mean, labels, sample)
+        return Dictionary(atoms, mean, labels)
+
+    def _mean(self) -> Float[Tensor, " d"]:
+        held = self._activations.held
+        return self._sum.mean().to(held.device, held.dtype)
 
     def _chosen(self, x: Tensor, mean: Tensor, progress: bool) -> tuple[Tensor, list[Label]]:
         """The candidates that carry the most energy of `x`, in the order of the stream."""
@@ -196,16 +208,16 @@ class EnergySelector:
         candidates = unit[keep]
         chosen = prune_by_energy(
             x, candidates, self._d_sae, self._k,
-            signed=self._signed, drop=DROP_PER_ROUND, progress=progress,
+            signed=self._signed, drop=self._rule.drop_per_round, progress=progress,
         )  # fmt: skip
-        labels = self._activations.labels(self._n_candidates)
+        places = self._activations.places(self._n_candidates)
         origin = keep.nonzero().flatten()[chosen].tolist()
-        return candidates[chosen], [labels[i] for i in origin]
+        return candidates[chosen], [places[i] for i in origin]
 
     def _parts(self, mean: Tensor) -> list[Tensor]:
         """A sample for each round of least squares: there are fewer of them, which come in turn."""
         samples = [limit_outliers(sample.rows() - mean) for sample in self._samples]
-        return list(islice(cycle(samples), THOROUGH_ROUNDS if self._thorough else UPDATE_ROUNDS))
+        return list(islice(cycle(samples), self._rule.rounds))
 
     def _refined(
         self, parts: list[Tensor], atoms: Tensor, mean: Tensor, progress: bool
@@ -220,13 +232,14 @@ class EnergySelector:
         if not usable.all():
             unit = unit[usable]
         found = nearest_rows(moved, unit, self._signed)
-        labels = self._activations.labels()
-        return unit[found], [labels[i] for i in origin[found].tolist()]
+        places = self._activations.places()
+        return unit[found], [places[i] for i in origin[found].tolist()]
 
     def _distinct(self, rows: Tensor, unit: Tensor, usable: Tensor) -> Tensor:
         """Candidates that repeat no earlier one; where they are few, by a less strict cosine."""
         keep = usable
-        for cosine in (NEAR_DUPLICATE, *(c for c in RELAXED if c > NEAR_DUPLICATE)):
+        first = self._rule.near_duplicate
+        for cosine in (first, *(c for c in self._rule.relaxed if c > first)):
             cosines = duplicate_cosines(rows[usable], cosine).clamp(max=SAME_DIRECTION)
             keep = usable.clone()
             keep[usable] = first_of_direction(unit[usable], cosines, self._signed)

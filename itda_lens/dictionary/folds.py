@@ -3,13 +3,12 @@
 import heapq
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
-from itda_lens.dictionary.labels import Label
+from itda_lens.records import Label
 
 FOLDS = 8
 """Parts into which texts are dealt. With fewer, a row is coded without more of the atoms than a row of
@@ -30,21 +29,6 @@ _LEVELS: tuple[Callable[[Label], Place], ...] = (
     lambda label: label.key,
 )
 """What stays together: a text, where there are enough; or a context; or nothing."""
-
-
-@dataclass(frozen=True)
-class FoldedSample:
-    """Activations of the stream, to calibrate a threshold on: each without the atoms of its own fold.
-
-    Attributes:
-        rows: not centred.
-        folds: of each row.
-        atom_folds: of each atom of the dictionary; -1 for one that serves every row.
-    """
-
-    rows: Float[Tensor, "m d_in"]
-    folds: Int[Tensor, " m"]
-    atom_folds: Int[Tensor, " d_sae"]
 
 
 def assign_folds(

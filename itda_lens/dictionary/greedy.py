@@ -1,22 +1,18 @@
 """The "paper" rule: admit what the dictionary so far reconstructs badly (Leask et al. 2025)."""
 
 import warnings
-from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from itda_lens.dictionary.labels import Label
 from itda_lens.dictionary.rows import RowStore
-from itda_lens.dictionary.selection import (
-    SAME_DIRECTION,
-    Dictionary,
-    first_of_direction,
-    normalize_rows,
-)
+from itda_lens.dictionary.rule import Dictionary, Request
+from itda_lens.dictionary.selection import SAME_DIRECTION, first_of_direction, normalize_rows
 from itda_lens.dictionary.variance import RunningFVU
 from itda_lens.pursuit import encode, gram_dtype, gram_fits, inner_products
+from itda_lens.records import Label, Places
 
 DEFAULT_LOSS_THRESHOLD = 0.2
 """tau: admit an activation x if matching pursuit leaves |x - xhat|^2 > tau |x|^2.
@@ -25,26 +21,47 @@ The authors' script thresholds the mean over d of the squared difference of x/|x
 the residual is nearly orthogonal to xhat, their threshold t is tau = 1 - (1 - t d / 2)^2."""
 
 
-class GreedySelector:
-    """The paper's greedy rule, batch by batch, without centring.
+@dataclass(frozen=True)
+class GreedyRule:
+    """The paper's greedy rule, batch by batch, without centring (Leask et al. 2025).
 
-    The first `d_in` atoms (or `max_atoms`, if fewer) are the most frequent activations of the first
+    The first `d_in` atoms (or `d_sae`, if fewer) are the most frequent activations of the first
     batches. After that, each batch is reconstructed with the dictionary so far and the activations
     whose relative loss exceeds `loss_threshold` are admitted in their order, a direction once, until
-    there are `max_atoms`; what follows is not looked at. The result depends on the batches.
+    there are `d_sae`; what follows is not looked at. The result depends on the batches. The rule needs
+    no seed.
+
+    Attributes:
+        loss_threshold: relative squared error over which an activation is admitted (tau), 0 to 1.
+
+    Raises:
+        ValueError: `loss_threshold` is not between 0 and 1.
     """
 
-    def __init__(
-        self, d_in: int, max_atoms: int | None, k: int, *, signed: bool, loss_threshold: float,
-        dtype: torch.dtype, device: torch.device,
-    ) -> None:  # fmt: skip
-        if not 0 < loss_threshold < 1:
-            raise ValueError(f"loss_threshold must be between 0 and 1, got {loss_threshold}")
-        self._max_atoms, self._k, self._signed = max_atoms, k, signed
-        self._threshold = loss_threshold
-        self._n_initial = d_in if max_atoms is None else min(d_in, max_atoms)
-        self._store = RowStore(d_in, dtype, device, limit=max_atoms or 2**31)
-        self._gram = torch.empty(0, 0, device=device)
+    loss_threshold: float = DEFAULT_LOSS_THRESHOLD
+
+    def __post_init__(self) -> None:
+        if not 0 < self.loss_threshold < 1:
+            raise ValueError(
+                f"loss_threshold must be between 0 and 1 (both excluded), got {self.loss_threshold}"
+            )
+
+    def selector(self, request: Request) -> "GreedySelector":
+        """A fresh run; `request.d_sae` is the most atoms, or None to let `loss_threshold` decide."""
+        return GreedySelector(self, request)
+
+
+class GreedySelector:
+    """A run of `GreedyRule`."""
+
+    def __init__(self, rule: GreedyRule, request: Request) -> None:
+        self._max_atoms, self._k, self._signed = request.d_sae, request.k, request.signed
+        self._threshold = rule.loss_threshold
+        d_in = request.d_in
+        self._n_initial = d_in if self._max_atoms is None else min(d_in, self._max_atoms)
+        self._store = RowStore(d_in, request.dtype, request.device, limit=self._max_atoms or 2**31)
+        self._labels: list[Label] = []
+        self._gram = torch.empty(0, 0, device=request.device)
         self._n_in_gram = 0
         self._guide = RunningFVU()
 
@@ -56,13 +73,13 @@ class GreedySelector:
     def done(self) -> bool:
         return self._store.room == 0
 
-    def update(self, x: Float[Tensor, "m d"], labels: Sequence[Label]) -> None:
+    def update(self, x: Float[Tensor, "m d"], places: Places) -> None:
         if self.done:
             return
         unit, usable = normalize_rows(x)
         missing = self._n_initial - len(self._store)
         if missing > 0:
-            self._admit(_most_frequent(unit, usable), unit, labels, at_most=missing)
+            self._admit(_most_frequent(unit, usable), unit, places, at_most=missing)
         if len(self._store) == 0:
             return
         atoms = self._store.rows
@@ -72,7 +89,7 @@ class GreedySelector:
         self._guide.update(x, reconstruction)
         loss = (x - reconstruction).square().sum(dim=-1)
         bad = usable & (loss > self._threshold * x.square().sum(dim=-1))
-        self._admit(bad.nonzero().flatten(), unit, labels)
+        self._admit(bad.nonzero().flatten(), unit, places)
 
     def running_fvu(self) -> float:
         """FVU of the batches when they were first seen."""
@@ -89,16 +106,17 @@ class GreedySelector:
                 stacklevel=2,
             )
         atoms = self._store.rows.clone()
-        return Dictionary(atoms, torch.zeros_like(atoms[0]), list(self._store.labels))
+        return Dictionary(atoms, torch.zeros_like(atoms[0]), list(self._labels))
 
     def _admit(
-        self, rows: Int[Tensor, " c"], unit: Tensor, labels: Sequence[Label], at_most: int | None = None
+        self, rows: Int[Tensor, " c"], unit: Tensor, places: Places, at_most: int | None = None
     ) -> None:
         """Append the directions among `rows` of `unit` that are new, in order, as far as they fit."""
         new = first_of_direction(unit[rows], SAME_DIRECTION, self._signed, known=self._store.rows)
         room = self._store.room if at_most is None else min(at_most, self._store.room)
         chosen = rows[new][:room]
-        self._store.append(unit[chosen], [labels[i] for i in chosen.tolist()])
+        self._store.append(unit[chosen])
+        self._labels += [places[i] for i in chosen.tolist()]
 
     def _current_gram(self) -> Tensor | None:
         """The Gram matrix of the atoms so far; only the rows of new atoms are computed."""

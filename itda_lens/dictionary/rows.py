@@ -1,4 +1,4 @@
-"""Rows of numbers, with labels or without, in a buffer that grows by doubling."""
+"""Rows of numbers in a buffer that grows by doubling."""
 
 from collections.abc import Sequence
 
@@ -6,11 +6,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from itda_lens.dictionary.labels import Label
-
 
 class RowStore:
-    """Append-only rows; a row may be overwritten in place. Labels come with each row, or with none.
+    """Append-only rows; a row may be overwritten in place.
 
     The buffer doubles when it is full, so `n` appended rows cost O(n) copies, and stops doubling at
     `limit`, so that it never holds more than that.
@@ -19,7 +17,6 @@ class RowStore:
     def __init__(self, d: int, dtype: torch.dtype, device: torch.device, limit: int) -> None:
         self._buffer = torch.empty(0, d, dtype=dtype, device=device)
         self._limit, self._n = limit, 0
-        self.labels: list[Label] = []
 
     def __len__(self) -> int:
         return self._n
@@ -34,9 +31,8 @@ class RowStore:
         """How many more rows fit under the limit."""
         return self._limit - len(self)
 
-    def append(self, rows: Float[Tensor, "m d"], labels: Sequence[Label] = ()) -> None:
-        """Add `rows`, and their labels, at the end."""
-        assert len(labels) in (0, len(rows)), "one label a row, or none at all"
+    def append(self, rows: Float[Tensor, "m d"]) -> None:
+        """Add `rows` at the end."""
         n, needed = len(self), len(self) + len(rows)
         if needed > self._limit:
             raise ValueError(f"{needed} rows exceed the limit of {self._limit}")
@@ -47,13 +43,7 @@ class RowStore:
             self._buffer = grown
         self._buffer[n:needed] = rows
         self._n = needed
-        self.labels.extend(labels)
 
-    def replace(
-        self, slots: Sequence[int], rows: Float[Tensor, "m d"], labels: Sequence[Label] = ()
-    ) -> None:
-        """Overwrite the rows at `slots`, and their labels."""
+    def replace(self, slots: Sequence[int], rows: Float[Tensor, "m d"]) -> None:
+        """Overwrite the rows at `slots`."""
         self._buffer[torch.tensor(slots, dtype=torch.long, device=self._buffer.device)] = rows
-        if self.labels:
-            for slot, label in zip(slots, labels, strict=True):
-                self.labels[slot] = label

@@ -1,38 +1,49 @@
-"""Uniform samples of a stream, in memory that does not grow with it, whatever its batches."""
-
-from collections.abc import Sequence
+"""Uniform samples of a stream, in memory that does not grow with it, whatever its order and batches."""
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt64
 from torch import Tensor
 
-from itda_lens.dictionary.labels import Label
 from itda_lens.dictionary.rows import RowStore
+from itda_lens.records import Places, mix64
 
 
 class StreamSample:
     """The `capacity` rows of a stream that have the smallest random priorities.
 
-    Priorities are drawn per row of the stream, so the sample depends neither on how the stream is cut
-    into batches nor on the rows' width: dictionaries of different models choose among the same tokens.
+    A row's priority is a hash of the seed and of the place that it came from (`Places.identity`), not of
+    its number in the stream, its batch or its content. So the sample is the same in whatever order and
+    batches the rows come, samples of parts of a stream merge into that of the whole, and dictionaries of
+    other models, tokenizers and context sizes choose among the same places. Equal priorities go by the
+    order of the stream: row, chunk, position.
+
     With `distinct=True` equal rows (by a 64-bit hash of their bytes) count as one, the occurrence of
     smallest priority: a row that comes a thousand times is a thousand times as likely to be in the
     sample, but takes one place.
+
+    Args:
+        d: numbers in a row.
+        capacity: rows that are kept, at most.
+        seed: another seed draws another sample.
+        dtype, device: of the rows: float32 or float64.
+        distinct: see above.
+        labelled: whether the sample keeps texts, from which labels quote.
     """
 
     def __init__(
-        self, d: int, capacity: int, seed: int, dtype: torch.dtype, device: torch.device, distinct: bool
-    ) -> None:
+        self, d: int, capacity: int, seed: int, dtype: torch.dtype, device: torch.device,
+        *, distinct: bool, labelled: bool,
+    ) -> None:  # fmt: skip
         self._store = RowStore(d, dtype, device, limit=capacity)
+        self._places = Places.numbered(0, 0)
         self._priorities = np.empty(0, dtype=np.uint64)
-        self._seen_at = np.empty(0, dtype=np.int64)
-        # Nothing but priorities is drawn from it: models of any width sample the same rows of a stream.
-        self._generator = np.random.Generator(np.random.Philox(seed))
-        self._distinct = distinct
         self._identities = np.empty(0, dtype=np.uint64)
-        # Odd multipliers of the row's 32-bit pieces; a sum of products modulo 2**64.
-        odd = np.random.default_rng(seed).integers(0, 2**63, d * dtype.itemsize // 4, dtype=np.uint64)
+        self._salt = mix64(np.array(seed % 2**64, dtype=np.uint64))
+        self._distinct, self._labelled = distinct, labelled
+        # Odd multipliers of the row's 32-bit pieces; a sum of products modulo 2**64. They must not
+        # depend on the seed, since samples of one stream are merged by what they made.
+        odd = np.random.default_rng(0).integers(0, 2**63, d * dtype.itemsize // 4, dtype=np.uint64)
         odd = odd * 2 + 1
         self._multipliers = torch.from_numpy(odd.view(np.int64)).to(device)
         self.n_seen = 0
@@ -40,69 +51,80 @@ class StreamSample:
     def __len__(self) -> int:
         return len(self._store)
 
-    def update(self, rows: Float[Tensor, "m d"], labels: Sequence[Label] | None = None) -> None:
-        """Show the sample the next rows of the stream; only rows that it keeps read their label.
-
-        A sample is of rows with labels or of rows without.
-        """
-        priorities = self._generator.integers(0, 2**64, len(rows), dtype=np.uint64)
-        offered = np.arange(len(rows))
-        if self._store.room == 0:  # a full sample has smaller priorities than most of what comes
-            offered = np.flatnonzero(priorities < self._priorities.max())
-        priorities, seen_at = priorities[offered], self.n_seen + offered
+    def update(self, rows: Float[Tensor, "m d"], places: Places) -> None:
+        """Show the sample more rows of the stream, and the place of each."""
+        priorities = mix64(places.identity ^ self._salt)
         self.n_seen += len(rows)
+        offered = np.arange(len(rows))
+        if self._store.room == 0 and len(self):
+            # A full sample has smaller priorities than most of what comes.
+            offered = np.flatnonzero(priorities <= self._priorities.max())
         if not len(offered):
             return
-        if len(offered) < len(rows):
-            rows = rows[torch.from_numpy(offered).to(rows.device)]
-        identities = self._hash(rows) if self._distinct else seen_at.view(np.uint64)
+        rows = rows[torch.from_numpy(offered).to(rows.device)]
+        identities = self._hash(rows) if self._distinct else np.zeros(len(rows), dtype=np.uint64)
+        self._admit(rows, places.take(offered), priorities[offered], identities)
 
-        held = len(self)
-        order = np.argsort(np.concatenate([self._priorities, priorities]), kind="stable")
-        if self._distinct:  # of each identity the first in this order
-            _, first = np.unique(
-                np.concatenate([self._identities, identities])[order], return_index=True
-            )
-            order = order[np.sort(first)]
-        stays = np.zeros(held + len(priorities), dtype=bool)
-        stays[order[: held + self._store.room]] = True
-        evicted, incoming = np.flatnonzero(~stays[:held]), np.flatnonzero(stays[held:])
-        if not len(incoming):
-            return
-        n_replaced = len(evicted)
-        picked = rows[torch.from_numpy(incoming).to(rows.device)]
-        picked_labels = [] if labels is None else [labels[int(i)] for i in offered[incoming]]
-        self._store.replace(evicted.tolist(), picked[:n_replaced], picked_labels[:n_replaced])
-        self._store.append(picked[n_replaced:], picked_labels[n_replaced:])
-        slots = np.concatenate([evicted, np.arange(held, len(self))])
-        for name, values in (
-            ("_priorities", priorities),
-            ("_seen_at", seen_at),
-            ("_identities", identities),
-        ):
-            column = np.resize(getattr(self, name), len(self))
-            column[slots] = values[incoming]
-            setattr(self, name, column)
+    def merge(self, other: "StreamSample") -> None:
+        """Take in a sample of another part of the stream, of the same seed and settings."""
+        self.n_seen += other.n_seen
+        self._admit(other._store.rows, other._places, other._priorities, other._identities)
 
     def rows(self, at_most: int | None = None) -> Float[Tensor, "n d"]:
         """The sampled rows, in the order of the stream.
 
         At most `at_most` of them: those that a sample of this capacity would hold.
         """
-        return self._store.rows[self._order(at_most)]
+        order = torch.from_numpy(self._order(at_most))
+        return self._store.rows[order.to(self._store.rows.device)]
 
-    def labels(self, at_most: int | None = None) -> list[Label]:
-        """Their labels, in the same order."""
-        return [self._store.labels[i] for i in self._order(at_most).tolist()]
+    def places(self, at_most: int | None = None) -> Places:
+        """Where they came from, in the same order."""
+        return self._places.take(self._order(at_most))
 
     @property
     def held(self) -> Float[Tensor, "n d"]:
         """A view of the rows held so far, in no particular order; valid until the next update."""
         return self._store.rows
 
-    def _order(self, at_most: int | None = None) -> Int[Tensor, " n"]:
-        smallest = np.argsort(self._priorities, kind="stable")[:at_most]
-        return torch.from_numpy(smallest[np.argsort(self._seen_at[smallest])])
+    def _admit(
+        self,
+        rows: Float[Tensor, "m d"],
+        places: Places,
+        priorities: UInt64[np.ndarray, " m"],
+        identities: UInt64[np.ndarray, " m"],
+    ) -> None:
+        """Keep the rows of smallest priority, of those held and of these."""
+        held, room = len(self), self._store.room
+        both = np.concatenate([self._priorities, priorities])
+        everywhere = Places.joined([self._places, places])
+        order = _by_priority(both, everywhere)
+        if self._distinct:  # of each identity the first in this order
+            _, first = np.unique(
+                np.concatenate([self._identities, identities])[order], return_index=True
+            )
+            order = order[np.sort(first)]
+        stays = np.zeros(len(both), dtype=bool)
+        stays[order[: held + room]] = True
+        evicted, incoming = np.flatnonzero(~stays[:held]), np.flatnonzero(stays[held:])
+        if not len(incoming):
+            return
+        picked = rows[torch.from_numpy(incoming).to(rows.device)]
+        n_replaced = len(evicted)
+        self._store.replace(evicted.tolist(), picked[:n_replaced])
+        self._store.append(picked[n_replaced:])
+        new = places.take(incoming)
+        new = new.quoting() if self._labelled else new.bare()
+        slots = np.concatenate([evicted, np.arange(held, len(self))])
+        source = np.arange(len(self))
+        source[slots] = held + np.arange(len(incoming))
+        self._places = Places.joined([self._places, new]).take(source)
+        self._priorities = np.concatenate([self._priorities, priorities[incoming]])[source]
+        self._identities = np.concatenate([self._identities, identities[incoming]])[source]
+
+    def _order(self, at_most: int | None = None) -> Int[np.ndarray, " n"]:
+        smallest = _by_priority(self._priorities, self._places)[:at_most]
+        return smallest[self._places.take(smallest).order()]
 
     def _hash(self, rows: Tensor) -> np.ndarray:
         pieces = rows.contiguous().view(torch.int32)  # rows are float32 or float64
@@ -111,6 +133,15 @@ class StreamSample:
             or [torch.empty(0, dtype=torch.long)]
         )
         return digest.cpu().numpy().view(np.uint64)
+
+
+def _by_priority(priorities: UInt64[np.ndarray, " n"], places: Places) -> Int[np.ndarray, " n"]:
+    """Indices by rising priority; equal ones in the order of the stream."""
+    order = np.argsort(priorities, kind="stable")
+    ordered = priorities[order]
+    if (ordered[1:] == ordered[:-1]).any():  # several tokens of one character, a text that comes twice
+        order = np.lexsort((places.position, places.chunk, places.row, priorities))
+    return order
 
 
 def _mix(products: Int[Tensor, "m p"]) -> Int[Tensor, "m p"]:

@@ -1,16 +1,10 @@
-"""What every rule for choosing atoms has in common, and the pieces that rules are made of."""
-
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+"""The pieces that rules for choosing atoms are made of."""
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from itda_lens.dictionary.folds import FoldedSample
-from itda_lens.dictionary.labels import Label
 from itda_lens.pursuit import SparseCodes, encode, gram_matrix
 
 SAME_DIRECTION = 1 - 1e-6
@@ -18,53 +12,6 @@ SAME_DIRECTION = 1 - 1e-6
 
 FEW = 64
 """Atoms that need no rounds of pruning to be put in order: a few codes use them all."""
-
-
-@dataclass(frozen=True)
-class Dictionary:
-    """Chosen atoms, not yet tied to any host library.
-
-    Attributes:
-        atoms: unit rows.
-        mean: what is subtracted from an activation before it is decomposed (`b_dec`).
-        labels: where each atom came from.
-        sample: activations of the stream to calibrate a threshold on; None where the rule keeps none.
-    """
-
-    atoms: Float[Tensor, "d_sae d_in"]
-    mean: Float[Tensor, " d_in"]
-    labels: list[Label]
-    sample: FoldedSample | None = None
-
-
-class Selector(Protocol):
-    """A rule that sees a stream of activations once and then names its atoms."""
-
-    @property
-    def n_atoms(self) -> int:
-        """Atoms that would be chosen if the stream ended now (before duplicates are dropped)."""
-        ...
-
-    @property
-    def done(self) -> bool:
-        """Whether nothing that could still come would change the choice."""
-        ...
-
-    def update(self, x: Float[Tensor, "m d"], labels: Sequence[Label]) -> None:
-        """See the next activations (finite, at least float32) and their labels."""
-        ...
-
-    def running_fvu(self) -> float:
-        """A guide to quality so far, for progress bars; NaN if unknown."""
-        ...
-
-    def finish(self, progress: bool) -> Dictionary:
-        """Choose.
-
-        Raises:
-            ValueError: too few distinct activations were seen.
-        """
-        ...
 
 
 def normalize_rows(

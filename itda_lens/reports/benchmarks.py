@@ -9,7 +9,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from itda_lens.sae import replacing
+from itda_lens.records import replacing
 from itda_lens.saebench import EVALUATIONS, Metric, Result
 
 L0 = "L0"

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from itda_lens.compare import Comparison, Difference, LayerComparison
 from itda_lens.reports.tables import quote
-from itda_lens.sae import replacing
+from itda_lens.records import replacing
 
 SHOWN = {
     "jaccard": "Jaccard of labels",

@@ -9,8 +9,8 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
-from itda_lens.dictionary import Label
-from itda_lens.sae import ITDA, replacing
+from itda_lens.records import Label, replacing
+from itda_lens.sae import ITDA
 
 
 def neuronpedia_id(itda: ITDA, source_set: str = "itda") -> str:

@@ -9,9 +9,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from itda_lens.analysis import Evaluation, TokenDecomposition
-from itda_lens.dictionary import Label
-from itda_lens.sae import ITDA
-from itda_lens.training import build_record
+from itda_lens.records import Label
+from itda_lens.sae import ITDA, provenance_of
 
 
 def make_console() -> Console:
@@ -102,9 +101,11 @@ def info_table(itda: ITDA, name: str) -> Table:
         "BOS prepended": metadata.prepend_bos,
         "dtype": itda.cfg.dtype,
     }
-    record = build_record(itda)
-    packages = record.pop("versions", {})
-    rows |= {f"build: {key}": value for key, value in record.items() if key not in ("d_sae", "k")}
+    provenance = provenance_of(itda)
+    record = provenance.record() | {"recipe": None, "versions": None}
+    settings = {**provenance.recipe, **record}
+    packages = provenance.versions
+    rows |= {f"build: {k}": v for k, v in settings.items() if v is not None and k not in ("d_sae", "k")}
     rows |= {f"version: {key}": value for key, value in packages.items()}
     for key, value in rows.items():
         table.add_row(key, escape(str(value)))

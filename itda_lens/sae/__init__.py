@@ -1,9 +1,9 @@
 """The thin face to SAELens."""
 
 from itda_lens.sae.assembly import assemble
-from itda_lens.sae.files import replacing
 from itda_lens.sae.itda import ITDA, LABELS_KEY, ITDAConfig
 from itda_lens.sae.loading import dictionaries_in, is_dictionary, load
+from itda_lens.sae.provenance import hook_name_of, provenance_of
 from itda_lens.sae.registration import register
 from itda_lens.sae.sparsity import load_sparsity, save_sparsity
 
@@ -13,10 +13,11 @@ __all__ = [
     "ITDAConfig",
     "assemble",
     "dictionaries_in",
+    "hook_name_of",
     "is_dictionary",
     "load",
     "load_sparsity",
+    "provenance_of",
     "register",
-    "replacing",
     "save_sparsity",
 ]

@@ -1,14 +1,15 @@
 """From atoms that were chosen to an ITDA."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from itda_lens.dictionary import Label, Labels
-from itda_lens.pursuit import DEFAULT_RTOL, Method
+from itda_lens.pursuit import Coding
+from itda_lens.records import Label, Labels
 from itda_lens.sae.itda import ITDA, LABELS_KEY, ITDAConfig
 
 
@@ -16,11 +17,7 @@ def assemble(
     atoms: Float[Tensor, "d_sae d_in"],
     mean: Float[Tensor, " d_in"],
     *,
-    k: int,
-    method: Method,
-    signed: bool = True,
-    rtol: float = DEFAULT_RTOL,
-    threshold: float = 0.0,
+    coding: Coding,
     l0: float | None = None,
     labels: Sequence[Label] | None = None,
     metadata: Mapping[str, Any] | None = None,
@@ -31,7 +28,8 @@ def assemble(
     Args:
         atoms: rows of `W_dec`, of unit norm.
         mean: `b_dec`.
-        k, method, signed, rtol, threshold, l0, reshape_activations: fields of `ITDAConfig`.
+        coding: how it encodes.
+        l0, reshape_activations: fields of `ITDAConfig`.
         labels: where each atom came from; default: the dictionary carries none.
         metadata: entries for `cfg.metadata`.
 
@@ -42,12 +40,8 @@ def assemble(
     cfg = ITDAConfig(
         d_in=d_in,
         d_sae=d_sae,
-        k=k,
-        signed=signed,
-        rtol=rtol,
-        threshold=threshold,
+        **asdict(coding),
         l0=l0,
-        method=method,
         dtype=str(atoms.dtype).removeprefix("torch."),
         device=str(atoms.device),
         reshape_activations=reshape_activations,  # pyright: ignore[reportArgumentType]

@@ -15,7 +15,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from typing_extensions import override
 
-from itda_lens.dictionary import Labels
 from itda_lens.pursuit import (
     DEFAULT_RTOL,
     Method,
@@ -24,7 +23,7 @@ from itda_lens.pursuit import (
     check_sign,
     encode,
 )
-from itda_lens.sae.files import replacing
+from itda_lens.records import Labels, replacing
 from itda_lens.sae.prepared import Prepared, prepare
 
 LABELS_KEY = "itda_labels"

@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from itda_lens.sae.files import replacing
+from itda_lens.records import replacing
 
 EPSILON = 1e-10
 """What SAELens's trainer adds to a density before it takes the logarithm: dead features read -10."""

@@ -25,9 +25,9 @@ from sae_lens.training.sae_trainer import SAETrainer
 from safetensors.torch import save_file
 from torch import Tensor
 
-from itda_lens.dictionary import Label
-from itda_lens.pursuit import Method
-from itda_lens.sae import ITDA, assemble, replacing
+from itda_lens.records import Label, replacing
+from itda_lens.pursuit import Coding, Method
+from itda_lens.sae import ITDA, assemble
 
 Architecture = Literal["topk", "batchtopk", "matryoshka", "matching_pursuit"]
 Baseline = Literal["random", "pca", Architecture]
@@ -96,8 +96,7 @@ def random_atoms(
     return assemble(
         torch.nn.functional.normalize(activations[drawn] - mean, dim=-1),
         mean,
-        k=k,
-        method=method,
+        coding=Coding(k, method),
         labels=None if labels is None else [labels[i] for i in drawn.tolist()],
         metadata=metadata,
     )
@@ -120,7 +119,7 @@ def principal_components(
     centred = activations.double() - mean
     _, vectors = torch.linalg.eigh(centred.T @ centred)
     atoms = vectors.T.flip(0).to(activations.dtype)
-    return assemble(atoms, mean, k=k, method="mp", metadata=metadata)
+    return assemble(atoms, mean, coding=Coding(k, "mp"), metadata=metadata)
 
 
 def train_sae(

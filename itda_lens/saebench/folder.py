@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from itda_lens.sae import replacing
+from itda_lens.records import replacing
 from itda_lens.saebench.evaluations import EVALUATIONS, Evaluation
 from itda_lens.saebench.job import result_file
 from itda_lens.saebench.subjects import NONNEGATIVE, Subject

@@ -11,7 +11,7 @@ from sae_lens.constants import SAE_CFG_FILENAME
 from itda_lens.sae import ITDA
 from itda_lens.saebench.baselines import Baseline, baseline, save_inference
 from itda_lens.sources import describe_texts
-from itda_lens.training import BUILD_KEY, collect
+from itda_lens.training import collect
 
 logger = logging.getLogger(__name__)
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
 
+from itda_lens.records import Provenance
 from itda_lens.sae import dictionaries_in
-from itda_lens.training import BUILD_KEY
 
 NONNEGATIVE = "+nonnegative"
 """What the names of result files of non-negative views end in."""
@@ -124,7 +124,7 @@ def _read(name: str, source: str) -> Subject:
         d_sae=d_sae,
         hook_name=metadata.get("hook_name"),
         model_name=metadata.get("model_name"),
-        model_source=(metadata.get(BUILD_KEY) or {}).get("model"),
+        model_source=Provenance.of(metadata).model,
         signed=bool(
             values.get("architecture") == "itda" and values.get("signed") and not values.get("mirrored")
         ),

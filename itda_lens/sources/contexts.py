@@ -1,19 +1,18 @@
-"""Texts cut into contexts of tokens, in batches, with a label for every token."""
+"""Texts cut into contexts of tokens, in batches, with a place for every token."""
 
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, overload
+from functools import cached_property
+from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from itda_lens.dictionary import Label
-
-CONTEXT_CHARS = 40
-"""Characters of text on each side of a token that its label quotes."""
+from itda_lens.records import Cutting, Places, text_digest
 
 
 @dataclass(frozen=True)
@@ -26,6 +25,8 @@ class Context:
         text: the whole text.
         ids: token ids, the BOS token first if there is one.
         spans: characters (start, end) of each token; (0, 0) for the BOS token.
+        digest: `text_digest(text)`, computed once for all contexts of a text.
+        counts: for each token, whether it may count at all; None if all may.
     """
 
     row: int
@@ -33,21 +34,8 @@ class Context:
     text: str
     ids: list[int]
     spans: list[tuple[int, int]]
-
-    def label(self, position: int) -> Label:
-        """The label of the token at `position`."""
-        start, end = self.spans[position]
-        before = self.text[max(0, start - CONTEXT_CHARS) : start]
-        after = self.text[end : end + CONTEXT_CHARS]
-        token = self.text[start:end]
-        return Label(
-            row=self.row,
-            chunk=self.chunk,
-            position=position,
-            chars=(start, end),
-            token=token,
-            context=f"{before}[[{token}]]{after}",
-        )
+    digest: int
+    counts: Sequence[bool] | None = None
 
 
 @dataclass(frozen=True)
@@ -66,52 +54,40 @@ class ContextBatch:
     attention_mask: Bool[Tensor, "batch seq"]
     keep: Bool[Tensor, "batch seq"]
 
-    def labels(self) -> "BatchLabels":
-        """Labels of the kept tokens, in the order in which `keep` indexes activations."""
-        return BatchLabels(self)
+    def places(self) -> Places:
+        """Places of the kept tokens, in the order in which `keep` indexes activations."""
+        which, position = self.keep.nonzero().numpy().T
+        spans = np.zeros((*self.keep.shape, 2), dtype=np.int64)
+        for i, context in enumerate(self.contexts):
+            spans[i, : len(context.spans)] = context.spans
+        texts = np.empty(len(self.contexts), dtype=object)
+        texts[:] = [context.text for context in self.contexts]
 
+        def each(name: str, dtype: type = np.int64) -> np.ndarray:
+            return np.array([getattr(context, name) for context in self.contexts], dtype=dtype)[which]
 
-class BatchLabels(Sequence[Label]):
-    """Labels made when they are asked for: most tokens never become atoms."""
-
-    def __init__(self, batch: ContextBatch) -> None:
-        self._contexts = batch.contexts
-        self._places = batch.keep.nonzero()
-
-    def __len__(self) -> int:
-        return len(self._places)
-
-    @overload
-    def __getitem__(self, index: int) -> Label: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Label]: ...
-    def __getitem__(self, index: int | slice) -> "Label | list[Label]":
-        if isinstance(index, slice):
-            return [self[i] for i in range(len(self))[index]]
-        row, position = self._places[index].tolist()
-        return self._contexts[row].label(position)
+        return Places.tokens(
+            each("row"), each("chunk"), position, spans[which, position], texts[which],
+            each("digest", np.uint64),
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Tokenization:
-    """How texts become contexts.
+    """How the texts for one model become contexts.
 
     Attributes:
         tokenizer: a fast Hugging Face tokenizer.
-        context_size: tokens per context, the BOS token included.
-        prepend_bos: whether each context begins with the BOS token.
-        keep_special_tokens: keep position 0 and special tokens, which otherwise do not count. (Position
-            0 draws attention whatever token is there: its activation tells nothing of the text.)
+        cutting: how they are cut.
+
+    Raises:
+        ValueError: the tokenizer is not a fast one, or has no BOS token though `cutting` asks for it.
     """
 
     tokenizer: Any
-    context_size: int = 128
-    prepend_bos: bool = True
-    keep_special_tokens: bool = False
+    cutting: Cutting = Cutting()
 
     def __post_init__(self) -> None:
-        if self.context_size < 2:
-            raise ValueError(f"context_size must be at least 2, got {self.context_size}")
         if not getattr(self.tokenizer, "is_fast", False):
             raise ValueError(
                 "labels need the characters of each token, which only a fast tokenizer gives; got "
@@ -119,6 +95,12 @@ class Tokenization:
             )
         if self.prepend_bos and self.tokenizer.bos_token_id is None:
             raise ValueError("prepend_bos=True, but the tokenizer has no BOS token")
+
+    @cached_property
+    def prepend_bos(self) -> bool:
+        """Whether contexts begin with the BOS token: as `cutting` says, or if there is one."""
+        asked = self.cutting.prepend_bos
+        return self.tokenizer.bos_token_id is not None if asked is None else asked
 
     def vocabulary_sha256(self) -> str:
         """Tells tokenizers apart: a digest of the tokens and their ids."""
@@ -128,8 +110,9 @@ class Tokenization:
     def contexts(self, texts: Iterable[str]) -> Iterator[Context]:
         """Cut texts into contexts, in order."""
         bos = [self.tokenizer.bos_token_id] if self.prepend_bos else []
-        step = self.context_size - len(bos)
+        step = self.cutting.context_size - len(bos)
         for row, text in enumerate(texts):
+            digest = text_digest(text)
             encoded = self.tokenizer(
                 text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
             )
@@ -141,6 +124,7 @@ class Tokenization:
                     text=text,
                     ids=bos + list(ids[start : start + step]),
                     spans=[(0, 0)] * len(bos) + [tuple(s) for s in spans[start : start + step]],
+                    digest=digest,
                 )
 
     def batches(self, texts: Iterable[str], batch_size: int) -> Iterator[ContextBatch]:
@@ -165,7 +149,10 @@ class Tokenization:
             tokens[row, : len(context.ids)] = torch.tensor(context.ids)
         attention_mask = torch.arange(width) < lengths[:, None]
         keep = attention_mask.clone()
-        if not self.keep_special_tokens:
+        for row, context in enumerate(contexts):
+            if context.counts is not None:
+                keep[row, : len(context.ids)] &= torch.tensor(context.counts, dtype=torch.bool)
+        if not self.cutting.keep_special_tokens:
             keep[:, 0] = False
             special = torch.tensor(self.tokenizer.all_special_ids, dtype=torch.long)
             keep &= ~torch.isin(tokens, special)

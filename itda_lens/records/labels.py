@@ -4,9 +4,10 @@ import base64
 import binascii
 import json
 import math
+import operator
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import overload
 
 _COMPACT_PREFIX = "zlib+base64:"
@@ -102,37 +103,29 @@ class Labels(Sequence[Label]):
             raise ValueError(f"damaged labels: {error}") from error
 
 
-class RowLabels(Sequence[Label]):
-    """Labels of activations about which nothing is known but their row number."""
-
-    def __init__(self, start: int, stop: int) -> None:
-        self._range = range(start, stop)
-
-    def __len__(self) -> int:
-        return len(self._range)
-
-    @overload
-    def __getitem__(self, index: int) -> Label: ...
-    @overload
-    def __getitem__(self, index: slice) -> "RowLabels": ...
-    def __getitem__(self, index: int | slice) -> "Label | RowLabels":
-        if isinstance(index, slice):
-            part = self._range[index]
-            return RowLabels(part.start, part.stop)
-        return Label(row=self._range[index])
-
-
 def as_label(value: object) -> Label:
-    """A `Label`, or one made from a (row, chunk, position) triple.
+    """A `Label`, or one made from a (row, chunk, position) triple; numpy's numbers become Python's.
 
     Raises:
-        TypeError: `value` is neither.
+        TypeError: `value` is neither, or a number in it is no whole number.
+        ValueError: the cosine is not finite.
     """
-    if isinstance(value, Label):
-        if not math.isfinite(value.cosine):
-            raise ValueError(f"a label's cosine must be finite, got {value.cosine}")
-        return value
     if isinstance(value, Sequence) and not isinstance(value, str) and len(value) == 3:
-        row, chunk, position = (int(part) for part in value)
-        return Label(row, chunk, position)
-    raise TypeError(f"labels must be Label or (row, chunk, position), got {value!r}")
+        value = Label(*value)
+    if not isinstance(value, Label):
+        raise TypeError(f"labels must be Label or (row, chunk, position), got {value!r}")
+    numbers = (value.row, value.chunk, value.position, *(value.chars or ()))
+    if all(type(number) is int for number in numbers) and type(value.cosine) is float:
+        known = value
+    else:
+        try:
+            row, chunk, position, *chars = (operator.index(number) for number in numbers)
+        except TypeError as error:
+            raise TypeError(f"labels must hold whole numbers, got {value!r}") from error
+        known = replace(
+            value, row=row, chunk=chunk, position=position, cosine=float(value.cosine),
+            chars=(chars[0], chars[1]) if chars else None,
+        )  # fmt: skip
+    if not math.isfinite(known.cosine):
+        raise ValueError(f"a label's cosine must be finite, got {known.cosine}")
+    return known

@@ -1,0 +1,104 @@
+"""The seam between rules for choosing atoms and whoever runs them."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from itda_lens.records import Label, Places
+
+
+@dataclass(frozen=True)
+class Dictionary:
+    """Chosen atoms, not yet tied to any host library.
+
+    Attributes:
+        atoms: unit rows.
+        mean: what is subtracted from an activation before it is decomposed (`b_dec`).
+        labels: where each atom came from.
+    """
+
+    atoms: Float[Tensor, "d_sae d_in"]
+    mean: Float[Tensor, " d_in"]
+    labels: list[Label]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a rule is asked for, and what it is told of the stream.
+
+    Attributes:
+        d_in: numbers in an activation.
+        d_sae: atoms; None leaves their number to the rule.
+        k: nonzeros of the codes that the atoms are chosen for.
+        signed: whether coefficients may be negative.
+        seed: of whatever the rule draws at random.
+        dtype, device: of the activations; float32 or float64.
+    """
+
+    d_in: int
+    d_sae: int | None
+    k: int
+    signed: bool = True
+    seed: int = 0
+    dtype: torch.dtype = torch.float32
+    device: torch.device = torch.device("cpu")  # noqa: RUF009 (immutable)
+
+
+class Selector(Protocol):
+    """One run of a rule: it sees a stream of activations once and then names its atoms."""
+
+    def update(self, x: Float[Tensor, "m d"], places: Places) -> None:
+        """See more activations (finite, at least float32) and the place of each."""
+        ...
+
+    def finish(self, progress: bool) -> Dictionary:
+        """Choose; with `progress`, show a progress bar where that takes long.
+
+        Raises:
+            ValueError: too few distinct activations were seen.
+        """
+        ...
+
+
+@runtime_checkable
+class Guided(Protocol):
+    """A selector that can tell how far it is, for progress bars."""
+
+    @property
+    def n_atoms(self) -> int:
+        """Atoms that would be chosen if the stream ended now (before duplicates are dropped)."""
+        ...
+
+    def running_fvu(self) -> float:
+        """A guide to quality so far; NaN if unknown."""
+        ...
+
+
+@runtime_checkable
+class Sated(Protocol):
+    """A selector that may have seen enough before the stream ends."""
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing that could still come would change the choice."""
+        ...
+
+
+class Rule(Protocol):
+    """A rule for choosing atoms: a frozen dataclass whose fields are its settings.
+
+    The fields are what a dictionary's metadata records of the rule, and must be plain data for JSON.
+    """
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    def selector(self, request: Request) -> Selector:
+        """A fresh run.
+
+        Raises:
+            ValueError: the rule cannot serve this request.
+        """
+        ...

@@ -1,0 +1,12 @@
+"""The rules that presets name."""
+
+from itda_lens.dictionary.energy import EnergyRule
+from itda_lens.dictionary.greedy import GreedyRule
+from itda_lens.dictionary.rule import Rule
+
+RULES: dict[str, Rule] = {
+    "best": EnergyRule(),
+    "thorough": EnergyRule(refine=True, rounds=8, min_updated=49_152),
+    "paper": GreedyRule(),
+}
+"""Rules by name. A new one is a line here; one's own can be passed to `fit` and `build` as it is."""

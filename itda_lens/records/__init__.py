@@ -1,0 +1,24 @@
+"""Plain data of the ground floor: labels, places, provenance, cutting, files that appear whole."""
+
+from itda_lens.records.cutting import Cutting
+from itda_lens.records.files import replacing
+from itda_lens.records.hashing import mix64, text_digest
+from itda_lens.records.labels import Label, Labels, as_label
+from itda_lens.records.places import Places
+from itda_lens.records.provenance import BUILD_KEY, Provenance, agreed, agreed_cutting, versions
+
+__all__ = [
+    "BUILD_KEY",
+    "Cutting",
+    "Label",
+    "Labels",
+    "Places",
+    "Provenance",
+    "agreed",
+    "agreed_cutting",
+    "as_label",
+    "mix64",
+    "replacing",
+    "text_digest",
+    "versions",
+]

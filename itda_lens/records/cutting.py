@@ -1,0 +1,26 @@
+"""How texts become contexts."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Cutting:
+    """How texts are cut into contexts of tokens, and which tokens count.
+
+    Attributes:
+        context_size: tokens per context, the BOS token included, at least 2; longer texts are cut.
+        prepend_bos: whether each context begins with the BOS token; None: if the tokenizer has one.
+        keep_special_tokens: whether position 0 and special tokens count. They do not by default, since
+            position 0 draws attention whatever token is there: its activation tells nothing of the text.
+
+    Raises:
+        ValueError: `context_size` is below 2.
+    """
+
+    context_size: int = 128
+    prepend_bos: bool | None = None
+    keep_special_tokens: bool = False
+
+    def __post_init__(self) -> None:
+        if self.context_size < 2:
+            raise ValueError(f"context_size must be at least 2, got {self.context_size}")

@@ -1,0 +1,175 @@
+"""How a dictionary came to be: the entries of its metadata, typed, read and written in one place."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, Protocol
+
+from itda_lens.records.cutting import Cutting
+
+BUILD_KEY = "itda_build"
+"""The entry of a dictionary's metadata that holds what SAELens has no entry for."""
+
+_PACKAGES = ("itda-lens", "torch", "transformers", "transformer-lens", "sae-lens")
+
+_HOSTS = ("model_name", "model_class_name", "hook_name", "context_size", "prepend_bos", "dataset_path")
+"""Entries that SAELens and its tools know. They stand beside `BUILD_KEY`, and count before it."""
+
+
+class Metadata(Protocol):
+    """Of SAELens's `SAEMetadata` what is used here; a dict has it too."""
+
+    def get(self, key: str, default: Any = None) -> Any: ...
+    def __setitem__(self, key: str, value: Any) -> None: ...
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where the activations of a dictionary came from, and how its atoms were chosen.
+
+    None stands for what is not recorded: a dictionary that was fitted to bare activations knows of no
+    model, and an SAE of another library says little.
+
+    Attributes:
+        model_name: what SAELens's tools call the model, and load it by.
+        model_class_name: the class that SAELens loads it with.
+        hook_name: the hook point.
+        model: the folder or hub name that the model can be loaded from again.
+        loader: the library that it was loaded with.
+        context_size, prepend_bos, keep_special_tokens: as in `Cutting`.
+        dataset_path: the file or data set that the texts came from, by SAELens's name for it.
+        texts: the file or data set, or the type of an object in memory.
+        text_field, split: where in the file or data set the texts stood.
+        texts_fingerprint: digest of the first texts, which tells texts apart before all are read.
+        texts_read_sha256: digest of all texts that were read.
+        vocabulary_sha256: digest of the tokenizer's vocabulary.
+        batch_size: contexts, or rows, that were read at once.
+        max_tokens: the most tokens that should count.
+        n_tokens: tokens that counted.
+        seconds: how long the build took.
+        recipe: the settings of the build: the rule and its fields, the encoder, the seed.
+        versions: installed versions of the packages that a build depends on.
+        others: entries of `BUILD_KEY` that this version does not know.
+    """
+
+    model_name: str | None = None
+    model_class_name: str | None = None
+    hook_name: str | None = None
+    model: str | None = None
+    loader: str | None = None
+    context_size: int | None = None
+    prepend_bos: bool | None = None
+    keep_special_tokens: bool | None = None
+    dataset_path: str | None = None
+    texts: str | None = None
+    text_field: str | None = None
+    split: str | None = None
+    texts_fingerprint: str | None = None
+    texts_read_sha256: str | None = None
+    vocabulary_sha256: str | None = None
+    batch_size: int | None = None
+    max_tokens: int | None = None
+    n_tokens: int | None = None
+    seconds: float | None = None
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+    others: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, metadata: Metadata) -> "Provenance":
+        """What the metadata of a dictionary, or of any SAE of SAELens, records.
+
+        Files of version 0.1 are read too: there the settings of the recipe stood among the others.
+        """
+        record = dict(metadata.get(BUILD_KEY) or {})
+        known = {
+            f.name: record.pop(f.name)
+            for f in fields(cls)
+            if f.name in record and f.name not in ("recipe", "others")
+        }
+        recipe = record.pop("recipe", None)
+        if recipe is None:
+            recipe = {name: record.pop(name) for name in _RECIPE_OF_0_1 if name in record}
+        for name in _HOSTS:
+            if (value := metadata.get(name)) is not None:
+                known[name] = value
+        return cls(**known, recipe=recipe, others=record)
+
+    def into(self, metadata: Metadata) -> None:
+        """Write everything that is known into the metadata of a dictionary."""
+        for name in _HOSTS:
+            if (value := getattr(self, name)) is not None:
+                metadata[name] = value
+        metadata[BUILD_KEY] = self.record()
+
+    def record(self) -> dict[str, Any]:
+        """All that is known but the entries that SAELens knows, as plain data for JSON."""
+        skipped = {*_HOSTS, "recipe", "versions", "others"}
+        known = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in skipped}
+        record = {name: value for name, value in known.items() if value is not None}
+        record |= dict(self.others)
+        record |= {
+            name: dict(getattr(self, name)) for name in ("recipe", "versions") if getattr(self, name)
+        }
+        return record
+
+    @property
+    def cutting(self) -> Cutting:
+        """How texts were cut; where that is not recorded, the defaults of `Cutting`."""
+        recorded = {f.name: getattr(self, f.name) for f in fields(Cutting)}
+        return Cutting(**{name: value for name, value in recorded.items() if value is not None})
+
+    def needed(self, name: str, why: str) -> Any:
+        """A field that must be recorded.
+
+        Raises:
+            ValueError: it is not; the message ends with `why`.
+        """
+        value = getattr(self, name)
+        if value is None:
+            raise ValueError(f"the dictionary's metadata names no {name}{why}")
+        return value
+
+
+_RECIPE_OF_0_1 = (
+    "d_sae", "k", "preset", "seed", "method", "signed", "loss_threshold", "l0", "update",
+    "least_cosine", "rtol",
+)  # fmt: skip
+
+
+def agreed(several: Sequence[Provenance], *names: str) -> Provenance:
+    """The values of these fields in which all that record one agree; the other fields are not recorded.
+
+    Raises:
+        ValueError: two disagree; the message names the field and the values.
+    """
+    found = {}
+    for name in names:
+        values = list(dict.fromkeys(v for p in several if (v := getattr(p, name)) is not None))
+        if len(values) > 1:
+            raise ValueError(
+                f"dictionaries that are taken together must agree in {name}, got "
+                f"{' and '.join(map(repr, values))}"
+            )
+        found[name] = values[0] if values else None
+    return Provenance(**found)
+
+
+def agreed_cutting(several: Sequence[Provenance]) -> Cutting:
+    """How the texts of several dictionaries were cut.
+
+    Raises:
+        ValueError: two were cut in different ways.
+    """
+    return agreed(several, *(f.name for f in fields(Cutting))).cutting
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of the packages that a build depends on."""
+    found = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:  # run from a source tree
+            found[package] = "unknown"
+    return found

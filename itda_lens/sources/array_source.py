@@ -1,0 +1,78 @@
+"""Activations that the user has already."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from itda_lens.pursuit import first_nonfinite_row
+from itda_lens.records import Label, Places, Provenance
+from itda_lens.sources.source import Rows, full_precision
+
+ONLY_HOOK = "activations"
+"""The name of an array's one hook point, where its provenance names none."""
+
+
+class ArraySource:
+    """The rows of a tensor.
+
+    Args:
+        activations: one activation a row, any floating dtype.
+        labels: where each row came from: `Places`, `Label`s or (row, chunk, position) triples; default:
+            row i is labelled row=i.
+        batch_size: rows of a batch.
+        provenance: what is known of the rows.
+
+    Raises:
+        ValueError: no rows, NaN or infinite ones, labels of another number, `batch_size` below 1.
+        TypeError: `activations` is no floating-point tensor, or a label is none.
+    """
+
+    def __init__(
+        self,
+        activations: Float[Tensor, "n_tokens d_in"],
+        labels: Sequence[Label | tuple[int, int, int]] | None = None,
+        *,
+        batch_size: int = 4096,
+        provenance: Provenance = Provenance(),  # noqa: B008 (immutable)
+    ) -> None:
+        _check(activations, batch_size)
+        n = len(activations)
+        if labels is not None and len(labels) != n:
+            raise ValueError(f"labels must be one per row: {len(labels)} labels for {n} rows")
+        self._activations = activations
+        self._places = Places.numbered(0, n) if labels is None else Places.of(labels)
+        self._batch_size, self._provenance = batch_size, provenance
+        self.hooks = [provenance.hook_name or ONLY_HOOK]
+        self.n_rows = n
+
+    @torch.no_grad()
+    def rows(self, skip: int = 0) -> Iterator[Rows]:
+        """The rows, `batch_size` at a time; see `ActivationSource.rows`."""
+        for start in range(0, self.n_rows, self._batch_size):
+            part = slice(max(start, skip), start + self._batch_size)
+            if part.start < part.stop:
+                rows = full_precision(self._activations[part])
+                yield Rows(self._places[part], {self.hooks[0]: rows})
+
+    def provenance(self, hook: str) -> Provenance:
+        """What the user knows of the rows, and their number."""
+        known = self._provenance
+        return replace(known, batch_size=self._batch_size, n_tokens=self.n_rows)
+
+
+def _check(activations: Tensor, batch_size: int) -> None:
+    if not isinstance(activations, Tensor) or not activations.is_floating_point():
+        kind = getattr(activations, "dtype", type(activations).__name__)
+        raise TypeError(f"activations must be a floating-point tensor, got {kind}")
+    if activations.ndim != 2 or activations.shape[1] < 1:
+        raise ValueError(f"activations must have shape [n_tokens, d_in], got {tuple(activations.shape)}")
+    if len(activations) == 0:
+        raise ValueError("activations must have at least one row, got none")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    row = first_nonfinite_row(activations)
+    if row is not None:
+        raise ValueError(f"activations must be finite, but row {row} has NaN or infinite values")

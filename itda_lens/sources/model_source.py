@@ -1,0 +1,181 @@
+"""The activations of a language model on texts."""
+
+import dataclasses
+import hashlib
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from itda_lens.records import Cutting, Provenance
+from itda_lens.sources.contexts import Tokenization
+from itda_lens.sources.hooks import LanguageModel, Loader
+from itda_lens.sources.models import language_model
+from itda_lens.sources.source import Rows, check_finite, full_precision
+from itda_lens.sources.texts import describe_texts, iterate_texts
+
+FINGERPRINT_TEXTS = 8
+"""Texts, the first ones, whose hash tells texts apart. How many are read depends on the settings."""
+
+
+class ModelSource:
+    """The activations of the tokens that count, from forward passes that stop at the deepest hook.
+
+    Memory does not grow with the number of texts. Everything that can be checked is checked on
+    construction: the texts first, before a model is loaded.
+
+    Args:
+        model: a Hugging Face name or local folder, or a loaded model; see `language_model`.
+        texts: strings, a text or jsonl file, or the name of a data set; see `iterate_texts`. Those of an
+            iterator can be read once.
+        hooks: one hook point or several, by the names that the model knows.
+        cutting: how texts are cut into contexts, and which tokens count.
+        batch_size: contexts per forward pass.
+        max_tokens: end after exactly this number of tokens that count; default: after all texts.
+        text_field, split: for jsonl files and data sets.
+        tokenizer, model_name, loader, device: as in `language_model`.
+
+    Raises:
+        ValueError: a setting is out of range, no texts, an unknown model or hook.
+        TypeError: a model, text or hook name of the wrong kind.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        texts: str | Path | Iterable[str],
+        hooks: str | Sequence[str],
+        cutting: Cutting = Cutting(),  # noqa: B008 (immutable)
+        *,
+        batch_size: int = 16,
+        max_tokens: int | None = None,
+        text_field: str = "text",
+        split: str = "train",
+        tokenizer: Any = None,
+        model_name: str | None = None,
+        loader: Loader = "bridge",
+        device: str | None = None,
+    ) -> None:
+        self.hooks = hook_list(hooks)
+        for name, value in (("batch_size", batch_size), ("max_tokens", max_tokens)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        self.n_rows = max_tokens
+        self._texts, self._text_field, self._split = texts, text_field, split
+        self._batch_size = batch_size
+        # Looked at before the model is loaded, so that missing texts are told at once.
+        self._stream: Iterator[str] | None = self._opened()
+        self._beginning = list(itertools.islice(self._stream, FINGERPRINT_TEXTS))
+        if not self._beginning:
+            raise ValueError("texts must hold at least one text, got none")
+        self.model: LanguageModel = language_model(
+            model, tokenizer=tokenizer, name=model_name, loader=loader, device=device
+        )
+        self.model.check_hooks(self.hooks)
+        self.tokenization = tokenization_for(self.model, cutting)
+        self._n_tokens: int | None = None
+        self._read: str | None = None
+
+    @torch.no_grad()
+    def rows(self, skip: int = 0) -> Iterator[Rows]:
+        """The rows of each forward pass; see `ActivationSource.rows`."""
+        if self._stream is None:  # read before
+            self._stream = self._opened()
+            self._beginning = list(itertools.islice(self._stream, FINGERPRINT_TEXTS))
+        texts, self._stream = itertools.chain(self._beginning, self._stream), None
+        read = hashlib.sha256()
+        n = 0
+        for batch in self.tokenization.batches(_hashed(texts, read), self._batch_size):
+            ahead = batch.keep.flatten().cumsum(dim=0).reshape(batch.keep.shape) + n
+            keep = batch.keep & (ahead > skip)
+            if self.n_rows is not None:
+                keep &= ahead <= self.n_rows
+            n = min(int(ahead.max()), self.n_rows or int(ahead.max()))
+            if keep.any():
+                batch = dataclasses.replace(batch, keep=keep)
+                places, values = batch.places(), {}
+                found = self.model.capture(batch.tokens, batch.attention_mask, list(self.hooks))
+                for name, activation in found.items():
+                    x = full_precision(activation[keep.to(activation.device)])
+                    check_finite(x, name, places)
+                    values[name] = x
+                self._n_tokens, self._read = n, read.hexdigest()  # whoever reads may stop here
+                yield Rows(places, values)
+            if n == self.n_rows:
+                break
+        self._n_tokens, self._read = n, read.hexdigest()
+        if n == 0:
+            raise ValueError(
+                "texts gave no token that counts: all were masked (BOS, padding, special tokens), or the "
+                "texts are empty"
+            )
+
+    def provenance(self, hook: str) -> Provenance:
+        """The model, the texts and how they were cut; once all is read, how much was."""
+        fingerprint = hashlib.sha256()
+        for _ in _hashed(self._beginning, fingerprint):
+            pass
+        lm, cutting = self.model, self.tokenization.cutting
+        return Provenance(
+            model_name=lm.name,
+            model_class_name=(
+                "AutoModelForCausalLM" if lm.loader == "huggingface" else "HookedTransformer"
+            ),
+            hook_name=hook,
+            model=lm.source,
+            loader=lm.loader,
+            context_size=cutting.context_size,
+            prepend_bos=self.tokenization.prepend_bos,
+            keep_special_tokens=cutting.keep_special_tokens,
+            dataset_path=str(self._texts) if isinstance(self._texts, str | Path) else None,
+            **describe_texts(self._texts, self._text_field, self._split),
+            texts_fingerprint=fingerprint.hexdigest(),
+            texts_read_sha256=self._read,
+            vocabulary_sha256=self.tokenization.vocabulary_sha256(),
+            batch_size=self._batch_size,
+            max_tokens=self.n_rows,
+            n_tokens=self._n_tokens,
+        )
+
+    def _opened(self) -> Iterator[str]:
+        return iterate_texts(self._texts, text_field=self._text_field, split=self._split)
+
+
+def hook_list(hooks: str | Sequence[str]) -> list[str]:
+    """One name or several as a list.
+
+    Raises:
+        TypeError: not a string, nor a sequence of them.
+        ValueError: none, or one twice.
+    """
+    names = [hooks] if isinstance(hooks, str) else hooks
+    if not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
+        raise TypeError(f"hook_names must be a hook name or a list of them, got {hooks!r}")
+    if not names or len(set(names)) != len(names):
+        raise ValueError(f"hook_names must be one or more different names, got {list(names)}")
+    return list(names)
+
+
+def tokenization_for(lm: LanguageModel, cutting: Cutting) -> Tokenization:
+    """How to cut texts into contexts for a model.
+
+    Raises:
+        ValueError: contexts are longer than the model's, or begin with a BOS token that it has not.
+    """
+    if lm.max_context is not None and cutting.context_size > lm.max_context:
+        raise ValueError(
+            f"context_size must be at most the model's {lm.max_context} tokens, got "
+            f"{cutting.context_size}"
+        )
+    return Tokenization(lm.tokenizer, cutting)
+
+
+def _hashed(texts: Iterable[str], digest: "hashlib._Hash") -> Iterator[str]:
+    """Pass texts on, adding each to the digest; lengths keep ["ab"] from being ["a", "b"]."""
+    for text in texts:
+        data = text.encode("utf-8", errors="surrogatepass")
+        digest.update(f"{len(data)}:".encode())
+        digest.update(data)
+        yield text

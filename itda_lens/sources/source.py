@@ -1,0 +1,99 @@
+"""The seam between activations and whoever uses them."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from itda_lens.pursuit import first_nonfinite_row
+from itda_lens.records import Places, Provenance
+
+
+class Rows(NamedTuple):
+    """Activations of some tokens, or of whatever else a source reads.
+
+    Attributes:
+        places: where each row came from.
+        values: the rows at each hook point, at least float32, all in the order of `places`.
+    """
+
+    places: Places
+    values: Mapping[str, Float[Tensor, "n width"]]
+
+
+class ActivationSource(Protocol):
+    """Where activations come from: a stream of rows that is the same each time it is read.
+
+    Attributes:
+        hooks: the names of its hook points; at least one.
+        n_rows: rows that it will give, at most; None if it does not know.
+    """
+
+    @property
+    def hooks(self) -> Sequence[str]: ...
+
+    @property
+    def n_rows(self) -> int | None: ...
+
+    def rows(self, skip: int = 0) -> Iterator[Rows]:
+        """The rows, in batches.
+
+        Args:
+            skip: rows to leave out at the beginning, for work that goes on where it stopped. The rows
+                that follow are those of a reading from the start, bit for bit on a CPU.
+
+        Raises:
+            ValueError: there is no row, or one has NaN or infinite values.
+        """
+        ...
+
+    def provenance(self, hook: str) -> Provenance:
+        """What is known of the rows at a hook point; complete once all have been read."""
+        ...
+
+
+class Activations(NamedTuple):
+    """Activations at one hook point, held in memory.
+
+    Attributes:
+        values: one activation a row, at least float32.
+        labels: where each row came from.
+    """
+
+    values: Float[Tensor, "n_tokens d_in"]
+    labels: Places
+
+
+def gathered(source: ActivationSource, progress: bool = False) -> dict[str, Activations]:
+    """All rows of a source, by hook point, held in memory.
+
+    Raises:
+        ValueError: as `source.rows`.
+    """
+    places: list[Places] = []
+    values: dict[str, list[Tensor]] = {hook: [] for hook in source.hooks}
+    with tqdm(
+        total=source.n_rows, unit="tok", unit_scale=True, desc="collecting", disable=not progress
+    ) as bar:
+        for rows in source.rows():
+            places.append(rows.places)
+            for hook, x in rows.values.items():
+                values[hook].append(x)
+            bar.update(len(rows.places))
+    everywhere = Places.joined(places)
+    return {hook: Activations(torch.cat(parts), everywhere) for hook, parts in values.items()}
+
+
+def full_precision(x: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
+    """The rows in float32, or float64 if they are: what pursuits and samples work in."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def check_finite(x: Float[Tensor, "n d"], name: str, places: Places) -> None:
+    """Raise ValueError, with the place of the first, where a row has NaN or infinite values."""
+    bad = first_nonfinite_row(x)
+    if bad is not None:
+        raise ValueError(f"NaN or infinite activation at {name!r}, {places[bad]}")

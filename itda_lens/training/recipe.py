@@ -1,0 +1,129 @@
+"""Everything that decides which atoms are chosen and how they encode."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal, get_args
+
+from itda_lens.dictionary import RULES, GreedyRule, Request, Rule
+from itda_lens.pursuit import DEFAULT_RTOL, Coding, Method, check_l0
+
+Preset = Literal["best", "thorough", "paper"]
+"""Names of rules (`dictionary.RULES`), each with the encoder that goes with it."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to get from activations to a dictionary, checked on construction.
+
+    Attributes:
+        d_sae: atoms; None leaves their number to the rule, if it can decide it ("paper").
+        coding: how the dictionary will encode; `coding.threshold` is calibrated where `l0` is given.
+        rule: how atoms are chosen.
+        l0: mean nonzeros per code, met by a threshold; None gives every code `coding.k`.
+        seed: of the samples that the rule and the calibration draw.
+        preset: the name of the rule, for the record; None for a rule of one's own.
+
+    Raises:
+        ValueError: a setting is out of range, or does not go with another.
+    """
+
+    d_sae: int | None
+    coding: Coding
+    rule: Rule
+    l0: float | None = None
+    seed: int = 0
+    preset: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.d_sae is not None:
+            if self.d_sae < 1:
+                raise ValueError(f"d_sae must be at least 1, got {self.d_sae}")
+            self.coding.check_atoms(self.d_sae, "d_sae")
+        if self.l0 is not None:
+            check_l0(self.l0, self.coding.k)
+        if self.seed < 0:
+            raise ValueError(f"seed must be at least 0, got {self.seed}")
+
+    @property
+    def chosen_for(self) -> int:
+        """Nonzeros of the codes that atoms are chosen for."""
+        return self.coding.k if self.l0 is None else max(1, round(self.l0))
+
+    def request(self, **stream: Any) -> Request:
+        """What a rule is asked for; `stream` holds d_in, dtype and device."""
+        return Request(
+            d_sae=self.d_sae, k=self.chosen_for, signed=self.coding.signed, seed=self.seed, **stream
+        )
+
+    def record(self) -> dict[str, Any]:
+        """The settings as plain data, for a dictionary's metadata."""
+        coding = asdict(self.coding)
+        del coding["threshold"]  # found, not asked for
+        rule: dict[str, Any] = {"name": type(self.rule).__name__}
+        rule |= asdict(self.rule)
+        record = {"preset": self.preset, "d_sae": self.d_sae, **coding, "l0": self.l0, "seed": self.seed}
+        return {**{name: value for name, value in record.items() if value is not None}, "rule": rule}
+
+
+def recipe_of(
+    *,
+    d_sae: int | None,
+    k: int,
+    preset: Preset = "best",
+    rule: str | Rule | None = None,
+    seed: int = 0,
+    method: Method | None = None,
+    signed: bool = True,
+    loss_threshold: float | None = None,
+    l0: float | None = None,
+    update: bool = False,
+    least_cosine: float | None = None,
+    rtol: float = DEFAULT_RTOL,
+) -> Recipe:
+    """The recipe of loose settings, as `fit` and `build` take them; see there.
+
+    Raises:
+        ValueError: a setting is out of range, or is none of the rule's.
+    """
+    if rule is None:
+        rule = preset
+        if preset not in get_args(Preset):
+            raise ValueError(f"preset must be one of {get_args(Preset)}, got {preset!r}")
+    elif preset != "best":
+        raise ValueError(f"rule takes the place of preset: give one of them, got preset={preset!r} too")
+    name = rule if isinstance(rule, str) else None
+    if isinstance(rule, str):
+        if rule not in RULES:
+            raise ValueError(f"rule must be one of {tuple(RULES)} or a rule, got {rule!r}")
+        rule = RULES[rule]
+    elif not callable(getattr(rule, "selector", None)):
+        raise ValueError(f"rule must be one of {tuple(RULES)} or have a method selector, got {rule!r}")
+    if least_cosine is not None and not update:
+        raise ValueError("least_cosine is a setting of update=True only")
+    given: Mapping[str, Any] = {
+        name: value
+        for name, value in (
+            ("loss_threshold", None if loss_threshold is None else float(loss_threshold)),
+            ("update", update or None),
+            ("least_cosine", None if least_cosine is None else float(least_cosine)),
+        )
+        if value is not None
+    }  # fmt: skip
+    for setting in given:
+        if setting not in type(rule).__dataclass_fields__:
+            raise ValueError(
+                f"{setting} is no setting of {f'preset={name!r}' if name else type(rule).__name__}"
+            )
+    rule = replace(rule, **given) if given else rule  # pyright: ignore[reportArgumentType]
+    if d_sae is None and not isinstance(rule, GreedyRule):
+        raise ValueError(f"d_sae must be given for {f'preset={name!r}' if name else 'this rule'}")
+    if method is None:
+        method = encoder_for(rule, signed)
+    return Recipe(d_sae, Coding(k, method, signed, rtol), rule, l0=l0, seed=seed, preset=name)
+
+
+def encoder_for(rule: Rule, signed: bool) -> Method:
+    """The encoder of a rule's preset: the best there is for such codes, or the paper's."""
+    if isinstance(rule, GreedyRule):
+        return "mp"
+    return "ols" if signed else "omp"

@@ -1,0 +1,165 @@
+"""One pass over a source: a selector for each hook point, then dictionaries."""
+
+import logging
+import time
+from dataclasses import replace
+
+import torch
+from tqdm.auto import tqdm
+
+from itda_lens.dictionary import Dictionary, Guided, Sated, Selector, StreamSample, assign_folds
+from itda_lens.pursuit import calibrate_out_of_fold
+from itda_lens.records import Provenance, versions
+from itda_lens.sae import ITDA, assemble
+from itda_lens.sources import ActivationSource, Rows, hook_is_per_head
+from itda_lens.training.recipe import Recipe
+
+logger = logging.getLogger(__name__)
+
+SECONDS_BETWEEN_FVU = 5.0
+"""The progress bar measures its FVU no more often: each is a small pursuit for every hook."""
+
+CALIBRATION_ROWS = 2048
+"""Activations to calibrate a threshold on: their mean L0 is off by a 45th of its standard deviation."""
+
+CALIBRATION_SEED = 3
+"""Added to the seed of a recipe, for a sample that shares no priorities with those of a rule."""
+
+
+def build_from(
+    source: ActivationSource, recipe: Recipe, *, metadata: dict[str, object] | None = None,
+    progress: bool = True,
+) -> dict[str, ITDA]:  # fmt: skip
+    """One labelled dictionary for each hook point of a source, from one reading of it.
+
+    Args:
+        source: where activations come from.
+        recipe: how atoms are chosen and encode.
+        metadata: more entries for `cfg.metadata`.
+        progress: show a progress bar with rows/s and, where the rule tells them, atoms and FVU so far.
+
+    Returns:
+        The dictionaries by hook name, in the order of `source.hooks`.
+
+    Raises:
+        ValueError: no rows, NaN or infinite ones, or fewer distinct ones than `recipe.d_sae`.
+    """
+    check_enough(recipe, source.n_rows)
+    with torch.no_grad():
+        points = _read(source, recipe, progress)
+        chosen = {hook: point.finish(progress) for hook, point in points.items()}
+    made = {}
+    for hook, (dictionary, threshold) in chosen.items():
+        logger.info("%s: %d atoms chosen", hook, len(dictionary.atoms))
+        provenance = replace(source.provenance(hook), recipe=recipe.record(), versions=versions())
+        made[hook] = _assembled(dictionary, threshold, recipe, provenance, metadata or {})
+    return made
+
+
+def check_enough(recipe: Recipe, n_rows: int | None) -> None:
+    """Refuse a dictionary of more atoms than there will be activations.
+
+    Raises:
+        ValueError: there are fewer.
+    """
+    if recipe.d_sae is not None and n_rows and recipe.d_sae > n_rows:
+        raise ValueError(
+            f"d_sae must be at most the number of activations: got d_sae={recipe.d_sae} for "
+            f"{n_rows} rows"
+        )
+
+
+class _Point:
+    """The run at one hook point: the rule's selector, and the rows that a threshold is calibrated on.
+
+    These belong to the run, not to the rule: so every rule works with a mean L0.
+    """
+
+    def __init__(self, recipe: Recipe, x: torch.Tensor) -> None:
+        self.selector: Selector = recipe.rule.selector(
+            recipe.request(d_in=x.shape[1], dtype=x.dtype, device=x.device)
+        )
+        self._recipe = recipe
+        self._sample = None
+        if recipe.l0 is not None:
+            seed = recipe.seed + CALIBRATION_SEED
+            self._sample = StreamSample(
+                x.shape[1], CALIBRATION_ROWS, seed, x.dtype, x.device, distinct=False, labelled=False
+            )
+
+    @property
+    def done(self) -> bool:
+        return isinstance(self.selector, Sated) and self.selector.done
+
+    def update(self, x: torch.Tensor, rows: Rows) -> None:
+        self.selector.update(x, rows.places)
+        if self._sample is not None:
+            self._sample.update(x, rows.places)
+
+    def finish(self, progress: bool) -> tuple[Dictionary, float]:
+        """The dictionary, and the threshold at which its codes have the mean L0 that was asked for."""
+        dictionary = self.selector.finish(progress)
+        if self._sample is None or self._recipe.l0 is None:
+            return dictionary, 0.0
+        coding = self._recipe.coding
+        folds, atom_folds = assign_folds(self._sample.places(), dictionary.labels)
+        threshold = calibrate_out_of_fold(
+            self._sample.rows() - dictionary.mean,
+            folds,
+            dictionary.atoms,
+            atom_folds,
+            self._recipe.l0,
+            min(coding.k, len(dictionary.atoms)),
+            method=coding.method,
+            signed=coding.signed,
+            rtol=coding.rtol,
+        )
+        return dictionary, threshold
+
+
+def _read(source: ActivationSource, recipe: Recipe, progress: bool) -> dict[str, _Point]:
+    points: dict[str, _Point] = {}
+    fvu_at = time.perf_counter()
+    with tqdm(
+        total=source.n_rows, unit="tok", unit_scale=True, desc="building", disable=not progress
+    ) as bar:
+        for rows in source.rows():
+            for hook, x in rows.values.items():
+                if hook not in points:
+                    points[hook] = _Point(recipe, x)
+                points[hook].update(x, rows)
+            bar.update(len(rows.places))
+            now = time.perf_counter()
+            if progress and now - fvu_at > SECONDS_BETWEEN_FVU:
+                fvu_at = now
+                bar.set_postfix(_status(points))
+            if all(point.done for point in points.values()):
+                break
+    return points
+
+
+def _status(points: dict[str, _Point]) -> dict[str, str]:
+    guides = [point.selector for point in points.values() if isinstance(point.selector, Guided)]
+    return {
+        "atoms": "/".join(str(guide.n_atoms) for guide in guides),
+        "FVU": "/".join(f"{guide.running_fvu():.3f}" for guide in guides),
+    }
+
+
+def _assembled(
+    dictionary: Dictionary, threshold: float, recipe: Recipe, provenance: Provenance,
+    metadata: dict[str, object],
+) -> ITDA:  # fmt: skip
+    coding = replace(recipe.coding, k=min(recipe.coding.k, len(dictionary.atoms)), threshold=threshold)
+    hook = provenance.hook_name
+    itda = assemble(
+        dictionary.atoms,
+        dictionary.mean,
+        coding=coding,
+        l0=recipe.l0,
+        labels=dictionary.labels,
+        metadata=metadata,
+        reshape_activations="hook_z" if hook and hook_is_per_head(hook) else "none",
+    )
+    provenance.into(itda.cfg.metadata)
+    return itda
