@@ -539,7 +539,7 @@ class TestFiles:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(k=0), "k must be between 1 and d_sae=40, got 0"),
+        (dict(k=0), "k must be at least 1, got 0"),
         (dict(k=41), "k must be between 1 and d_sae=40, got 41"),
         (dict(method="lasso"), "method must be one of"),
         (dict(rtol=1.0), "rtol must be"),

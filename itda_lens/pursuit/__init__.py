@@ -1,8 +1,13 @@
 """Pure tensor functions: activations and atoms in, sparse codes out."""
 
-from itda_lens.pursuit.calibration import calibrate_out_of_fold, calibrate_threshold, check_l0
+from itda_lens.pursuit.calibration import (
+    calibrate_out_of_fold,
+    calibrate_threshold,
+    check_l0,
+    threshold_for_l0,
+)
 from itda_lens.pursuit.codes import SparseCodes
-from itda_lens.pursuit.encode import DEFAULT_RTOL, Method, check_sign, encode
+from itda_lens.pursuit.coding import DEFAULT_RTOL, Coding, Method, check_sign
 from itda_lens.pursuit.finite import first_nonfinite_row
 from itda_lens.pursuit.gram import (
     GRAM_BUDGET_BYTES,
@@ -13,13 +18,18 @@ from itda_lens.pursuit.gram import (
     inner_products,
 )
 from itda_lens.pursuit.gram_rows import GramRows
+from itda_lens.pursuit.methods import PURSUITS
+from itda_lens.pursuit.prepared import PreparedAtoms, encode
 
 __all__ = [
     "DEFAULT_RTOL",
     "GRAM_BUDGET_BYTES",
+    "PURSUITS",
+    "Coding",
     "GramMatrix",
     "GramRows",
     "Method",
+    "PreparedAtoms",
     "SparseCodes",
     "calibrate_out_of_fold",
     "calibrate_threshold",
@@ -31,4 +41,5 @@ __all__ = [
     "gram_fits",
     "gram_matrix",
     "inner_products",
+    "threshold_for_l0",
 ]

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -10,15 +11,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from itda_lens.pursuit.codes import SparseCodes
-from itda_lens.pursuit.encode import DEFAULT_RTOL, Method, check_k, encode
-from itda_lens.pursuit.gram import (
-    GRAM_BUDGET_BYTES,
-    GramMatrix,
-    gram_dtype,
-    gram_fits,
-    gram_matrix,
-    leave_out,
-)
+from itda_lens.pursuit.coding import DEFAULT_RTOL, Coding, Method
+from itda_lens.pursuit.gram import GRAM_BUDGET_BYTES, GramMatrix, gram_dtype, gram_fits
+from itda_lens.pursuit.prepared import PreparedAtoms
 
 CLOSE_ENOUGH = 0.005
 """Relative distance from the mean L0 asked for, about, at which calibration stops: of some thousands of
@@ -87,9 +82,18 @@ def calibrate_threshold(
     Raises:
         ValueError: `x` is empty or zero, `l0` or `k` is out of range; what `encode` raises.
     """
-    check_k(k, len(atoms))
-    pursuit = partial(encode, method=method, signed=signed, rtol=rtol)
-    return _calibrate([_Part(x, atoms, gram)], l0, k, pursuit)
+    coding = Coding(k, method, signed, rtol)
+    return threshold_for_l0(x, PreparedAtoms.with_gram(atoms, coding, gram), l0)
+
+
+@torch.no_grad()
+def threshold_for_l0(x: Float[Tensor, "n d"], prepared: PreparedAtoms, l0: float) -> float:
+    """`calibrate_threshold` for atoms that are prepared; the threshold of their coding is not looked at.
+
+    Raises:
+        ValueError: as `calibrate_threshold`.
+    """
+    return _calibrate([_Part(x, prepared)], l0, prepared.coding.k)
 
 
 @torch.no_grad()
@@ -118,37 +122,33 @@ def calibrate_out_of_fold(
     Raises:
         ValueError: a fold has all atoms; what `calibrate_threshold` raises.
     """
-    check_k(k, len(atoms))
+    coding = Coding(k, method, signed, rtol)
+    coding.check_atoms(len(atoms))
     order = atom_folds.argsort(stable=True)
     atoms, atom_folds = atoms[order], atom_folds[order]
     used = folds.unique().tolist()
     budget = GRAM_BUDGET_BYTES // max(1, len(used))
-    whole = None
     if gram_fits(len(atoms), gram_dtype(atoms, method, signed), budget):
-        whole = gram_matrix(atoms, method=method, signed=signed)
+        prepared = PreparedAtoms(atoms, coding)
+    else:
+        prepared = PreparedAtoms.with_gram(atoms, coding, None)  # one for each fold is too large too
     parts = []
     for fold in used:
         start, stop = torch.searchsorted(atom_folds, atom_folds.new_tensor([fold, fold + 1])).tolist()
-        others = torch.cat([atoms[:start], atoms[stop:]])
-        if not len(others):
+        if stop - start == len(atoms):
             raise ValueError(f"atom_folds must leave atoms for the rows of fold {fold}, got all in it")
-        if isinstance(whole, Tensor):
-            gram = leave_out(whole, start, stop)
-        else:
-            gram = gram_matrix(others, budget, method=method, signed=signed)
-        parts.append(_Part(x[folds == fold], others, gram))
-    return _calibrate(parts, l0, k, partial(encode, method=method, signed=signed, rtol=rtol))
+        parts.append(_Part(x[folds == fold], prepared.without(start, stop, budget)))
+    return _calibrate(parts, l0, k)
 
 
 class _Part(NamedTuple):
     """Rows, and the atoms that they are coded with."""
 
     x: Float[Tensor, "n d"]
-    atoms: Float[Tensor, "n_atoms d"]
-    gram: GramMatrix | None
+    atoms: PreparedAtoms
 
 
-def _calibrate(parts: list[_Part], l0: float, k: int, pursuit: Callable[..., SparseCodes]) -> float:
+def _calibrate(parts: list[_Part], l0: float, k: int) -> float:
     check_l0(l0, k)
     n = sum(len(part.x) for part in parts)
     if not n:
@@ -162,10 +162,11 @@ def _calibrate(parts: list[_Part], l0: float, k: int, pursuit: Callable[..., Spa
         return 0.0
 
     def codes(step: int, most: int, threshold: float = 0.0) -> list[SparseCodes]:
-        return [
-            pursuit(x[::step], atoms, min(most, len(atoms)), threshold=threshold, gram=gram)
-            for x, atoms, gram in parts
-        ]
+        def coded(x: Tensor, atoms: PreparedAtoms) -> SparseCodes:
+            coding = replace(atoms.coding, k=min(most, len(atoms)), threshold=threshold)
+            return atoms.with_coding(coding).encode(x)
+
+        return [coded(x[::step], atoms) for x, atoms in parts]
 
     def mean_l0(step: int, threshold: float) -> float:
         return torch.cat([part.l0() for part in codes(step, k, threshold)]).double().mean().item()

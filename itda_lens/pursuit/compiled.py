@@ -10,10 +10,10 @@ import torch
 from jaxtyping import Float, Int, Int16
 from torch import Tensor
 
-from itda_lens.pursuit import least_squares
+from itda_lens.pursuit.coding import Coding
 from itda_lens.pursuit.fixed_point import compiled_loops, error_bounds
 from itda_lens.pursuit.gram_rows import GramRows, WholeGram
-from itda_lens.pursuit.orthogonal import dependence_tolerance
+from itda_lens.pursuit.methods import PURSUITS
 from itda_lens.pursuit.precision import float32_products
 
 CORRELATION_BYTES = 32 * 1024**2
@@ -35,42 +35,31 @@ def available(device: torch.device) -> bool:
     return device.type == "cpu" and find_spec("numba") is not None
 
 
-def supports(method: str, signed: bool) -> bool:
-    """Whether there is a compiled loop for this pursuit; non-negative OMP has none."""
-    return method == "mp" or signed
-
-
-def rows_in_turn(method: str, k: int, n: int, d: int) -> int:
-    """Rows of the Gram matrix, at most, that one row of activations needs."""
-    return least_squares.most_held(k, n, d) if method == "ols" else k
-
-
 def search(
     x: Float[Tensor, "b d"],
     atoms: Float[Tensor, "n d"],
     gram: Int16[Tensor, "n n"] | GramRows,
-    k: int,
-    method: str,
-    signed: bool,
-    rtol: float,
-    threshold: float,
+    coding: Coding,
 ) -> tuple[Int[Tensor, "b k"], Float[Tensor, "b k"]]:
-    """What `search` of `matching`, `orthogonal` or `least_squares` does, exact to float64 rounding.
+    """The picks and coefficients of the torch form of this pursuit, exact to float64 rounding.
 
-    Uses as many threads as torch does (`torch.get_num_threads()`).
+    It runs in `torch.get_num_threads()` threads. `PURSUITS` must have a loop for `coding`.
 
     Returns:
         picks: the atom of each slot, -1 where it is unused.
         coefficients: of each slot, 0 where it is unused; in the dtype of x.
     """
     n = len(atoms)
-    picks = x.new_empty(len(x), k, dtype=torch.long)
-    coefficients = x.new_empty(len(x), k, dtype=torch.float64)
+    picks = x.new_empty(len(x), coding.k, dtype=torch.long)
+    coefficients = x.new_empty(len(x), coding.k, dtype=torch.float64)
     rows = x.detach().double().contiguous()
     energies = rows.square().sum(dim=-1)
     unit = (rows / energies.sqrt().masked_fill(energies == 0, 1)[:, None]).float()
-    most = rows_in_turn(method, k, *atoms.shape)
-    kernel, options = _kernel(atoms, method, most, signed, rtol, threshold)
+    pursuit = PURSUITS[coding.method]
+    assert pursuit.loop is not None
+    most = pursuit.most_held(coding.k, *atoms.shape)
+    kernel: Any = getattr(compiled_loops(), pursuit.loop.name)
+    options = (*pursuit.loop.settings(coding, most, atoms.dtype), *error_bounds(atoms.shape[1]))
     atoms = atoms.detach().contiguous()
     atoms_32 = atoms.float()
     n_threads = torch.get_num_threads()
@@ -112,17 +101,3 @@ def search(
                 if len(open_rows):
                     table.add(missing[open_rows].unique())
     return picks, coefficients.to(x.dtype)
-
-
-def _kernel(
-    atoms: Tensor, method: str, most: int, signed: bool, rtol: float, threshold: float
-) -> tuple[Any, tuple[Any, ...]]:
-    """The kernel of a pursuit, and its arguments between the table of rows and the results."""
-    loops = compiled_loops()
-    errors = error_bounds(atoms.shape[1])
-    if method == "mp":
-        return loops.matching_rows, (signed, rtol, threshold, *errors)
-    if method == "ols":
-        numbers = (rtol, threshold, least_squares.AHEAD * threshold, least_squares.LEAST_DISTANCE)
-        return loops.least_squares_rows, (most, *numbers, *errors)
-    return loops.orthogonal_rows, (rtol, threshold, dependence_tolerance(atoms.dtype), *errors)

@@ -7,6 +7,10 @@ from torch import Tensor
 BLOCK = 4096
 """Rows looked at more closely at a time."""
 
+LARGEST = 1e150
+"""Size from which numbers are refused: the squared norm of a row must be finite in float64. Only float64
+can hold larger ones."""
+
 
 def first_nonfinite_row(x: Float[Tensor, "n d"]) -> int | None:
     """The first row with a NaN or an infinite number; None if there is none."""
@@ -17,3 +21,16 @@ def first_nonfinite_row(x: Float[Tensor, "n d"]) -> int | None:
         if len(bad):
             return int(bad[0])
     return None
+
+
+def check_rows(name: str, x: Float[Tensor, "n d"]) -> None:
+    """Refuse rows that a pursuit cannot compute with.
+
+    Raises:
+        ValueError: a number is NaN, infinite, or larger than `LARGEST`; the message names the row.
+    """
+    bad = first_nonfinite_row(x)
+    if bad is not None:
+        raise ValueError(f"{name} has NaN or infinite values, first in row {bad}")
+    if x.dtype == torch.float64 and x.numel() and (largest := x.detach().abs().max()) > LARGEST:
+        raise ValueError(f"{name} must be at most {LARGEST:.0e} in size, got {largest:.3g}")

@@ -32,13 +32,10 @@ def serves(device: torch.device) -> bool:
 
 
 def available(device: torch.device, d: int, dtype: torch.dtype) -> bool:
-    """Whether the kernel can run: Triton is installed, compiles it, and it gets a known result right."""
-    return serves(device) and all(map(find_spec, ("triton", "numba"))) and _works(device, d, dtype)
-
-
-def supports(method: str, d: int) -> bool:
-    """Whether there is a kernel for this pursuit: OMP has none."""
-    return method == "mp" and d <= WIDEST
+    """Whether the kernel can run: `d` is not too wide, and Triton is installed, compiles it, and gets a
+    known result right."""
+    installed = d <= WIDEST and all(map(find_spec, ("triton", "numba")))
+    return serves(device) and installed and _works(device, d, dtype)
 
 
 @cache

@@ -8,6 +8,8 @@ from torch import Tensor
 from itda_lens.pursuit import compiled, gpu
 from itda_lens.pursuit.fixed_point import fixed_point, fixed_point_gram
 from itda_lens.pursuit.gram_rows import GramRows
+from itda_lens.pursuit.methods import pursuit_named
+from itda_lens.pursuit.precision import at_least_float32, full_precision
 
 GRAM_BUDGET_BYTES = 2 * 1024**3
 """Default budget of whole matrices: 32,768 atoms in fixed point, 23,170 in float32. A constant, not a
@@ -29,14 +31,17 @@ GramMatrix = Float[Tensor, "n n"] | Int16[Tensor, "n n"] | GramRows
 
 
 def gram_dtype(atoms: Float[Tensor, "n d"], method: str = "mp", signed: bool = True) -> torch.dtype:
-    """int16 where a compiled form of this pursuit can run, otherwise the dtype of the atoms."""
+    """int16 where a compiled form of this pursuit can run; otherwise the atoms' dtype, at least float32.
+
+    Raises:
+        ValueError: there is no pursuit `method`.
+    """
+    pursuit, d = pursuit_named(method), atoms.shape[1]
     if gpu.serves(atoms.device):
-        fixed = gpu.supports(method, atoms.shape[1]) and gpu.available(
-            atoms.device, atoms.shape[1], atoms.dtype
-        )
+        fixed = pursuit.on_gpu is not None and gpu.available(atoms.device, d, atoms.dtype)
     else:
-        fixed = compiled.available(atoms.device) and compiled.supports(method, signed)
-    return torch.int16 if fixed else atoms.dtype
+        fixed = pursuit.has_loop(signed) and compiled.available(atoms.device)
+    return torch.int16 if fixed else at_least_float32(atoms.dtype)
 
 
 def gram_fits(n_atoms: int, dtype: torch.dtype, budget_bytes: int = GRAM_BUDGET_BYTES) -> bool:
@@ -48,7 +53,10 @@ def inner_products(
     a: Float[Tensor, "m d"], b: Float[Tensor, "n d"], dtype: torch.dtype
 ) -> Float[Tensor, "m n"] | Int16[Tensor, "m n"]:
     """`a @ b.T`: rows of a Gram matrix of this dtype (int16: see `fixed_point`)."""
-    return fixed_point(a, b) if dtype == torch.int16 else (a @ b.T).to(dtype)
+    if dtype == torch.int16:
+        return fixed_point(a, b)
+    with full_precision(a.device):
+        return a.to(dtype) @ b.to(dtype).T
 
 
 def gram_matrix(

@@ -1,8 +1,8 @@
-"""Matrix products in float32 that are just that, whatever precision the user allows elsewhere."""
+"""Arithmetic in the precision that is stated, whatever precision the user allows elsewhere."""
 
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,16 +12,57 @@ from torch import Tensor
 
 FLOAT32_UNIT = 2.0**-24
 
-_switching = threading.RLock()
-"""Held while torch's setting, which is the process's, is another than the user's."""
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""The dtypes that activations and atoms may have."""
+
+_switching = threading.Lock()
+"""Held while torch's settings, which are the process's, are looked at and changed."""
+
+_inside: dict[str, int] = {}
+"""How many blocks of `full_precision` are open, by the setting that they need."""
+
+_restore: dict[str, Callable[[], None]] = {}
+"""How to give a setting its former value, while one is open."""
+
+
+def check_floats(name: str, tensor: Tensor) -> None:
+    """Refuse anything but a dense tensor of one of `FLOATS`.
+
+    Raises:
+        TypeError: it is another kind of thing; the message says of which.
+    """
+    allowed = "a dense tensor of float16, bfloat16, float32 or float64"
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be {allowed}, got {type(tensor).__name__}")
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{name} must be {allowed}, got the layout {tensor.layout}")
+    if tensor.dtype not in FLOATS:
+        raise TypeError(f"{name} must be {allowed}, got {tensor.dtype}")
+
+
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    """In which pursuits compute with numbers of this dtype."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def float32_products(
     a: Float[Tensor, "m d"], b: Float[Tensor, "n d"], out: Float[Tensor, "m n"] | None = None
 ) -> Float[Tensor, "m n"]:
     """`a @ b.T` in float32, under autocast and with TF32 or bfloat16 products allowed too."""
-    with torch.autocast(a.device.type, enabled=False), _full_precision(a.device):
+    with full_precision(a.device):
         return torch.mm(a.float(), b.float().T, out=out)
+
+
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Within, products on `device` are computed in their own dtype: no autocast, no TF32, no bfloat16.
+
+    Autocast is a thread's setting. The others are the process's: while a block is open in one thread,
+    products of other threads are of full precision too. Blocks of several threads may overlap; when the
+    last one ends, the setting is what it was before the first.
+    """
+    with torch.autocast(device.type, enabled=False), _strict_products(device):
+        yield
 
 
 def product_error(d: int) -> float:
@@ -34,8 +75,13 @@ def product_error(d: int) -> float:
 
 
 def _after_fork() -> None:
+    """Let the child begin as if none of the threads that it does not have had been at work."""
     global _switching
-    _switching = threading.RLock()  # a thread that the child does not have may have held it
+    _switching = threading.Lock()
+    for restore in _restore.values():
+        restore()
+    _restore.clear()
+    _inside.clear()
 
 
 if hasattr(os, "register_at_fork"):
@@ -43,24 +89,38 @@ if hasattr(os, "register_at_fork"):
 
 
 @contextmanager
-def _full_precision(device: torch.device) -> Iterator[None]:
+def _strict_products(device: torch.device) -> Iterator[None]:
     backends: Any = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
     backend: Any = getattr(backends, "matmul", None)
+    newer = hasattr(backend, "fp32_precision")
+    key = device.type if newer else "all"  # the older setting is one for all devices
     with _switching:
-        if hasattr(backend, "fp32_precision"):
-            # Not the older functions: they raise an error once anyone has used these settings.
-            allowed = backend.fp32_precision
-            backend.fp32_precision = "none"
-            inherited = backend.fp32_precision == allowed  # from a wider setting, and must go on so
-            backend.fp32_precision = "ieee"
-            try:
-                yield
-            finally:
-                backend.fp32_precision = "none" if inherited else allowed
-        else:
-            allowed = torch.get_float32_matmul_precision()
-            torch.set_float32_matmul_precision("highest")
-            try:
-                yield
-            finally:
-                torch.set_float32_matmul_precision(allowed)
+        if not _inside.get(key):
+            _restore[key] = _switch(backend) if newer else _switch_older()
+        _inside[key] = _inside.get(key, 0) + 1
+    try:
+        yield
+    finally:
+        with _switching:
+            _inside[key] -= 1
+            if not _inside[key]:
+                _restore.pop(key)()
+
+
+def _switch(backend: Any) -> Callable[[], None]:
+    """Not by the older functions: they raise an error once anyone has used these settings."""
+    allowed = backend.fp32_precision
+    backend.fp32_precision = "none"
+    inherited = backend.fp32_precision == allowed  # from a wider setting, and must go on so
+    backend.fp32_precision = "ieee"
+
+    def restore() -> None:
+        backend.fp32_precision = "none" if inherited else allowed
+
+    return restore
+
+
+def _switch_older() -> Callable[[], None]:
+    allowed = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    return lambda: torch.set_float32_matmul_precision(allowed)

@@ -2,10 +2,9 @@
 
 import copy
 import json
-import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -17,11 +16,11 @@ from typing_extensions import override
 
 from itda_lens.pursuit import (
     DEFAULT_RTOL,
+    Coding,
     Method,
+    PreparedAtoms,
     SparseCodes,
-    calibrate_threshold,
-    check_sign,
-    encode,
+    threshold_for_l0,
 )
 from itda_lens.records import Labels, replacing
 from itda_lens.sae.prepared import Prepared, prepare
@@ -66,6 +65,15 @@ class ITDAConfig(SAEConfig):
     mirrored: bool = False
 
     @property
+    def coding(self) -> Coding:
+        """The settings of the pursuit.
+
+        Raises:
+            ValueError: one is out of range.
+        """
+        return Coding(self.k, self.method, self.signed, self.rtol, self.threshold)
+
+    @property
     def n_pursued(self) -> int:
         """How many atoms pursuits choose from: all, or the first half of a mirrored dictionary."""
         return self.d_sae // 2 if self.mirrored else self.d_sae
@@ -83,16 +91,11 @@ class ITDAConfig(SAEConfig):
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.mirrored and self.d_sae % 2:
             raise ValueError(f"d_sae must be even for mirrored=True, got {self.d_sae}")
-        if not 1 <= self.k <= self.n_pursued:
-            whole = "d_sae / 2" if self.mirrored else "d_sae"
-            raise ValueError(f"k must be between 1 and {whole}={self.n_pursued}, got {self.k}")
-        if self.method not in get_args(Method):
-            raise ValueError(f"method must be one of {get_args(Method)}, got {self.method!r}")
-        check_sign(self.method, self.signed)
-        if not 0 <= self.rtol < 1:
-            raise ValueError(f"rtol must be at least 0 and below 1, got {self.rtol}")
-        if not 0 <= self.threshold < math.inf:
-            raise ValueError(f"threshold must be at least 0 and finite, got {self.threshold}")
+        coding = self.coding
+        coding.check_atoms(self.n_pursued, "d_sae / 2" if self.mirrored else "d_sae")
+        # numpy's numbers have become Python's, which cfg.json can hold.
+        self.k, self.signed = coding.k, coding.signed
+        self.rtol, self.threshold = coding.rtol, coding.threshold
         if self.l0 is not None and not self.l0 > 0:
             raise ValueError(f"l0 must be above 0, got {self.l0}")
 
@@ -145,8 +148,8 @@ class ITDA(SAE[ITDAConfig]):
             ValueError: `x` has the wrong width, NaN or infinite values.
         """
         sae_in = self.process_sae_in(self._check_width(x))
-        atoms, norms, pursuit = self._pursuit()
-        codes = encode(sae_in, atoms, self.cfg.k, threshold=self.cfg.threshold, **pursuit)
+        atoms, norms = self._prepare(self.cfg.coding)
+        codes = atoms.encode(sae_in)
         if norms is not None:
             codes = codes._replace(values=codes.values / norms[codes.indices])
         return codes.mirrored(self.cfg.n_pursued) if self.cfg.mirrored else codes
@@ -180,9 +183,10 @@ class ITDA(SAE[ITDAConfig]):
         """
         most = self.cfg.k if k is None else k
         sae_in = self.process_sae_in(self._check_width(x)).reshape(-1, self.cfg.d_in)
-        atoms, _, pursuit = self._pursuit()
-        threshold = calibrate_threshold(sae_in, atoms, l0, most, **pursuit)
-        self.cfg.k, self.cfg.threshold, self.cfg.l0 = most, threshold, float(l0)
+        coding = replace(self.cfg.coding, k=most)
+        atoms, _ = self._prepare(coding)
+        threshold = threshold_for_l0(sae_in, atoms, l0)
+        self.cfg.k, self.cfg.threshold, self.cfg.l0 = coding.k, threshold, float(l0)
         return threshold
 
     @override
@@ -228,29 +232,22 @@ class ITDA(SAE[ITDAConfig]):
             raise ValueError(f"x must have d_in={self.cfg.d_in} numbers per row, got {tuple(x.shape)}")
         return x
 
-    def _pursuit(self) -> tuple[Tensor, Tensor | None, dict[str, Any]]:
-        """Unit atoms, their norms where those were not 1, and the options of `encode`."""
-        prepared = self._prepare()
-        atoms, norms = self.W_dec[: self.cfg.n_pursued], prepared.norms
-        if norms is not None:
-            atoms = atoms.to(norms.dtype) / norms[:, None]
-        options = dict(
-            method=self.cfg.method,
-            signed=self.cfg.signed,
-            rtol=max(self.cfg.rtol, torch.finfo(self.W_dec.dtype).eps),
-            gram=prepared.gram,
-        )
-        return atoms, norms, options
+    def _prepare(self, coding: Coding) -> tuple[PreparedAtoms, Tensor | None]:
+        """Unit atoms, ready for this coding, and their norms where those were not 1.
 
-    def _prepare(self) -> Prepared:
-        """Norms and Gram matrix of `W_dec`, computed anew when it has changed.
+        Norms and Gram matrix are computed anew when `W_dec` has changed.
 
         Raises:
-            ValueError: `W_dec` has NaN or infinite values.
+            ValueError: `W_dec` has NaN or infinite values, or another shape than the configuration says.
         """
-        weights = self.W_dec.detach()[: self.cfg.n_pursued]
-        self._prepared = prepare(weights, self.cfg.method, self.cfg.signed, self._prepared)
-        return self._prepared
+        atoms = self.W_dec[: self.cfg.n_pursued]
+        self._prepared = prepare(atoms.detach(), coding.method, coding.signed, self._prepared)
+        norms = self._prepared.norms
+        if norms is not None:
+            atoms = atoms.to(norms.dtype) / norms[:, None]
+        rtol = max(coding.rtol, torch.finfo(self.W_dec.dtype).eps)
+        coding = replace(coding, rtol=rtol)
+        return PreparedAtoms.with_gram(atoms, coding, self._prepared.gram), norms
 
     # labels
 
