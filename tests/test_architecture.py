@@ -16,6 +16,7 @@ ROOMS = [
     {"saebench"},
     {"compare", "analysis"},
     {"training"},
+    {"samples"},
     {"sources"},
     {"sae"},
     {"dictionary"},
