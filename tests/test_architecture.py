@@ -15,6 +15,7 @@ ROOMS = [
     {"reports"},
     {"saebench"},
     {"compare", "analysis"},
+    {"architectures"},
     {"training"},
     {"samples"},
     {"sources"},

@@ -8,8 +8,9 @@ from typing import Any, get_args
 
 from sae_lens.constants import SAE_CFG_FILENAME
 
+from itda_lens.architectures.inference import save_inference
+from itda_lens.architectures.kinds import Baseline, baseline
 from itda_lens.sae import ITDA
-from itda_lens.saebench.baselines import Baseline, baseline, save_inference
 from itda_lens.sources import describe_texts
 from itda_lens.training import BUILD_KEY, collect
 
