@@ -20,7 +20,8 @@ HOSTS := $(VENV)-saebench
 HOSTS_BIN := $(HOSTS)/bin
 HOSTS_FILES := constraints-saebench.txt requirements-saebench.txt
 HOSTS_STAMP := $(HOSTS)/.installed-$(subst /,_,$(TORCH))
-HOSTS_TESTS := tests/test_contracts_saelens.py tests/test_contracts_transformerlens.py tests/test_saebench.py
+HOSTS_TESTS := tests/test_contracts_saelens.py tests/test_contracts_transformerlens.py \
+	tests/test_architectures.py tests/test_saebench.py
 
 PARALLEL := --numprocesses $(WORKERS) --dist loadfile
 

@@ -14,8 +14,8 @@ import pstats
 from typing import Any
 
 import itda_lens
-from itda_lens.demo.prose import reference_prose
-from itda_lens.demo.smollm2 import load
+from itda_lens.samples import reference_prose
+from itda_lens.samples.smollm2 import load
 from itda_lens.sources import language_model
 
 HOOK = "blocks.10.hook_resid_post"

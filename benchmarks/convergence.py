@@ -17,7 +17,7 @@ from small_models import CHECKPOINTS, trained
 
 from itda_lens import fit
 from itda_lens.compare import OF_LABELS, Measure, activation_similarity, compare, jaccard
-from itda_lens.demo.prose import reference_prose
+from itda_lens.samples import reference_prose
 from itda_lens.sources import language_model
 from itda_lens.training import Activations, collect
 

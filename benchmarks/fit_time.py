@@ -14,8 +14,8 @@ from typing import Any
 from pareto import k_for, split
 
 from itda_lens import fit
-from itda_lens.demo.smollm2 import load
-from itda_lens.saebench import train_sae
+from itda_lens.architectures import train_sae
+from itda_lens.samples.smollm2 import load
 from itda_lens.sources import language_model
 
 

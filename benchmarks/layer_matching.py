@@ -38,7 +38,7 @@ from itda_lens.compare import (
     compare,
     layer_matching_accuracy,
 )
-from itda_lens.demo.prose import reference_prose
+from itda_lens.samples import reference_prose
 from itda_lens.sources import iterate_texts, language_model
 from itda_lens.training import Activations, collect
 

@@ -14,7 +14,7 @@ from measures import fvu_and_l0
 from pareto import k_for, split
 
 from itda_lens import fit
-from itda_lens.demo.smollm2 import load
+from itda_lens.samples.smollm2 import load
 from itda_lens.sources import language_model
 
 KINDS: dict[str, dict[str, Any]] = {"pure": {}, "updated": dict(update=True)}

@@ -25,7 +25,7 @@ from results import Results
 from small_models import contexts, docstrings, learn, opened, save, split, trained
 
 from itda_lens.compare import diff_models
-from itda_lens.demo.prose import reference_prose
+from itda_lens.samples import reference_prose
 from itda_lens.sources import language_model
 
 NOUNS = (

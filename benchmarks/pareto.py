@@ -22,10 +22,10 @@ from torch import Tensor
 
 from itda_lens import ITDA, fit
 from itda_lens.analysis import evaluate
-from itda_lens.demo.prose import HELD_OUT, reference_prose
-from itda_lens.demo.smollm2 import load
+from itda_lens.architectures import baseline, save_inference, train_sae
 from itda_lens.dictionary import RunningFVU
-from itda_lens.saebench import baseline, save_inference, train_sae
+from itda_lens.samples import HELD_OUT, reference_prose
+from itda_lens.samples.smollm2 import load
 from itda_lens.sources import LanguageModel, language_model
 from itda_lens.training import Activations, collect
 

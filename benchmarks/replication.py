@@ -16,9 +16,9 @@ from torch import Tensor
 
 from itda_lens import ITDA, fit
 from itda_lens.analysis import evaluate
-from itda_lens.demo.prose import reference_prose
-from itda_lens.demo.smollm2 import load
 from itda_lens.sae import assemble
+from itda_lens.samples import reference_prose
+from itda_lens.samples.smollm2 import load
 from itda_lens.sources import LanguageModel, language_model
 from itda_lens.training import collect
 

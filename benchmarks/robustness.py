@@ -13,9 +13,9 @@ import torch
 from measures import fvu_and_l0
 
 from itda_lens import fit
-from itda_lens.demo.prose import reference_prose
-from itda_lens.demo.smollm2 import load
-from itda_lens.saebench import random_atoms
+from itda_lens.architectures import random_atoms
+from itda_lens.samples import reference_prose
+from itda_lens.samples.smollm2 import load
 from itda_lens.sources import language_model
 from itda_lens.training import collect
 

@@ -18,10 +18,10 @@ import torch
 from pareto import k_for
 
 from itda_lens import fit
-from itda_lens.demo import smollm2
-from itda_lens.demo.prose import reference_prose
+from itda_lens.architectures import baseline, save_inference
 from itda_lens.reports import bench_table, make_console, pareto_plot
-from itda_lens.saebench import baseline, bench, save_inference
+from itda_lens.saebench import bench
+from itda_lens.samples import reference_prose, smollm2
 from itda_lens.training import collect
 
 FITTED: dict[str, dict[str, Any]] = {

@@ -17,10 +17,10 @@ from measures import fvu_and_l0
 from torch import Tensor
 
 from itda_lens import ITDA, fit
-from itda_lens.demo.prose import HELD_OUT, reference_prose
-from itda_lens.demo.smollm2 import load
 from itda_lens.dictionary import energy
 from itda_lens.pursuit import least_squares
+from itda_lens.samples import HELD_OUT, reference_prose
+from itda_lens.samples.smollm2 import load
 from itda_lens.sources import language_model
 from itda_lens.training import collect
 

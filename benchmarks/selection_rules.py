@@ -19,8 +19,6 @@ import torch
 from selection import activations
 from torch import Tensor
 
-from itda_lens.demo.prose import HELD_OUT, reference_prose
-from itda_lens.demo.smollm2 import load
 from itda_lens.dictionary import RunningFVU
 from itda_lens.dictionary.energy import THOROUGH_MIN_UPDATED, THOROUGH_ROUNDS, UPDATE_ROUNDS
 from itda_lens.dictionary.outliers import limit_outliers
@@ -33,6 +31,8 @@ from itda_lens.dictionary.selection import (
 )
 from itda_lens.dictionary.update import update_atoms
 from itda_lens.pursuit import calibrate_threshold, encode, gram_matrix
+from itda_lens.samples import HELD_OUT, reference_prose
+from itda_lens.samples.smollm2 import load
 from itda_lens.sources import language_model
 
 ROUNDS = 10

@@ -26,9 +26,9 @@ from selection import activations
 from sklearn.linear_model import orthogonal_mp_gram
 from torch import Tensor
 
-from itda_lens.demo.prose import reference_prose
-from itda_lens.demo.smollm2 import load
 from itda_lens.pursuit import GramRows, encode, gram_matrix, least_squares, matching, orthogonal
+from itda_lens.samples import reference_prose
+from itda_lens.samples.smollm2 import load
 from itda_lens.sources import language_model
 
 LAYER = 10

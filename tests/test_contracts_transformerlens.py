@@ -16,9 +16,9 @@ import torch
 
 from itda_lens import ITDA, build
 from itda_lens.analysis import evaluate
-from itda_lens.demo import smollm2 as model_package
-from itda_lens.demo.prose import reference_prose
 from itda_lens.records import Cutting
+from itda_lens.samples import reference_prose
+from itda_lens.samples import smollm2 as model_package
 from itda_lens.sources import Tokenization, language_model
 
 pytestmark = pytest.mark.real

@@ -10,8 +10,7 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-from itda_lens.demo import smollm2
-from itda_lens.demo.prose import reference_prose
+from itda_lens.samples import reference_prose, smollm2
 
 pytestmark = pytest.mark.real
 

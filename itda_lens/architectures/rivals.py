@@ -3,13 +3,16 @@
 import json
 import logging
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_args
 
 from sae_lens.constants import SAE_CFG_FILENAME
 
-from itda_lens.sae import ITDA
-from itda_lens.saebench.baselines import Baseline, baseline, save_inference
+from itda_lens.architectures.inference import save_inference
+from itda_lens.architectures.kinds import Baseline, baseline
+from itda_lens.records import agreed_cutting
+from itda_lens.sae import ITDA, provenance_of
 from itda_lens.sources import describe_texts
 from itda_lens.training import collect
 
@@ -72,16 +75,10 @@ def build_baselines(
         for kind in checked:
             width = "" if kind == "pca" else f"-{itda.cfg.n_pursued}"
             wanted[Path(folder) / f"{kind}{width}-k{_nonzeros(itda)}-{hook}"] = (kind, itda, hook)
-    metadata = [itda.cfg.metadata for itda in itdas]
-    contexts = {(m.context_size or 128, m.prepend_bos, _keeps_special_tokens(m)) for m in metadata}
-    if len(contexts) > 1:
-        raise ValueError(
-            "baselines need dictionaries of the same (context_size, prepend_bos, keep_special_tokens), "
-            f"got {sorted(contexts)}"
-        )
-    context_size, prepend_bos, keep_special_tokens = contexts.pop()
+    provenances = [provenance_of(itda) for itda in itdas]
+    cutting = agreed_cutting(provenances)
     if max_tokens is None:
-        recorded = [n for m in metadata if isinstance(n := (m[BUILD_KEY] or {}).get("n_tokens"), int)]
+        recorded = [p.n_tokens for p in provenances if p.n_tokens is not None]
         if not recorded:
             raise ValueError("max_tokens must be given: the dictionaries do not record their tokens")
         max_tokens = max(recorded)
@@ -95,9 +92,7 @@ def build_baselines(
         texts,
         sorted({hook for _, _, hook in missing.values()}),
         max_tokens=max_tokens,
-        context_size=context_size,
-        prepend_bos=prepend_bos,
-        keep_special_tokens=keep_special_tokens,
+        **asdict(cutting),
         batch_size=batch_size,
         text_field=text_field,
         split=split,
@@ -131,10 +126,6 @@ def _kind(name: str) -> Baseline:
 def _nonzeros(itda: ITDA) -> int:
     """What a rival spends on every code: k, or the mean that the dictionary was calibrated for."""
     return itda.cfg.k if itda.cfg.l0 is None else max(1, round(itda.cfg.l0))
-
-
-def _keeps_special_tokens(metadata: Any) -> bool:
-    return bool((metadata[BUILD_KEY] or {}).get("keep_special_tokens", False))
 
 
 def _is_built(path: Path, recipe: dict[str, Any]) -> bool:

@@ -1,14 +1,11 @@
-"""What a dictionary has to beat: random atoms, principal components, SAEs trained on the same tokens."""
+"""SAELens's own SAEs, trained by SAELens on the same activations."""
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float
 from sae_lens import (
-    SAE,
     BatchTopKTrainingSAE,
     BatchTopKTrainingSAEConfig,
     MatchingPursuitTrainingSAE,
@@ -20,106 +17,16 @@ from sae_lens import (
     TrainingSAE,
 )
 from sae_lens.config import SAETrainerConfig
-from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, SPARSITY_FILENAME
 from sae_lens.training.sae_trainer import SAETrainer
-from safetensors.torch import save_file
 from torch import Tensor
 
-from itda_lens.records import Label, replacing
-from itda_lens.pursuit import Coding, Method
-from itda_lens.sae import ITDA, assemble
-
 Architecture = Literal["topk", "batchtopk", "matryoshka", "matching_pursuit"]
-Baseline = Literal["random", "pca", Architecture]
 
 LEARNING_RATE = 3e-3
 BATCH = 1024
 
 NESTED = (8, 4, 2, 1)
 """The widths of a Matryoshka SAE's levels, as divisors of d_sae."""
-
-
-def baseline(
-    kind: Baseline,
-    activations: Float[Tensor, "n_tokens d_in"],
-    *,
-    d_sae: int,
-    k: int,
-    method: Method = "ols",
-    labels: Sequence[Label] | None = None,
-    epochs: int = 8,
-    seed: int = 0,
-    metadata: Mapping[str, Any] | None = None,
-) -> SAE[Any]:
-    """The baseline of this kind: `random_atoms`, `principal_components` (d_sae = d_in) or `train_sae`.
-
-    Raises:
-        ValueError: a setting is out of range.
-    """
-    if kind == "random":
-        return random_atoms(
-            activations, d_sae=d_sae, k=k, method=method, labels=labels, seed=seed, metadata=metadata
-        )
-    if kind == "pca":
-        return principal_components(activations, k=k, metadata=metadata)
-    return train_sae(
-        activations,
-        architecture=kind,
-        d_sae=d_sae,
-        k=k,
-        epochs=epochs,
-        seed=seed,
-        metadata=metadata,
-    )
-
-
-def random_atoms(
-    activations: Float[Tensor, "n_tokens d_in"],
-    *,
-    d_sae: int,
-    k: int,
-    method: Method = "ols",
-    labels: Sequence[Label] | None = None,
-    seed: int = 0,
-    metadata: Mapping[str, Any] | None = None,
-) -> ITDA:
-    """A dictionary of activations drawn at random: what choosing atoms is worth.
-
-    Raises:
-        ValueError: d_sae is more than there are activations, or k is out of range.
-    """
-    n = len(activations)
-    if not 1 <= d_sae <= n:
-        raise ValueError(f"d_sae must be between 1 and the {n} activations, got {d_sae}")
-    drawn = torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:d_sae].sort().values
-    mean = _mean(activations)
-    return assemble(
-        torch.nn.functional.normalize(activations[drawn] - mean, dim=-1),
-        mean,
-        coding=Coding(k, method),
-        labels=None if labels is None else [labels[i] for i in drawn.tolist()],
-        metadata=metadata,
-    )
-
-
-def principal_components(
-    activations: Float[Tensor, "n_tokens d_in"],
-    *,
-    k: int,
-    metadata: Mapping[str, Any] | None = None,
-) -> ITDA:
-    """The principal components as a dictionary, d_sae = d_in; a token uses its k largest coefficients.
-
-    Atoms are orthonormal, in order of decreasing variance, so that matching pursuit picks just these.
-
-    Raises:
-        ValueError: k is more than d_in.
-    """
-    mean = _mean(activations)
-    centred = activations.double() - mean
-    _, vectors = torch.linalg.eigh(centred.T @ centred)
-    atoms = vectors.T.flip(0).to(activations.dtype)
-    return assemble(atoms, mean, coding=Coding(k, "mp"), metadata=metadata)
 
 
 def train_sae(
@@ -218,31 +125,6 @@ def _untrained(
     return MatryoshkaBatchTopKTrainingSAE(
         MatryoshkaBatchTopKTrainingSAEConfig(**common, matryoshka_widths=widths)
     )
-
-
-def save_inference(sae: SAE[Any], folder: str | Path) -> None:
-    """Write a dictionary or a trained SAE, as it is used for inference, into `folder`.
-
-    Raises:
-        OSError: the folder cannot be written.
-    """
-    if not isinstance(sae, TrainingSAE):
-        sae.save_model(folder)
-        return
-    target = Path(folder)
-    target.mkdir(parents=True, exist_ok=True)
-    state = sae.state_dict()
-    sae.process_state_dict_for_saving_inference(state)
-    config = json.dumps(sae.cfg.get_inference_sae_cfg_dict() | {"metadata": sae.cfg.metadata.to_dict()})
-    with replacing(target / SAE_WEIGHTS_FILENAME, target / SAE_CFG_FILENAME) as (weights, cfg):
-        save_file({name: tensor.contiguous() for name, tensor in state.items()}, weights)
-        cfg.write_text(config)
-    (target / SPARSITY_FILENAME).unlink(missing_ok=True)
-
-
-def _mean(activations: Tensor) -> Tensor:
-    """Summed in float64: float32 loses digits over many rows."""
-    return activations.mean(dim=0, dtype=torch.float64).to(activations.dtype)
 
 
 def _epochs(activations: Tensor, batch_size: int, seed: int) -> Iterator[Tensor]:
