@@ -237,7 +237,8 @@ class HookedModel(ABC):
                 f"shape, got {tuple(tokens.shape)} and {tuple(attention_mask.shape)}"
             )
         tokens, attention_mask = tokens.to(self.device), attention_mask.to(self.device)
-        weight = getattr(self._embedding(), "weight", None)
+        embedding = self._embedding()
+        weight = getattr(embedding, "weight", getattr(embedding, "W_E", None))  # TransformerLens's W_E
         if weight is None:
             return tokens, attention_mask
         outside = (tokens < 0) | (tokens >= weight.shape[0])
