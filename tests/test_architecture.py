@@ -22,6 +22,7 @@ ROOMS = [
     {"sae"},
     {"dictionary"},
     {"pursuit"},
+    {"records"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
 HOSTS = {"sae_lens", "transformer_lens", "transformers", "datasets"}
@@ -52,7 +53,7 @@ def test_imports_run_downwards(path):
         parts = name.split(".")
         if parts[0] == "itda_lens" and len(parts) > 1 and parts[1] != room:
             assert LEVEL[parts[1]] > LEVEL[room], f"{room} imports {parts[1]}"
-        if room in ("pursuit", "dictionary"):
+        if room in ("records", "pursuit", "dictionary"):
             assert parts[0] not in HOSTS, f"{room} knows of {parts[0]}"
 
 

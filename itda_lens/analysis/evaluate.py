@@ -187,7 +187,9 @@ class _Predictions:
 
     def kl_to(self, other: "_Predictions") -> float:
         """Sum of KL(self || other)."""
-        divergence = self.log_probs.exp() * (self.log_probs - other.log_probs)
+        p = self.log_probs.exp()
+        # A token of probability 0 (a logit of -inf, for tokens that a model may not give) adds nothing.
+        divergence = torch.where(p > 0, p * (self.log_probs - other.log_probs), 0.0)
         return divergence.sum(dim=-1).double().sum().item()
 
 

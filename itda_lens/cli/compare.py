@@ -1,7 +1,6 @@
 """`itda compare`."""
 
 import importlib.util
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, TypeVar
@@ -17,6 +16,7 @@ from itda_lens.compare import (
     diff,
     recorded_settings,
 )
+from itda_lens.records import HookPoint
 from itda_lens.reports import (
     comparison_heatmap,
     comparison_table,
@@ -150,13 +150,8 @@ def _models(folders: Sequence[Path]) -> dict[str, list[ITDA]]:
         raise ValueError(f"folders must be different ones, got {', '.join(map(str, folders))}")
     return {
         str(folder): sorted(
-            (load(inside) for inside in dictionaries_in(folder) or [folder]), key=_hook_order
+            (load(inside) for inside in dictionaries_in(folder) or [folder]),
+            key=lambda itda: HookPoint.parse(itda.cfg.metadata.hook_name or "").sort_key,
         )
         for folder in folders
     }
-
-
-def _hook_order(itda: ITDA) -> list[tuple[int, str]]:
-    """Numbers in a hook's name by their value: blocks.2 before blocks.10."""
-    parts = re.findall(r"\d+|\D+", itda.cfg.metadata.hook_name or "")
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in parts]

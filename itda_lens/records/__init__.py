@@ -3,6 +3,7 @@
 from itda_lens.records.cutting import Cutting
 from itda_lens.records.files import replacing
 from itda_lens.records.hashing import mix64, text_digest
+from itda_lens.records.hook_points import HookPoint
 from itda_lens.records.labels import Label, Labels, as_label
 from itda_lens.records.places import Places
 from itda_lens.records.provenance import BUILD_KEY, Provenance, agreed, agreed_cutting, versions
@@ -10,6 +11,7 @@ from itda_lens.records.provenance import BUILD_KEY, Provenance, agreed, agreed_c
 __all__ = [
     "BUILD_KEY",
     "Cutting",
+    "HookPoint",
     "Label",
     "Labels",
     "Places",

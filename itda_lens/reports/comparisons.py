@@ -11,8 +11,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from itda_lens.compare import Comparison, Difference, LayerComparison
-from itda_lens.reports.tables import quote
 from itda_lens.records import replacing
+from itda_lens.reports.tables import quote
 
 SHOWN = {
     "jaccard": "Jaccard of labels",

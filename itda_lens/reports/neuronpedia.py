@@ -1,7 +1,6 @@
 """Atoms under the ids and field names of Neuronpedia's feature records."""
 
 import json
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
-from itda_lens.records import Label, replacing
+from itda_lens.records import HookPoint, Label, replacing
 from itda_lens.sae import ITDA
 
 
@@ -26,7 +25,7 @@ def neuronpedia_id(itda: ITDA, source_set: str = "itda") -> str:
     if metadata.neuronpedia_id:
         return metadata.neuronpedia_id
     hook_name = metadata.hook_name or ""
-    layer = re.search(r"blocks\.(\d+)\.", hook_name)
+    layer = HookPoint.parse(hook_name).layer
     if not metadata.model_name or layer is None:
         raise ValueError(
             f"a Neuronpedia id needs model_name and hook_name in the metadata, got "
@@ -35,7 +34,7 @@ def neuronpedia_id(itda: ITDA, source_set: str = "itda") -> str:
     kinds = {"resid": "res", "mlp": "mlp", "attn": "att", "hook_z": "att"}
     kind = next((short for part, short in kinds.items() if part in hook_name), None)
     model = Path(metadata.model_name).name.lower()
-    return f"{model}/{'-'.join(part for part in (layer[1], kind, source_set) if part)}"
+    return f"{model}/{'-'.join(part for part in (str(layer), kind, source_set) if part)}"
 
 
 def neuronpedia_features(

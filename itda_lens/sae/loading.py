@@ -8,6 +8,7 @@ from sae_lens import SAE
 from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, SPARSITY_FILENAME
 from safetensors import SafetensorError
 
+from itda_lens.records import HookPoint
 from itda_lens.sae.itda import ITDA
 
 
@@ -52,10 +53,11 @@ def load(path_or_repo: str | Path, device: str = "cpu", dtype: str | None = None
 
 
 def dictionaries_in(folder: Path) -> list[Path]:
-    """The folder itself if it holds a dictionary, else those of its subfolders that do, sorted."""
+    """The folder itself if it holds a dictionary, else those of its subfolders that do, by layer."""
     if (folder / SAE_CFG_FILENAME).exists():
         return [folder]
-    return sorted(config.parent for config in folder.glob(f"*/{SAE_CFG_FILENAME}"))
+    found = (config.parent for config in folder.glob(f"*/{SAE_CFG_FILENAME}"))
+    return sorted(found, key=lambda inside: HookPoint.parse(inside.name).sort_key)
 
 
 def is_dictionary(folder: Path) -> bool:

@@ -7,10 +7,11 @@ works around.
 import functools
 import importlib
 import logging
-import re
 import types
 from pathlib import Path
 from typing import Any
+
+from itda_lens.records import HookPoint
 
 ENVIRONMENT = {
     # evals/sparse_probing/probe_training.py:134 decorates train_sklearn_probe with @beartype alone, so
@@ -65,11 +66,10 @@ def stop_at_the_last_hook() -> None:
     @functools.wraps(original)
     def run_with_cache(self: Any, *args: Any, **options: Any) -> Any:
         names = options.get("names_filter")
-        layers = (
-            [re.match(r"blocks\.(\d+)\.", name) for name in names] if isinstance(names, list) else []
-        )
-        if layers and all(layers) and "stop_at_layer" not in options:
-            options["stop_at_layer"] = 1 + max(int(layer[1]) for layer in layers if layer)
+        points = [HookPoint.parse(name) for name in names] if isinstance(names, list) else []
+        layers = [point.layer for point in points if point.layer is not None]
+        if layers and len(layers) == len(points) and "stop_at_layer" not in options:
+            options["stop_at_layer"] = 1 + max(layers)
         return original(self, *args, **options)
 
     HookedTransformer.run_with_cache = run_with_cache  # pyright: ignore

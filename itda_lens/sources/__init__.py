@@ -1,13 +1,26 @@
 """Where activations come from: models and texts, and the tokens between them; arrays."""
 
+from itda_lens.records import HookPoint
 from itda_lens.sources.array_source import ArraySource
 from itda_lens.sources.contexts import Context, ContextBatch, Tokenization
-from itda_lens.sources.hooks import LanguageModel, Loader, hook_is_per_head
+from itda_lens.sources.hooked import HookedModel
+from itda_lens.sources.hugging_face_models import HuggingFaceModel
 from itda_lens.sources.model_source import ModelSource, hook_list, tokenization_for
 from itda_lens.sources.models import language_model
 from itda_lens.sources.naming import register_with_transformer_lens
+from itda_lens.sources.readable import Loader, ReadableModel, Replace
 from itda_lens.sources.source import Activations, ActivationSource, Rows, gathered
 from itda_lens.sources.texts import describe_texts, iterate_texts, names_data_set
+from itda_lens.sources.transformer_lens_models import TransformerLensModel
+
+LanguageModel = ReadableModel
+"""The name that `ReadableModel` had before."""
+
+
+def hook_is_per_head(hook_name: str) -> bool:
+    """Whether TransformerLens gives [batch, seq, head, width] at this hook point."""
+    return HookPoint.parse(hook_name).per_head
+
 
 __all__ = [
     "ActivationSource",
@@ -15,11 +28,17 @@ __all__ = [
     "ArraySource",
     "Context",
     "ContextBatch",
+    "HookPoint",
+    "HookedModel",
+    "HuggingFaceModel",
     "LanguageModel",
     "Loader",
     "ModelSource",
+    "ReadableModel",
+    "Replace",
     "Rows",
     "Tokenization",
+    "TransformerLensModel",
     "describe_texts",
     "gathered",
     "hook_is_per_head",

@@ -11,8 +11,8 @@ import torch
 
 from itda_lens.records import Cutting, Provenance
 from itda_lens.sources.contexts import Tokenization
-from itda_lens.sources.hooks import LanguageModel, Loader
 from itda_lens.sources.models import language_model
+from itda_lens.sources.readable import Loader, ReadableModel
 from itda_lens.sources.source import Rows, check_finite, full_precision
 from itda_lens.sources.texts import describe_texts, iterate_texts
 
@@ -70,7 +70,7 @@ class ModelSource:
         self._beginning = list(itertools.islice(self._stream, FINGERPRINT_TEXTS))
         if not self._beginning:
             raise ValueError("texts must hold at least one text, got none")
-        self.model: LanguageModel = language_model(
+        self.model: ReadableModel = language_model(
             model, tokenizer=tokenizer, name=model_name, loader=loader, device=device
         )
         self.model.check_hooks(self.hooks)
@@ -158,7 +158,7 @@ def hook_list(hooks: str | Sequence[str]) -> list[str]:
     return list(names)
 
 
-def tokenization_for(lm: LanguageModel, cutting: Cutting) -> Tokenization:
+def tokenization_for(lm: ReadableModel, cutting: Cutting) -> Tokenization:
     """How to cut texts into contexts for a model.
 
     Raises:

@@ -1,4 +1,4 @@
-"""From a name, a folder or a model of several libraries to a `LanguageModel`."""
+"""From a name, a folder or a model of a known library to a `ReadableModel`."""
 
 from pathlib import Path
 from typing import Any, get_args
@@ -6,7 +6,16 @@ from typing import Any, get_args
 import torch
 from safetensors import SafetensorError
 
-from itda_lens.sources.hooks import LanguageModel, Loader
+from itda_lens.sources.hooked import HookedModel
+from itda_lens.sources.hugging_face_models import HuggingFaceModel
+from itda_lens.sources.readable import Loader, ReadableModel
+from itda_lens.sources.transformer_lens_models import TransformerLensModel
+
+LIBRARIES: dict[type[HookedModel], tuple[Loader, ...]] = {
+    TransformerLensModel: ("bridge", "hooked_transformer"),
+    HuggingFaceModel: ("huggingface",),
+}
+"""A class for each library, with the loaders by which it loads a name."""
 
 
 def language_model(
@@ -18,76 +27,72 @@ def language_model(
     device: str | None = None,
     dtype: torch.dtype = torch.float32,
     source: str | None = None,
-) -> LanguageModel:
+) -> ReadableModel:
     """Wrap a model, or load one by its name.
 
     Args:
         model: a Hugging Face name or local folder, a HookedTransformer, a TransformerBridge, a Hugging
-            Face causal language model, or a LanguageModel, which is returned as it is.
-        tokenizer: needed only where the model does not bring or name its own.
-        name: what metadata should call the model; default: its own name. A local folder goes by its last
-            part, since tools put the name into paths.
+            Face model, or a ReadableModel, which is returned as it is.
+        tokenizer: a tokenizer, or the name or folder of one; needed only if the model neither brings nor
+            names its own.
+        name: the model's name in metadata; default: its own name. A local folder goes by its last part,
+            since tools put the name into paths.
         loader: how to load a name: "bridge" (TransformerLens's TransformerBridge), "hooked_transformer"
             (`from_pretrained_no_processing`) or "huggingface".
         device: where to load a name to; default: the loader's choice (a GPU if there is one).
         dtype: in which precision to load a name.
-        source: what metadata should say that a loaded model came from; default: what it says itself.
+        source: where metadata should say that a loaded model comes from; default: the model's own word.
 
     Raises:
-        ValueError: there is no such model or device, or the tokenizer is not known.
-        TypeError: `model` is of none of these kinds.
+        ValueError: there is no such model, tokenizer or device, or the tokenizer is not known.
+        TypeError: `model` or `tokenizer` is of none of these kinds.
     """
-    if isinstance(model, LanguageModel):
+    if isinstance(model, ReadableModel):
         return model
+    if isinstance(tokenizer, str | Path):
+        tokenizer = _tokenizer(str(tokenizer))
+    _check_tokenizer(tokenizer)
     if isinstance(model, str | Path):
-        return _load(str(model), tokenizer, name, loader, device, dtype)
-    kind = _kind_of(model)
-    own_name = model.name_or_path if kind == "huggingface" else model.cfg.model_name
-    if tokenizer is None and kind != "huggingface":
-        tokenizer = model.tokenizer
+        folder = str(model)
+        name, source = name or _plain_name(folder), folder
+        model = _load(folder, tokenizer, loader, device, dtype)
+    for library in LIBRARIES:
+        kind = library.loader_of(model)
+        if kind is not None:
+            break
+    else:
+        raise TypeError(
+            "model must be a name, a folder, a HookedTransformer, a TransformerBridge, a Hugging Face "
+            f"model or a ReadableModel, got {type(model).__name__}"
+        )
+    own_name, own_tokenizer = library.described(model)
+    if tokenizer is None:
+        tokenizer = own_tokenizer
     if tokenizer is None:
         if not own_name:
             raise ValueError("tokenizer must be given: the model has none and does not name one")
         tokenizer = _tokenizer(own_name)
-    return LanguageModel(
-        model, tokenizer, name or _plain_name(own_name), kind, _source(own_name, source)
+    return library(
+        model, tokenizer, name or _plain_name(own_name or ""), kind, _source(own_name, source)
     )
 
 
 def _load(
-    model: str, tokenizer: Any, name: str | None, loader: Loader, device: str | None, dtype: torch.dtype
-) -> LanguageModel:
+    name: str, tokenizer: Any, loader: Loader, device: str | None, dtype: torch.dtype
+) -> torch.nn.Module:
     if loader not in get_args(Loader):
         raise ValueError(f"loader must be one of {get_args(Loader)}, got {loader!r}")
     _check_device(device)
+    library = next(library for library, loaders in LIBRARIES.items() if loader in loaders)
     try:
-        if loader == "bridge":
-            from transformer_lens.model_bridge import TransformerBridge
-
-            loaded = TransformerBridge.boot_transformers(
-                model, device=device, dtype=dtype, tokenizer=tokenizer
-            )
-        elif loader == "hooked_transformer":
-            from transformer_lens import HookedTransformer
-
-            loaded = HookedTransformer.from_pretrained_no_processing(
-                model, device=device, dtype=dtype, tokenizer=tokenizer
-            )
-        else:
-            from transformers import AutoModelForCausalLM
-
-            loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
-            loaded = loaded.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        return library.load(name, loader, tokenizer, device, dtype).eval()
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().split("\n")[0][:200]
-        if Path(model).is_dir():
-            raise ValueError(f"the model in folder {model!r} cannot be loaded: {reason}") from error
+        if Path(name).is_dir():
+            raise ValueError(f"the model in folder {name!r} cannot be loaded: {reason}") from error
         raise ValueError(
-            f"model {model!r} is neither a folder nor a model that loader {loader!r} can load: {reason}"
+            f"model {name!r} is neither a folder nor a model that loader {loader!r} can load: {reason}"
         ) from error
-    return language_model(
-        loaded.eval(), tokenizer=tokenizer, name=name or _plain_name(model), source=model
-    )
 
 
 def _check_device(device: str | None) -> None:
@@ -100,21 +105,12 @@ def _check_device(device: str | None) -> None:
         raise ValueError(f"device {device!r} is not one that PyTorch has here: {reason}") from error
 
 
-def _kind_of(model: Any) -> Loader:
-    from transformer_lens import HookedTransformer
-    from transformer_lens.model_bridge import TransformerBridge
-    from transformers import PreTrainedModel
-
-    if isinstance(model, TransformerBridge):
-        return "bridge"
-    if isinstance(model, HookedTransformer):
-        return "hooked_transformer"
-    if isinstance(model, PreTrainedModel):
-        return "huggingface"
-    raise TypeError(
-        "model must be a name, a folder, a HookedTransformer, a TransformerBridge or a Hugging Face "
-        f"model, got {type(model).__name__}"
-    )
+def _check_tokenizer(tokenizer: Any) -> None:
+    if tokenizer is not None and not (callable(tokenizer) and hasattr(tokenizer, "get_vocab")):
+        raise TypeError(
+            "tokenizer must be a Hugging Face tokenizer, or the name or folder of one, got "
+            f"{type(tokenizer).__name__}"
+        )
 
 
 def _tokenizer(name: str) -> Any:

@@ -1,0 +1,160 @@
+"""Models of Hugging Face's transformers."""
+
+import inspect
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from itda_lens.records import HookPoint
+from itda_lens.sources.hooked import HookedModel
+from itda_lens.sources.hooks import Site, unknown_hook
+from itda_lens.sources.readable import Loader
+
+SIDES = {"hook_resid_pre": "input", "hook_resid_post": "output"}
+
+
+class HuggingFaceModel(HookedModel):
+    """Hook points are names of modules (their output). `blocks.N.hook_resid_pre` and
+    `blocks.N.hook_resid_post` stand for the N-th layer's input and output, as in TransformerLens.
+
+    Of a model with an encoder and a decoder, tokens go through the encoder alone.
+    """
+
+    @classmethod
+    def loader_of(cls, model: Any) -> Loader | None:
+        kind = getattr(sys.modules.get("transformers"), "PreTrainedModel", None)
+        return "huggingface" if kind is not None and isinstance(model, kind) else None
+
+    @classmethod
+    def load(
+        cls, name: str, loader: Loader, tokenizer: Any, device: str | None, dtype: torch.dtype
+    ) -> nn.Module:
+        from transformers import AutoModelForCausalLM
+
+        loaded: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+        return loaded.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+    @staticmethod
+    def described(model: Any) -> tuple[str | None, Any]:
+        return model.name_or_path, None
+
+    @property
+    def max_context(self) -> int | None:
+        return max_positions(self.model)
+
+    def _embedding(self) -> nn.Module | None:
+        return self.model.get_input_embeddings()
+
+    @property
+    def _reader(self) -> Any:
+        """The part of the model that reads the tokens."""
+        return self.model.get_encoder() if self.model.config.is_encoder_decoder else self.model
+
+    def _ends(self) -> Sequence[nn.Module]:
+        return [self.model, self.model.base_model, self._reader]
+
+    def _run(self, tokens: Tensor, attention_mask: Tensor) -> Any:
+        reader = self._reader
+        # Encoders know no cache, and those of some versions refuse the argument.
+        caches = "use_cache" in inspect.signature(reader.forward).parameters
+        options = {"use_cache": False} if caches else {}
+        return reader(input_ids=tokens, attention_mask=attention_mask.long(), **options)
+
+    def _logits_of(self, output: Any) -> Tensor | None:
+        return getattr(output, "logits", None)
+
+    def _site(self, hook: str) -> Site:
+        if hook:
+            try:
+                return Site(self.model.get_submodule(hook), "output")
+            except AttributeError:
+                pass
+        point = HookPoint.parse(hook)
+        if hook.startswith("blocks.") and point.layer is not None and point.kind in SIDES:
+            layers = text_layers(self.model)
+            if point.layer < len(layers):
+                return Site(layers[point.layer], SIDES[point.kind])  # pyright: ignore
+        raise unknown_hook(hook, self._known_hooks())
+
+    def _known_hooks(self) -> list[str]:
+        try:
+            n_layers = len(text_layers(self.model))
+        except ValueError:
+            n_layers = 0
+        of_layers = [f"blocks.{layer}.{kind}" for layer in range(n_layers) for kind in SIDES]
+        return of_layers + [name for name, _ in self.model.named_modules() if name]
+
+
+def text_layers(model: Any) -> list[nn.Module]:
+    """The layers that text passes through, in order.
+
+    They are a list of modules in the part of the model that handles text (`get_decoder`: of a model that
+    sees images too, its language model). The model's class names their class as one that may not be
+    split between devices (`_no_split_modules`), or their number is the one in the configuration.
+
+    Raises:
+        ValueError: the model has an encoder and a decoder, or its lists leave a choice, or none.
+    """
+    name = type(model).__name__
+    if model.config.is_encoder_decoder:
+        raise ValueError(
+            f"{name} has layers in an encoder and in a decoder: 'blocks.N' could be either; use the "
+            "name of a module, such as 'encoder.block.0' or 'model.encoder.layers.0'"
+        )
+    lists = _outermost_lists(model.get_decoder())
+    whole = set(model._no_split_modules or ())
+    by_class = {path: own for path, own in lists.items() if {type(m).__name__ for m in own} <= whole}
+    n_layers = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
+    by_number = {path: own for path, own in lists.items() if len(own) == n_layers}
+    for candidates in (by_class, by_number):
+        if len(candidates) > 1:
+            candidates = {path: own for path, own in candidates.items() if len(own) == n_layers}
+        if len(candidates) == 1:
+            return list(*candidates.values())
+    raise ValueError(
+        f"it is not clear which modules of {name} are its {n_layers} layers, that is 'blocks.N'"
+        + (f" (its lists are {', '.join(lists)})" if lists else "")
+        + "; use the name of a module"
+    )
+
+
+def _outermost_lists(part: nn.Module, path: str = "") -> dict[str, nn.ModuleList]:
+    """Lists of modules that are not inside others, by their names."""
+    found: dict[str, nn.ModuleList] = {}
+    for name, child in part.named_children():
+        name = f"{path}.{name}" if path else name
+        if isinstance(child, nn.ModuleList):
+            if len(child):
+                found[name] = child
+        else:
+            found |= _outermost_lists(child, name)
+    return found
+
+
+def max_positions(model: Any) -> int | None:
+    """The most tokens of text that a model has positions for; None if its configuration does not say.
+
+    RoBERTa and its relatives count positions from the padding token's id + 1 on, but their configuration
+    gives all rows of the table of positions.
+    """
+    if not hasattr(model.config, "get_text_config"):
+        return None
+    config = model.config.get_text_config(decoder=True)
+    for field in ("max_position_embeddings", "max_target_positions"):
+        rows = getattr(config, field, None)
+        if isinstance(rows, int) and rows > 0:
+            break
+    else:
+        return None
+    for name, table in model.named_modules():
+        if (
+            isinstance(table, nn.Embedding)
+            and "position" in name.rsplit(".", 1)[-1]
+            and table.padding_idx is not None
+            and table.num_embeddings == rows
+        ):
+            return rows - table.padding_idx - 1
+    return rows

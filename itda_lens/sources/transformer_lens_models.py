@@ -1,0 +1,91 @@
+"""Models of TransformerLens: TransformerBridge, HookedTransformer, and SAELens's classes of both."""
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from itda_lens.sources.hooked import HookedModel
+from itda_lens.sources.hooks import Site, unknown_hook
+from itda_lens.sources.hugging_face_models import max_positions
+from itda_lens.sources.readable import Loader
+
+
+class TransformerLensModel(HookedModel):
+    """Hook points go by TransformerLens's names, aliases included."""
+
+    @classmethod
+    def loader_of(cls, model: Any) -> Loader | None:
+        # A model of a library that nobody has imported does not exist, and the import takes seconds.
+        kinds: dict[Loader, tuple[str, str]] = {
+            "bridge": ("transformer_lens.model_bridge", "TransformerBridge"),
+            "hooked_transformer": ("transformer_lens", "HookedTransformer"),
+        }
+        for loader, (module, name) in kinds.items():
+            kind = getattr(sys.modules.get(module), name, None)
+            if kind is not None and isinstance(model, kind):
+                return loader
+        return None
+
+    @classmethod
+    def load(
+        cls, name: str, loader: Loader, tokenizer: Any, device: str | None, dtype: torch.dtype
+    ) -> nn.Module:
+        options: dict[str, Any] = dict(device=device, dtype=dtype, tokenizer=tokenizer)
+        if loader == "bridge":
+            from transformer_lens.model_bridge import TransformerBridge
+
+            return TransformerBridge.boot_transformers(name, **options)
+        from transformer_lens import HookedTransformer
+
+        return HookedTransformer.from_pretrained_no_processing(name, **options)
+
+    @staticmethod
+    def described(model: Any) -> tuple[str | None, Any]:
+        return model.cfg.model_name, model.tokenizer
+
+    @property
+    def max_context(self) -> int | None:
+        original = self._original
+        known = None if original is None else max_positions(original)
+        return known or getattr(self.model.cfg, "n_ctx", None)
+
+    @property
+    def _original(self) -> nn.Module | None:
+        """The Hugging Face model inside a bridge."""
+        return self.model.original_model if self.loader == "bridge" else None
+
+    def _embedding(self) -> nn.Module | None:
+        if self._original is not None:
+            return self._original.get_input_embeddings()  # pyright: ignore[reportCallIssue]
+        return self.model.embed
+
+    def _ends(self) -> Sequence[nn.Module]:
+        # HookedTransformer.generate calls `forward` itself, which fires no hook of the whole model.
+        return [self.model, self._original if self._original is not None else self.model.unembed]
+
+    def _run(self, tokens: Tensor, attention_mask: Tensor) -> Any:
+        return self.model(tokens, attention_mask=attention_mask.long(), return_type="logits")
+
+    def _logits_of(self, output: Any) -> Tensor | None:
+        return output if isinstance(output, Tensor) else None
+
+    def _site(self, hook: str) -> Site:
+        points: dict[str, nn.Module] = self.model.hook_dict
+        if hook in points:
+            return Site(points[hook], "output")
+        # SAETransformerBridge leaves aliases out of hook_dict, but knows them.
+        resolve = getattr(self.model, "_resolve_hook_name", lambda alias: alias)
+        known = getattr(self.model, "hook_aliases", {}).get(hook, resolve(hook))
+        for actual in [known] if isinstance(known, str) else known:
+            if actual in points:
+                return Site(points[actual], "output")
+        dictionaries = list(getattr(self.model, "acts_to_saes", {}))
+        if dictionaries:
+            raise ValueError(
+                f"the model has no hook {hook!r} while dictionaries are attached to the model at "
+                f"{', '.join(dictionaries)}; detach them first (reset_saes())"
+            )
+        raise unknown_hook(hook, points)
