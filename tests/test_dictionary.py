@@ -33,7 +33,7 @@ from itda_lens.dictionary.update import (
     least_squares_atoms,
     update_atoms,
 )
-from itda_lens.pursuit import SparseCodes, encode
+from itda_lens.pursuit import Coding, SparseCodes, encode
 from itda_lens.records import Label, Places, mix64
 from itda_lens.records.places import CONTEXT_CHARS
 
@@ -312,16 +312,16 @@ class TestPieces:
         code = torch.randn(400, 10) * (torch.rand(400, 10) < 0.3)
         noise, _ = normalize_rows(rows(50, 16, seed=2))
         candidates = torch.cat([noise[:25], true, noise[25:]])
-        kept = prune_by_energy(code @ true, candidates, 10, 4, signed=True, drop=0.2, progress=False)
+        kept = prune_by_energy(code @ true, candidates, 10, Coding(4, "mp"), drop=0.2, progress=False)
         assert kept.tolist() == list(range(25, 35))
 
     def test_order_nests_what_pruning_leaves(self):
         x, atoms = rows(2000), normalize_rows(rows(400, seed=1))[0]
-        options = dict(signed=True, drop=0.5)
-        order = order_by_energy(x, atoms, 4, **options)
+        options = dict(coding=Coding(4, "mp"), drop=0.5)
+        order = order_by_energy(x, atoms, **options)
         assert order.sort().values.tolist() == list(range(400))
         for size in (200, 100, FEW):
-            left = prune_by_energy(x, atoms, size, 4, progress=False, **options)
+            left = prune_by_energy(x, atoms, size, progress=False, **options)
             assert order[:size].sort().values.tolist() == left.tolist()
         few = order[:FEW]
         energy = energy_by_atom(encode(x, atoms[left], 4), FEW)
@@ -504,7 +504,7 @@ class TestUpdate:
     def test_recovers_what_made_the_data(self):
         x, true = planted()
         start = normalize_rows(true + 0.15 * rows(24, 32, seed=2))[0]
-        found = update_atoms(x.split(1000), start, 2, least_cosine=0.5, signed=True, progress=False)
+        found = update_atoms(x.split(1000), start, Coding(2, "mp"), least_cosine=0.5, progress=False)
         before, after = ((atoms * true).sum(dim=1).min() for atoms in (start, found))
         assert before < 0.9
         assert after > 0.995
@@ -512,11 +512,11 @@ class TestUpdate:
     def test_earlier_rounds_count_by_their_weight(self):
         """A round solves for what its codes ask, and for what those of the one before ask by half."""
         x, atoms = rows(600).double(), normalize_rows(rows(30, seed=1).double())[0]
-        options = dict(least_cosine=0.0, signed=True, progress=False)
-        between = update_atoms([x[:400]], atoms, 4, **options)
+        options = dict(coding=Coding(4, "mp"), least_cosine=0.0, progress=False)
+        between = update_atoms([x[:400]], atoms, **options)
         # The third does not know of the first.
-        second = update_atoms([x[:400], x[400:]], atoms, 4, **options)
-        third = update_atoms([x[:400], x[400:], x[:300]], atoms, 4, **options)
+        second = update_atoms([x[:400], x[400:]], atoms, **options)
+        third = update_atoms([x[:400], x[400:], x[:300]], atoms, **options)
         codes = [encode(part, a, 4) for part, a in ((x[400:], between), (x[:300], second))]
         faded = PAST_WEIGHT**0.5
         both = SparseCodes(
@@ -534,7 +534,7 @@ class TestUpdate:
             torch.cat([c.values for c in codes]) * torch.tensor(scale, dtype=x.dtype)[:, None],
         )
         expected = normalize_rows(least_squares_atoms(weighted, both, between))[0]
-        found = update_atoms([x[:400], x[400:]], atoms, 4, **options)
+        found = update_atoms([x[:400], x[400:]], atoms, **options)
         torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
 
     def test_is_no_reason_to_choose_other_atoms(self):
@@ -631,7 +631,7 @@ class TestUpdate:
     def test_an_unused_atom_stays_through_all_rounds(self):
         atoms = normalize_rows(rows(30, seed=1))[0]
         x = 3 * atoms[:20] + 0.01 * rows(20, seed=2)
-        found = update_atoms([x, x], atoms, 1, least_cosine=0.9, signed=True, progress=False)
+        found = update_atoms([x, x], atoms, Coding(1, "mp"), least_cosine=0.9, progress=False)
         assert torch.equal(found[20:], atoms[20:])
         assert not torch.equal(found[:20], atoms[:20])
 
@@ -667,7 +667,7 @@ class TestRefine:
         x, true = planted()
         unit = normalize_rows(x)[0]
         start = normalize_rows(true + 0.15 * rows(24, 32, seed=2))[0]
-        moved = update_atoms([x] * 8, start, 2, least_cosine=0.0, signed=True, progress=False)
+        moved = update_atoms([x] * 8, start, Coding(2, "mp"), least_cosine=0.0, progress=False)
         found = nearest_rows(moved, unit, signed=True)
         before, after = ((atoms * true).sum(dim=1).abs().min() for atoms in (start, unit[found]))
         assert before < 0.9

@@ -115,7 +115,7 @@ class EnergySelector:
             raise ValueError("d_sae must be given for the rule of most energy, got None")
         d_in, dtype, device, seed = request.d_in, request.dtype, request.device, request.seed
         self._rule, self._d_sae = rule, request.d_sae
-        self._k, self._signed = request.k, request.signed
+        self._coding, self._signed = request.coding, request.signed
         self._n_candidates = max(rule.min_candidates, rule.candidates_per_atom * self._d_sae)
         self._n_scored = max(rule.min_scored, rule.scored_per_atom * self._d_sae)
         n_updated = max(rule.min_updated, rule.updated_per_atom * self._d_sae)
@@ -165,7 +165,7 @@ class EnergySelector:
         atoms = atoms[usable]
         # The last rows: while the samples still hold everything, they are not among those atoms.
         x = self._samples[0].held[-GUIDE_ROWS:] - mean
-        codes = encode(x, atoms, min(self._k, len(atoms)), signed=self._signed)
+        codes = encode(x, atoms, min(self._coding.k, len(atoms)), signed=self._signed)
         guide = RunningFVU()
         guide.update(x, codes.decode(atoms))
         return guide.value()
@@ -181,15 +181,14 @@ class EnergySelector:
         if rule.refine:
             atoms, labels = self._refined(parts, atoms, mean, progress)
         order = order_by_energy(
-            _spread(x, rule.ordered_on), atoms, self._k, signed=self._signed, drop=rule.drop_per_round
+            _spread(x, rule.ordered_on), atoms, self._coding, drop=rule.drop_per_round
         )
         atoms, labels = atoms[order], [labels[i] for i in order.tolist()]
         del x
         if rule.update:
             updated = update_atoms(
-                parts, atoms, self._k,
-                least_cosine=rule.least_cosine, signed=self._signed, progress=progress,
-            )  # fmt: skip
+                parts, atoms, self._coding, least_cosine=rule.least_cosine, progress=progress
+)  # fmt: skip
             cosines = (updated * atoms).sum(dim=-1).tolist()
             # Six digits: a label is text, and an atom that did not move has exactly 1.
             labels = [replace(a, cosine=round(c, 6)) for a, c in zip(labels, cosines, strict=True)]
@@ -207,9 +206,8 @@ class EnergySelector:
         keep = self._distinct(rows, unit, usable)
         candidates = unit[keep]
         chosen = prune_by_energy(
-            x, candidates, self._d_sae, self._k,
-            signed=self._signed, drop=self._rule.drop_per_round, progress=progress,
-        )  # fmt: skip
+            x, candidates, self._d_sae, self._coding, drop=self._rule.drop_per_round, progress=progress,
+)  # fmt: skip
         places = self._activations.places(self._n_candidates)
         origin = keep.nonzero().flatten()[chosen].tolist()
         return candidates[chosen], [places[i] for i in origin]
@@ -223,9 +221,7 @@ class EnergySelector:
         self, parts: list[Tensor], atoms: Tensor, mean: Tensor, progress: bool
     ) -> tuple[Tensor, list[Label]]:
         """The activations that are nearest to the atoms once they have been moved."""
-        moved = update_atoms(
-            parts, atoms, self._k, least_cosine=0.0, signed=self._signed, progress=progress
-        )
+        moved = update_atoms(parts, atoms, self._coding, least_cosine=0.0, progress=progress)
         # Cut first: one that is a million times as long would make all others pass for rounding errors.
         unit, usable = normalize_rows(limit_outliers(self._activations.rows() - mean))
         origin = usable.nonzero().flatten()

@@ -1,12 +1,13 @@
 """The seam between rules for choosing atoms and whoever runs them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from itda_lens.pursuit import Coding
 from itda_lens.records import Label, Places
 
 
@@ -44,7 +45,13 @@ class Request:
     signed: bool = True
     seed: int = 0
     dtype: torch.dtype = torch.float32
-    device: torch.device = torch.device("cpu")  # noqa: RUF009 (immutable)
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @property
+    def coding(self) -> Coding:
+        """Matching pursuit with these settings: rules choose by it whatever the dictionary encodes by,
+        since it is the fastest, and what it prefers serves the others."""
+        return Coding(self.k, "mp", self.signed)
 
 
 class Selector(Protocol):

@@ -5,7 +5,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from itda_lens.pursuit import SparseCodes, encode, gram_matrix
+from itda_lens.pursuit import Coding, PreparedAtoms, SparseCodes
 
 SAME_DIRECTION = 1 - 1e-6
 """Cosine from which two float32 directions count as the same one: their rounding allows no better."""
@@ -128,58 +128,52 @@ def prune_by_energy(
     x: Float[Tensor, "n d"],
     candidates: Float[Tensor, "m d"],
     n_keep: int,
-    k: int,
+    coding: Coding,
     *,
-    signed: bool,
     drop: float,
     progress: bool,
 ) -> Int[Tensor, " n_keep"]:
     """Indices, ascending, of the candidates that carry the most energy in the codes of `x`.
 
-    Rounds: code `x` by matching pursuit, drop the fraction `drop` of the candidates that carry the
-    least (never below `n_keep`), again. What a dropped atom carried falls to its neighbours, so
+    Rounds: code `x` by the pursuit of `coding`, drop the fraction `drop` of the candidates that carry
+    the least (never below `n_keep`), again. What a dropped atom carried falls to its neighbours, so
     several small rounds choose better than one large one.
     """
-    kept, _ = _prune(x, candidates, n_keep, k, signed, drop, progress)
+    kept, _ = _prune(x, PreparedAtoms(candidates, coding), n_keep, drop, progress)
     return kept
 
 
 def order_by_energy(
-    x: Float[Tensor, "n d"], atoms: Float[Tensor, "m d"], k: int, *, signed: bool, drop: float
+    x: Float[Tensor, "n d"], atoms: Float[Tensor, "m d"], coding: Coding, *, drop: float
 ) -> Int[Tensor, " m"]:
     """Indices of `atoms`, the most important first: the first of them are what pruning would leave.
 
     The first `FEW` are among themselves in the order of their energy.
     """
-    few, dropped = _prune(x, atoms, min(FEW, len(atoms)), k, signed, drop, progress=False)
-    gram = gram_matrix(atoms[few], signed=signed)
-    codes = encode(x, atoms[few], min(k, len(few)), signed=signed, gram=gram)
+    prepared = PreparedAtoms(atoms, coding)
+    few, dropped = _prune(x, prepared, min(FEW, len(atoms)), drop, progress=False)
+    codes = prepared.keeping(few).encode(x)
     order = _by_energy(codes, len(few))
     return torch.cat([few[order], *reversed(dropped)])
 
 
 def _prune(
-    x: Tensor, candidates: Tensor, n_keep: int, k: int, signed: bool, drop: float, progress: bool
+    x: Tensor, candidates: PreparedAtoms, n_keep: int, drop: float, progress: bool
 ) -> tuple[Tensor, list[Tensor]]:
     """What is left, ascending, and what each round dropped, those of most energy first."""
-    kept = torch.arange(len(candidates), device=candidates.device)
+    kept = torch.arange(len(candidates), device=candidates.atoms.device)
     dropped = []
-    gram = gram_matrix(candidates, signed=signed)
     with tqdm(
         total=len(candidates) - n_keep, desc="selecting", unit="atom", disable=not progress, leave=False
     ) as bar:
         while len(kept) > n_keep:
-            codes = encode(x, candidates, min(k, len(kept)), signed=signed, gram=gram)
-            order = _by_energy(codes, len(kept))
+            order = _by_energy(candidates.encode(x), len(kept))
             size = max(n_keep, int(len(kept) * (1 - drop)))
             dropped.append(kept[order[size:]])
             best = order[:size].sort().values
             bar.update(len(kept) - size)
-            kept, candidates = kept[best], candidates[best]
+            kept = kept[best]
             if size == n_keep:
                 break
-            if isinstance(gram, Tensor):
-                gram = gram[best][:, best]
-            else:  # candidates that were too many for a Gram matrix may have become few enough
-                gram = gram_matrix(candidates, signed=signed)
+            candidates = candidates.keeping(best)
     return kept, dropped

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from itda_lens.pursuit import SparseCodes, encode, gram_matrix
+from itda_lens.pursuit import Coding, PreparedAtoms, SparseCodes
 
 PAST_WEIGHT = 0.5
 """What the codes of one round weigh in the next: they are of atoms that have moved, but cost nothing.
@@ -30,10 +30,9 @@ DEFAULT_LEAST_COSINE = 0.9
 def update_atoms(
     parts: Iterable[Float[Tensor, "_ d"]],
     atoms: Float[Tensor, "n d"],
-    k: int,
+    coding: Coding,
     *,
     least_cosine: float,
-    signed: bool,
     progress: bool,
 ) -> Float[Tensor, "n d"]:
     """Unit atoms that reconstruct activations better: for each part, code it, then solve for the atoms.
@@ -48,16 +47,15 @@ def update_atoms(
     Args:
         parts: activations, centred; other ones in each round fit the atoms to none of them too closely.
         atoms: rows of unit norm.
-        k: nonzeros per code.
+        coding: how activations are coded in each round.
         least_cosine: of each atom to the atom as it was, 0 to 1; 1 lets none move.
-        signed: whether coefficients may be negative.
     """
     if least_cosine == 1:
         return atoms
     origin = atoms
     last: tuple[Tensor, SparseCodes] | None = None
     for x in tqdm(parts, desc="updating", unit="round", disable=not progress, leave=False):
-        codes = encode(x, atoms, k, signed=signed, gram=gram_matrix(atoms, signed=signed))
+        codes = PreparedAtoms(atoms, coding).encode(x)
         found = least_squares_atoms(*((x, codes) if last is None else _joined(*last, x, codes)), atoms)
         last = x, codes
         moved = (found != atoms).any(dim=-1, keepdim=True)

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -85,7 +85,7 @@ class Tokenization:
     """
 
     tokenizer: Any
-    cutting: Cutting = Cutting()
+    cutting: Cutting = field(default_factory=Cutting)
 
     def __post_init__(self) -> None:
         if not getattr(self.tokenizer, "is_fast", False):

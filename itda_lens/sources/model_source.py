@@ -108,8 +108,8 @@ class ModelSource:
         self._n_tokens, self._read = n, read.hexdigest()
         if n == 0:
             raise ValueError(
-                "texts gave no token that counts: all were masked (BOS, padding, special tokens), or the "
-                "texts are empty"
+                "texts gave no token that counts: all were masked (BOS, padding, special tokens), or "
+                "the texts are empty"
             )
 
     def provenance(self, hook: str) -> Provenance:
