@@ -20,3 +20,5 @@ __all__ = [
     "replacing",
     "save_sparsity",
 ]
+
+register()  # the last line, since importing SAELens can lead here before the rest is defined
