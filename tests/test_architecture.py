@@ -20,6 +20,7 @@ ROOMS = [
     {"sae"},
     {"dictionary"},
     {"pursuit"},
+    {"terminal"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
 HOSTS = {"sae_lens", "transformer_lens", "transformers", "datasets"}
