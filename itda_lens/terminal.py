@@ -1,7 +1,7 @@
 """Text of other people on the user's terminal: shown as it is, and harmless.
 
-Labels, texts, paths, hook names and metadata come from models, data sets and downloaded dictionaries. They
-may hold rich's markup, emoji codes, escape sequences or marks that turn the direction of a line.
+Labels, texts, paths, hook names and metadata come from models, data sets and downloaded dictionaries.
+They may hold rich's markup, emoji codes, escape sequences or marks that turn the direction of a line.
 """
 
 import os
@@ -14,10 +14,10 @@ from rich.text import Text
 def printable(value: object) -> str:
     r"""`str(value)` in one line that a terminal cannot take for commands.
 
-    Characters that Python calls unprintable (`str.isprintable`: control characters, marks of direction and
-    of zero width, line ends, lone surrogates, spaces other than " ") are written as Python writes them in
-    a string's `repr`: an escape character is shown as "\x1b". All others stand for themselves, also
-    backslashes and brackets.
+    Characters that Python calls unprintable (`str.isprintable`: control characters, marks of direction
+    and of zero width, line ends, lone surrogates, spaces other than " ") are written as Python writes
+    them in a string's `repr`: an escape character is shown as "\x1b". All others stand for themselves,
+    also backslashes and brackets.
     """
     text = str(value)
     if text.isprintable():

@@ -133,9 +133,13 @@ def test_help(itda_command, command):
         (dict(k=31), "k must be between 1 and d_sae=30, got 31"),
         (dict(d_sae=100_000), "d_sae"),
         (dict(texts="no-such-file.txt"), "neither a file nor a data set"),
-        (dict(preset="fast"), "preset must be one of"),
-        (dict(loader="telepathy"), "loader must be one of"),
-        (dict(method="lasso"), "method must be one of"),
+        (dict(preset="fast"), "'fast' is not one of 'best', 'thorough', 'paper'"),
+        (dict(loader="telepathy"), "is not one of 'bridge', 'hooked_transformer', 'huggingface'"),
+        (dict(method="lasso"), "'lasso' is not one of 'mp', 'omp', 'ols'"),
+        (dict(k=0), "'--k': Input should be greater than or equal to 1"),
+        (dict(max_tokens=0), "'--max-tokens': Input should be greater than or equal to 1"),
+        (dict(context_size=1), "'--context-size': Input should be greater than or equal to 2"),
+        (dict(rtol=-1), "'--rtol': Input should be greater than or equal to 0"),
     ],
 )
 def test_bad_input_is_one_clear_line(itda_command, tiny_folder, text_file, tmp_path, changes, message):
@@ -172,7 +176,7 @@ def test_interrupt_and_full_disk_leave_nothing(
     def fail(*args, **kwargs):
         raise error
 
-    monkeypatch.setattr("itda_lens.cli.build.save_all", fail)
+    monkeypatch.setattr("itda_lens.training.save_all", fail)
     found, _, err = itda_command(*build_arguments(tiny_folder, text_file, tmp_path / "out"))
     assert found == code
     assert "Traceback" not in err
