@@ -4,6 +4,7 @@ Labels, texts, paths, hook names and metadata come from models, data sets and do
 They may hold rich's markup, emoji codes, escape sequences or marks that turn the direction of a line.
 """
 
+import io
 import os
 import sys
 
@@ -37,7 +38,7 @@ def make_console(stderr: bool = False) -> Console:
     stream's encoding lacks a character (LANG=C), it is written as an escape instead of raising an error.
     """
     stream = sys.stderr if stderr else sys.stdout
-    if hasattr(stream, "reconfigure"):  # not where a notebook or a test put something else in its place
+    if isinstance(stream, io.TextIOWrapper):  # not where a notebook put something else in its place
         stream.reconfigure(errors="backslashreplace")
     console = Console(stderr=stderr, markup=False, emoji=False)
     if not console.is_terminal and "COLUMNS" not in os.environ:
