@@ -22,7 +22,7 @@ ROOMS = [
     {"sae"},
     {"dictionary"},
     {"pursuit"},
-    {"records"},
+    {"records", "terminal"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
 HOSTS = {"sae_lens", "transformer_lens", "transformers", "datasets"}

@@ -149,7 +149,7 @@ def test_files(models, activations, tmp_path):
 
 def test_refuses_what_cannot_be_compared(models, activations, tiny, texts):
     labels = activations["tiny"][0].labels
-    with pytest.raises(ValueError, match="measure must be one of"):
+    with pytest.raises(ValueError, match="'luck' is not one of"):
         compare(models, "taste")
     with pytest.raises(ValueError, match="two dictionaries or more"):
         compare({"tiny": models["tiny"][:1]})
@@ -173,7 +173,7 @@ def test_refuses_what_cannot_be_compared(models, activations, tiny, texts):
         compare(
             models, "cka", activations=activations | {"tiny": [*reversed_labels, reversed_labels[0]]}
         )
-    with pytest.raises(ValueError, match="measure must be one of"):
+    with pytest.raises(ValueError, match="'luck' is not one of"):
         activation_similarity(activations["tiny"], activations["tiny"], "jaccard", "position")
     with pytest.raises(ValueError, match="match must be 'position' or 'span'"):
         activation_similarity(activations["tiny"], activations["tiny"], "cka", "auto")
@@ -417,10 +417,10 @@ def test_command_diff(compare_command, folders, tmp_path):
         (["DICTS/tiny", "DICTS/none"], "no folder"),
         (["DICTS/tiny", "DICTS/tiny"], "folders must be different"),
         ([f"DICTS/tiny/{HOOKS[0]}"], "two dictionaries or more"),
-        (["DICTS/tiny", "DICTS/other", "--measure", "luck"], "measure must be one of"),
+        (["DICTS/tiny", "DICTS/other", "--measure", "luck"], "'luck' is not one of"),
         (["DICTS/tiny", "DICTS/other", "--measure", "cka"], "--measure cka looks at activations"),
         (["DICTS/tiny", "DICTS/other", "--diff"], "--diff takes the dictionaries of one hook point"),
-        (["DICTS/tiny", "DICTS/other", "--match", "luck"], "match must be one of"),
+        (["DICTS/tiny", "DICTS/other", "--match", "luck"], "'luck' is not one of"),
         (["DICTS/tiny", "DICTS/other", "--json", "HERE/none/figures.json"], "there is no folder"),
         (
             [f"DICTS/tiny/{HOOKS[0]}", f"DICTS/other/{HOOKS[0]}", "--diff", "--heatmap", "HERE/x.png"],

@@ -105,8 +105,9 @@ def evaluate(
     saes = [dictionaries] if isinstance(dictionaries, SAE) else list(dictionaries)
     if not saes:
         raise ValueError("dictionaries must be one or more, got none")
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    for name, value in (("batch_size", batch_size), ("max_tokens", max_tokens)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
     _check_measurable(saes)
     # Looked at before the model is loaded, so that missing texts are told at once.
     stream = iterate_texts(texts, text_field=text_field, split=split)

@@ -3,19 +3,31 @@
 import importlib.util
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 
-from itda_lens.cli.options import DeviceOption, ModelOption, Split, TextField
-from itda_lens.reports import bench_table, make_console, pareto_plot
-from itda_lens.saebench import EVALUATIONS, bench
+from itda_lens.cli.choices import Baseline, Codes, Evaluation
+from itda_lens.cli.options import (
+    BatchSize,
+    DeviceOption,
+    ModelOption,
+    Split,
+    TextField,
+    completing,
+    names_in,
+    only,
+)
+from itda_lens.terminal import make_console, shown
+
+EVALUATIONS, BASELINES = get_args(Evaluation), get_args(Baseline)
 
 
 def bench_command(
     saes: Annotated[
         list[str],
         typer.Argument(
+            metavar="FOLDER",
             help="Folders of dictionaries or other SAELens SAEs, folders that hold several, or "
             "release:sae_id of SAELens's list.",
             show_default=False,
@@ -25,7 +37,13 @@ def bench_command(
         Path, typer.Option(help="Folder for results; the same one goes on with a stopped run.")
     ],
     evals: Annotated[
-        str, typer.Option(help=f"Evaluations, with commas between: {', '.join(EVALUATIONS)}.")
+        str,
+        typer.Option(
+            metavar="NAMES",
+            help=f"Evaluations, with commas between: {', '.join(EVALUATIONS)}.",
+            callback=only(EVALUATIONS),
+            autocompletion=completing(EVALUATIONS),
+        ),
     ] = "saelens,core",
     texts: Annotated[
         str | None,
@@ -36,8 +54,7 @@ def bench_command(
     ] = None,
     model: ModelOption = None,
     codes: Annotated[
-        str,
-        typer.Option(help="Codes of signed ITDAs, where it matters: both, signed, nonnegative."),
+        Codes, typer.Option(help="Which codes of signed ITDAs to evaluate, where the sign matters.")
     ] = "both",
     settings: Annotated[
         Path | None,
@@ -45,14 +62,17 @@ def bench_command(
     ] = None,
     device: DeviceOption = None,
     dtype: Annotated[str, typer.Option(help="Precision: float32, bfloat16, ...")] = "float32",
-    batch_size: Annotated[int, typer.Option(help="Contexts per forward pass.")] = 16,
+    batch_size: BatchSize = 16,
     text_field: TextField = "text",
     split: Split = "train",
     baselines: Annotated[
         str,
         typer.Option(
-            help="Baselines to build beside the ITDAs: random,pca,topk,batchtopk,matryoshka,"
-            "matching_pursuit."
+            metavar="NAMES",
+            help=f"Baselines to build beside the ITDAs, with commas between: {', '.join(BASELINES)}.",
+            show_default=False,
+            callback=only(BASELINES),
+            autocompletion=completing(BASELINES),
         ),
     ] = "",
     train_texts: Annotated[
@@ -60,17 +80,23 @@ def bench_command(
     ] = None,
     plot: Annotated[bool, typer.Option("--plot", help="Write pareto.png: the figures over L0.")] = False,
 ) -> None:
-    """Run SAEBench on dictionaries and other SAEs, side by side; stop it when you like, and go on.
+    """Run SAEBench on dictionaries and other SAEs, side by side.
+
+    A run that was stopped goes on when it is given the same folder for results.
 
     Needs the extra: pip install 'itda-lens[saebench]'.
 
     Example: itda bench gpt2-dictionaries --evals saelens,core --texts other-book.txt --out bench
     """
-    names = [name.strip() for name in evals.split(",")]
+    names = names_in(evals)
     if plot and "saelens" not in names:
         raise ValueError("--plot needs the evaluation saelens, which measures L0")
+    chosen = _settings(settings)
     if plot and importlib.util.find_spec("matplotlib") is None:
         raise ValueError("--plot needs matplotlib: pip install 'itda-lens[saebench]'")
+    from itda_lens.reports import bench_table, pareto_plot
+    from itda_lens.saebench import bench
+
     results = bench(
         saes,
         names,
@@ -78,9 +104,9 @@ def bench_command(
         texts=texts,
         data=data,
         model=model,
-        codes=codes,  # pyright: ignore[reportArgumentType] (checked by bench)
-        settings=_settings(settings),
-        baselines=[name.strip() for name in baselines.split(",") if name.strip()],
+        codes=codes,
+        settings=chosen,
+        baselines=names_in(baselines),
         train_texts=train_texts,
         device=device,
         dtype=dtype,
@@ -90,7 +116,8 @@ def bench_command(
     )
     make_console().print(bench_table(results, title=f"Results in {out}"))
     if plot:
-        make_console().print(f"Plot: {pareto_plot(results, out / 'pareto.png')}")
+        plotted = pareto_plot(results, out / "pareto.png")
+        make_console().print(shown(f"Plot: {plotted}"), soft_wrap=True)
     if any(result.file is None for result in results):
         raise typer.Exit(1)
 

@@ -4,16 +4,19 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.text import Text
 
-from itda_lens.cli.options import DeviceOption, LoaderOption, Split, TextField, Texts, as_loader
-from itda_lens.pursuit import DEFAULT_RTOL
-from itda_lens.reports import make_console
-from itda_lens.training import Preset, build, output_folder, save_all
+from itda_lens.cli.choices import Method, Preset
+from itda_lens.cli.options import BatchSize, DeviceOption, LoaderOption, Split, TextField, Texts
+from itda_lens.terminal import make_console, shown
 
 
 def build_command(
     model: Annotated[
-        str, typer.Argument(help="A Hugging Face name or a local folder.", show_default=False)
+        str,
+        typer.Argument(
+            metavar="MODEL", help="A Hugging Face name or a local folder.", show_default=False
+        ),
     ],
     texts: Texts,
     hook: Annotated[
@@ -23,37 +26,47 @@ def build_command(
     out: Annotated[
         Path, typer.Option(help="Folder for the dictionaries, a subfolder per hook; must not exist.")
     ],
-    d_sae: Annotated[int, typer.Option(help="Atoms per dictionary.")] = 4096,
-    k: Annotated[int, typer.Option(help="Most nonzeros per code.")] = 20,
+    d_sae: Annotated[int, typer.Option(min=1, help="Atoms per dictionary.")] = 4096,
+    k: Annotated[int, typer.Option(min=1, help="Most nonzeros per code.")] = 20,
     preset: Annotated[
-        str, typer.Option(help="best, thorough (better, slower) or paper (Leask et al. 2025).")
+        Preset,
+        typer.Option(
+            help="How atoms are chosen; thorough is better than best and slower, paper is the rule of "
+            "Leask et al. (2025)."
+        ),
     ] = "best",
     method: Annotated[
-        str | None, typer.Option(help="Encoder: mp, omp or ols; default: mp for paper, else ols.")
+        Method | None, typer.Option(help="Encoder; default: mp for preset paper, else ols.")
     ] = None,
     loss_threshold: Annotated[
-        float | None, typer.Option(help="For paper: relative error that admits an activation.")
+        float | None,
+        typer.Option(min=0, max=1, help="For paper: relative error that admits an activation."),
     ] = None,
     l0: Annotated[
         float | None,
-        typer.Option(help="Mean nonzeros per code, k at most; default: k in every code."),
+        typer.Option(min=0, help="Mean nonzeros per code, k at most; default: k in every code."),
     ] = None,
     update: Annotated[
         bool, typer.Option("--update", help="Move the atoms by least squares: better, no longer pure.")
     ] = False,
     least_cosine: Annotated[
         float | None,
-        typer.Option(help="With --update: how near atoms stay to their activations; default 0.9."),
+        typer.Option(
+            min=0, max=1, help="With --update: how near atoms stay to their activations; default 0.9."
+        ),
     ] = None,
     rtol: Annotated[
-        float, typer.Option(help="End a code once its residual is this, relative to the activation.")
-    ] = DEFAULT_RTOL,
-    seed: Annotated[int, typer.Option(help="Seed of the samples.")] = 0,
+        float,
+        typer.Option(
+            min=0, max=1, help="End a code once its residual is this, relative to the activation."
+        ),
+    ] = 1e-3,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the samples.")] = 0,
     max_tokens: Annotated[
-        int | None, typer.Option(help="Stop after so many tokens; default: all of the texts.")
+        int | None, typer.Option(min=1, help="Stop after this number of tokens; default: never.")
     ] = None,
-    context_size: Annotated[int, typer.Option(help="Tokens per context, BOS included.")] = 128,
-    batch_size: Annotated[int, typer.Option(help="Contexts per forward pass.")] = 16,
+    context_size: Annotated[int, typer.Option(min=2, help="Tokens per context, BOS included.")] = 128,
+    batch_size: BatchSize = 16,
     keep_special_tokens: Annotated[
         bool, typer.Option("--keep-special-tokens", help="Let BOS and special tokens be atoms.")
     ] = False,
@@ -71,6 +84,8 @@ def build_command(
 
     Example: itda build gpt2 --texts book.txt --hook blocks.6.hook_resid_post --out gpt2-dictionaries
     """
+    from itda_lens.training import build, output_folder, save_all
+
     with output_folder(out, overwrite) as folder:
         dictionaries = build(
             model,
@@ -78,8 +93,8 @@ def build_command(
             hook,
             d_sae=d_sae,
             k=k,
-            preset=_preset(preset),
-            method=method,  # pyright: ignore[reportArgumentType] (checked by build)
+            preset=preset,
+            method=method,
             loss_threshold=loss_threshold,
             l0=l0,
             update=update,
@@ -92,14 +107,13 @@ def build_command(
             keep_special_tokens=keep_special_tokens,
             text_field=text_field,
             split=split,
-            loader=as_loader(loader),
+            loader=loader,
             device=device,
         )
         save_all(dictionaries, folder)
+    console = make_console()
     for name, itda in dictionaries.items():
-        make_console().print(f"{out / name}: {itda.cfg.d_sae:,} atoms, k = {itda.cfg.k}")
-    make_console().print(f"Next: [bold]itda eval {out} --texts HELD_OUT_FILE[/]")
-
-
-def _preset(name: str) -> Preset:
-    return name  # pyright: ignore[reportReturnType] (checked by build)
+        line = f"{out / name}: {itda.cfg.d_sae:,} atoms, k = {itda.cfg.k}"
+        console.print(shown(line), soft_wrap=True)
+    next_command = shown(f"itda eval {out} --texts HELD_OUT_FILE", "bold")
+    console.print(Text.assemble("Next: ", next_command), soft_wrap=True)

@@ -3,31 +3,17 @@
 import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
+from itda_lens.cli.choices import Match, Measure
 from itda_lens.cli.options import DeviceOption, Split, TextField
-from itda_lens.compare import (
-    activations_of,
-    check_comparable,
-    check_diffable,
-    compare,
-    diff,
-    recorded_settings,
-)
-from itda_lens.records import HookPoint
-from itda_lens.reports import (
-    comparison_heatmap,
-    comparison_table,
-    differences_table,
-    layers_table,
-    make_console,
-    save_comparison,
-    save_differences,
-)
-from itda_lens.sae import ITDA, dictionaries_in, load
-from itda_lens.sources import Activations
+from itda_lens.terminal import make_console, shown
+
+if TYPE_CHECKING:
+    from itda_lens.sae import ITDA
+    from itda_lens.sources import Activations
 
 T = TypeVar("T")
 
@@ -36,20 +22,17 @@ def compare_command(
     folders: Annotated[
         list[Path],
         typer.Argument(
+            metavar="FOLDER",
             help="A folder for each model: of one dictionary, or of those of its layers.",
             show_default=False,
         ),
     ],
     measure: Annotated[
-        str,
-        typer.Option(
-            help="jaccard or weighted (of labels); cka, svcca, regression, relative or "
-            "relative-centred (of activations)."
-        ),
+        Measure,
+        typer.Option(help="jaccard and weighted compare labels, the others compare activations."),
     ] = "jaccard",
     match: Annotated[
-        str,
-        typer.Option(help="When labels are the same: position, span or overlap; auto chooses."),
+        Match, typer.Option(help="When two labels are the same place; auto chooses.")
     ] = "auto",
     texts: Annotated[
         str | None,
@@ -58,7 +41,7 @@ def compare_command(
             "dictionaries were built from: a file or a data set."
         ),
     ] = None,
-    max_tokens: Annotated[int, typer.Option(help="Tokens of the texts to read.")] = 20_000,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the texts to read.")] = 20_000,
     difference: Annotated[
         bool,
         typer.Option(
@@ -75,28 +58,45 @@ def compare_command(
     split: Split = "train",
     device: DeviceOption = None,
 ) -> None:
-    """Compare models by the dictionaries of their layers, built from the same texts.
+    """Compare models by the dictionaries of their layers.
 
-    Shows how similar whole models are, by the unions over their layers, and which layer of one is most
-    like each layer of another. Labels need no model; the other measures, and --diff, load the models
-    that the dictionaries name.
+    The dictionaries must be built from the same texts. The tables show how similar whole models are, by
+    the unions over their layers, and which layer of one model is most like each layer of another. Labels
+    need no model; the other measures, and --diff, load the models that the dictionaries name.
 
     Examples: itda compare gpt2-dictionaries other-dictionaries --heatmap layers.png
 
     itda compare base/blocks.6.hook_resid_post tuned/blocks.6.hook_resid_post --diff --texts book.txt
     """
+    from itda_lens.compare import (
+        activations_of,
+        check_comparable,
+        check_diffable,
+        compare,
+        diff,
+        recorded_settings,
+    )
+    from itda_lens.reports import (
+        comparison_heatmap,
+        comparison_table,
+        differences_table,
+        layers_table,
+        save_comparison,
+        save_differences,
+    )
+
     models = _models(folders)
     if difference:
         _check_two_hooks(models, measure, heatmap)
         check_diffable(*_firsts(models), match)  # pyright: ignore (checked there)
     else:
-        check_comparable(models, measure, match)  # pyright: ignore[reportArgumentType]
+        check_comparable(models, measure, match)
     if heatmap is not None and importlib.util.find_spec("matplotlib") is None:
         raise ValueError("--heatmap needs matplotlib: pip install 'itda-lens[plots]'")
     for option, file in (("--json", json), ("--heatmap", heatmap)):
         if file is not None and not file.absolute().parent.is_dir():
             raise ValueError(f"{option} {file}: there is no folder {file.absolute().parent}")
-    activations: dict[str, list[Activations]] = {}
+    activations: "dict[str, list[Activations]]" = {}
     if difference or measure != "jaccard":
         if texts is None:
             what = "--diff" if difference else f"--measure {measure}"
@@ -118,7 +118,7 @@ def compare_command(
         base, tuned = models
         console.print(differences_table(found, top, f"In {tuned}, foreign to {base}"))
         if json is not None:
-            console.print(f"All atoms: {save_differences(found, json)}")
+            console.print(shown(f"All atoms: {save_differences(found, json)}"), soft_wrap=True)
         return
     comparison = compare(models, measure, match, activations or None)  # pyright: ignore
     overview = comparison_table(comparison)
@@ -128,12 +128,14 @@ def compare_command(
         if overview is None or max(pair.similarity.shape) > 1:
             console.print(layers_table(pair))
     if json is not None:
-        console.print(f"Figures: {save_comparison(comparison, json)}")
+        console.print(shown(f"Figures: {save_comparison(comparison, json)}"), soft_wrap=True)
     if heatmap is not None:
-        console.print(f"Heatmap: {comparison_heatmap(comparison, heatmap)}")
+        console.print(shown(f"Heatmap: {comparison_heatmap(comparison, heatmap)}"), soft_wrap=True)
 
 
-def _check_two_hooks(models: Mapping[str, Sequence[ITDA]], measure: str, heatmap: Path | None) -> None:
+def _check_two_hooks(
+    models: "Mapping[str, Sequence[ITDA]]", measure: Measure, heatmap: Path | None
+) -> None:
     if len(models) != 2 or [len(own) for own in models.values()] != [1, 1]:
         raise ValueError("--diff takes the dictionaries of one hook point of two models: two folders")
     if measure != "jaccard" or heatmap is not None:
@@ -144,8 +146,11 @@ def _firsts(several: Mapping[str, Sequence[T]]) -> list[T]:
     return [own[0] for own in several.values()]
 
 
-def _models(folders: Sequence[Path]) -> dict[str, list[ITDA]]:
+def _models(folders: Sequence[Path]) -> "dict[str, list[ITDA]]":
     """The dictionaries of each folder, in the order of the layers in their hooks' names."""
+    from itda_lens.records import HookPoint
+    from itda_lens.sae import dictionaries_in, load
+
     if len(set(folders)) != len(folders):
         raise ValueError(f"folders must be different ones, got {', '.join(map(str, folders))}")
     return {

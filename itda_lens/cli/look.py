@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from itda_lens.analysis import decompose, evaluate
 from itda_lens.cli.options import (
+    BatchSize,
     DeviceOption,
     Folders,
     ModelOption,
@@ -17,15 +17,7 @@ from itda_lens.cli.options import (
     load_all,
     model_of,
 )
-from itda_lens.reports import (
-    decomposition_table,
-    evaluation_table,
-    info_table,
-    labels_table,
-    make_console,
-    save_neuronpedia_features,
-)
-from itda_lens.sae import load, load_sparsity, save_sparsity
+from itda_lens.terminal import make_console
 
 
 def info_command(
@@ -36,7 +28,10 @@ def info_command(
         typer.Option(help="Write all atoms to this file, a JSON line each with Neuronpedia's fields."),
     ] = None,
 ) -> None:
-    """Show what a dictionary is, how it was built, and where its first atoms came from."""
+    """Show how a dictionary was built, and where its atoms came from."""
+    from itda_lens.reports import info_table, labels_table, save_neuronpedia_features
+    from itda_lens.sae import load_sparsity
+
     loaded = load_all(folders)
     if neuronpedia is not None:
         if len(loaded) != 1:
@@ -50,8 +45,12 @@ def info_command(
 
 
 def decompose_command(
-    folder: Annotated[Path, typer.Argument(help="Folder of a dictionary.", show_default=False)],
-    text: Annotated[str, typer.Argument(help="The text to take apart.", show_default=False)],
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="Folder of a dictionary.", show_default=False)
+    ],
+    text: Annotated[
+        str, typer.Argument(metavar="TEXT", help="The text to take apart.", show_default=False)
+    ],
     model: ModelOption = None,
     top: Annotated[int, typer.Option(min=1, help="Atoms to show per token.")] = 4,
     loader: SameLoader = None,
@@ -61,6 +60,10 @@ def decompose_command(
 
     Example: itda decompose gpt2-dictionaries/blocks.6.hook_resid_post "The cat sat on the mat."
     """
+    from itda_lens.analysis import decompose
+    from itda_lens.reports import decomposition_table
+    from itda_lens.sae import load
+
     itda = load(folder)
     name, loaded_by = model_of([itda], model, loader)
     found = decompose(name, itda, text, loader=loaded_by, device=device)
@@ -72,9 +75,12 @@ def eval_command(
     texts: Texts,
     model: ModelOption = None,
     max_tokens: Annotated[
-        int | None, typer.Option(help="Stop after the batch that reaches so many tokens.")
+        int | None,
+        typer.Option(
+            min=1, help="Stop after the batch that reaches this number of tokens; default: never."
+        ),
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Contexts per forward pass.")] = 8,
+    batch_size: BatchSize = 8,
     text_field: TextField = "text",
     split: Split = "train",
     loader: SameLoader = None,
@@ -83,13 +89,17 @@ def eval_command(
         bool, typer.Option("--save-density", help="Write sparsity.safetensors beside each dictionary.")
     ] = False,
 ) -> None:
-    """Measure dictionaries on a text: FVU, L0, CE-loss score, KL and alive fraction.
+    """Measure dictionaries on a text that they were not built from.
 
-    Give a text that the dictionaries were not built from. With --save-density the share of tokens at
-    which each atom fires is kept in the file that SAELens's tools look for.
+    The figures are FVU, L0, CE-loss score, KL and alive fraction. With --save-density the share of
+    tokens at which each atom fires is kept in the file that SAELens's tools look for.
 
     Example: itda eval gpt2-dictionaries --texts other-book.txt --max-tokens 20000
     """
+    from itda_lens.analysis import evaluate
+    from itda_lens.reports import evaluation_table
+    from itda_lens.sae import save_sparsity
+
     loaded = load_all(folders)
     itdas = [itda for _, itda in loaded]
     name, loaded_by = model_of(itdas, model, loader)

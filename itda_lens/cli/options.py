@@ -1,16 +1,23 @@
 """What several commands share: options, and the dictionaries and models that they name."""
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from itda_lens.sae import ITDA, dictionaries_in, load, provenance_of
-from itda_lens.sources import Loader
+from itda_lens.cli.choices import Loader
+
+if TYPE_CHECKING:
+    from itda_lens.sae import ITDA
 
 Folders = Annotated[
     list[Path],
-    typer.Argument(help="Folders of dictionaries, or folders that hold several.", show_default=False),
+    typer.Argument(
+        metavar="FOLDER",
+        help="Folders of dictionaries, or folders that hold several.",
+        show_default=False,
+    ),
 ]
 Texts = Annotated[
     str,
@@ -22,39 +29,66 @@ ModelOption = Annotated[
     str | None,
     typer.Option(help="The model, if not the one that the dictionary names.", show_default=False),
 ]
-LoaderOption = Annotated[
-    str, typer.Option(help="How to load the model: bridge, hooked_transformer or huggingface.")
-]
+LoaderOption = Annotated[Loader, typer.Option(help="How to load the model.")]
 SameLoader = Annotated[
-    str | None,
-    typer.Option(help="How to load it: bridge, hooked_transformer, huggingface.", show_default=False),
+    Loader | None,
+    typer.Option(help="How to load the model; default: as for the build.", show_default=False),
 ]
 DeviceOption = Annotated[
     str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default: a GPU if there is one.")
 ]
+BatchSize = Annotated[int, typer.Option(min=1, help="Contexts per forward pass.")]
 TextField = Annotated[str, typer.Option(help="Field of a jsonl line or data set row with the text.")]
 Split = Annotated[str, typer.Option(help="Split of the data set.")]
 
 
-def load_all(folders: list[Path]) -> list[tuple[Path, ITDA]]:
+def names_in(value: str) -> list[str]:
+    """The names in an option such as `--evals saelens,core`."""
+    return [name.strip() for name in value.split(",") if name.strip()]
+
+
+def only(allowed: Sequence[str]) -> Callable[[str], str]:
+    """A callback for an option with names and commas between: refuses other names than `allowed`."""
+
+    def check(value: str) -> str:
+        for name in names_in(value):
+            if name not in allowed:
+                raise typer.BadParameter(f"{name!r} is not one of {', '.join(map(repr, allowed))}.")
+        return value
+
+    return check
+
+
+def completing(allowed: Sequence[str]) -> Callable[[str], list[str]]:
+    """Shell completion for such an option: of its last name, by one that is not there yet."""
+
+    def complete(incomplete: str) -> list[str]:
+        before, comma, last = incomplete.rpartition(",")
+        rest = [name for name in allowed if name not in names_in(before)]
+        return [f"{before}{comma}{name}" for name in rest if name.startswith(last)]
+
+    return complete
+
+
+def load_all(folders: list[Path]) -> "list[tuple[Path, ITDA]]":
+    from itda_lens.sae import dictionaries_in, load
+
     found = [inside for folder in folders for inside in (dictionaries_in(folder) or [folder])]
     return [(folder, load(folder)) for folder in found]
 
 
-def model_of(itdas: list[ITDA], model: str | None, loader: str | None) -> tuple[Any, Loader]:
+def model_of(itdas: "Sequence[ITDA]", model: str | None, loader: Loader | None) -> tuple[Any, Loader]:
     """The model to load: the one named by the user, else the one that the dictionaries name."""
+    from itda_lens.sae import provenance_of
+
     records = [provenance_of(itda) for itda in itdas]
     loaders = {record.loader for record in records} - {None}
     chosen = loader or (loaders.pop() if len(loaders) == 1 else "bridge")
     if model is not None:
-        return model, as_loader(chosen)
+        return model, chosen  # pyright: ignore[reportReturnType] (a recorded loader is one)
     models = {record.model for record in records} - {None}
     if len(models) != 1:
         raise ValueError(
             f"pass --model: the dictionaries name {len(models)} models that could be loaded, not one"
         )
-    return models.pop(), as_loader(chosen)
-
-
-def as_loader(name: str) -> Loader:
-    return name  # pyright: ignore[reportReturnType] (checked by language_model)
+    return models.pop(), chosen

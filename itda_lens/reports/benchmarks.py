@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich import box
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from itda_lens.records import replacing
+from itda_lens.reports.tables import TITLE
 from itda_lens.saebench import EVALUATIONS, Metric, Result
+from itda_lens.terminal import shown
 
 L0 = "L0"
 
@@ -21,7 +23,7 @@ def bench_table(results: Sequence[Result], title: str = "SAEBench") -> Table:
     Where signed codes and the non-negative view were both evaluated and differ in the last digit shown,
     a cell holds both, signed first. "-" means not run, "failed" run and without a result.
     """
-    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table = Table(title=shown(title, TITLE), box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("dictionary", overflow="fold")
     columns = _columns(results)
     for _, metric in columns:
@@ -29,7 +31,7 @@ def bench_table(results: Sequence[Result], title: str = "SAEBench") -> Table:
         table.add_column(metric.name + arrow, justify="right")
     for name in dict.fromkeys(result.dictionary for result in results):
         own = [result for result in results if result.dictionary == name]
-        table.add_row(escape(name), *(_cell(own, evaluation, m) for evaluation, m in columns))
+        table.add_row(shown(name), *(_cell(own, evaluation, m) for evaluation, m in columns))
     table.caption = _caption(results)
     return table
 
@@ -124,7 +126,7 @@ def _number(value: float) -> str:
     return f"{value:.1f}" if abs(value) >= 10 else f"{value:.3f}"
 
 
-def _caption(results: Sequence[Result]) -> str:
+def _caption(results: Sequence[Result]) -> Text:
     lines = []
     ran: dict[tuple[str, str], set[str]] = {}
     for result in results:
@@ -135,11 +137,11 @@ def _caption(results: Sequence[Result]) -> str:
     if views:
         lines.append(f"of signed dictionaries, {', '.join(views)} saw the non-negative view")
     lines += [
-        f"{r.dictionary}, {r.evaluation} ({r.codes} codes) failed: {escape(r.failure or '')}"
+        f"{r.dictionary}, {r.evaluation} ({r.codes} codes) failed: {r.failure or ''}"
         for r in results
         if r.file is None
     ]
-    return "\n".join(lines)
+    return Text("\n").join(shown(line, "table.caption") for line in lines)
 
 
 def _curves(

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from rich import box
-from rich.markup import escape
 from rich.table import Table
 
 from itda_lens.compare import Comparison, Difference, LayerComparison
 from itda_lens.records import replacing
-from itda_lens.reports.tables import quote
+from itda_lens.reports.tables import TITLE, quote
+from itda_lens.terminal import shown
 
 SHOWN = {
     "jaccard": "Jaccard of labels",
@@ -34,13 +34,13 @@ def comparison_table(comparison: Comparison) -> Table | None:
     for i in range(len(comparison.names)):
         table.add_column(str(i + 1), justify="right", min_width=5)
     for i, (name, row) in enumerate(zip(comparison.names, comparison.similarity.tolist(), strict=True)):
-        table.add_row(f"{i + 1}  {escape(name)}", *(f"{value:.3f}" for value in row))
+        table.add_row(shown(f"{i + 1}  {name}"), *(f"{value:.3f}" for value in row))
     return table
 
 
 def layers_table(layers: LayerComparison) -> Table:
     """The most similar layer of the second model for each of the first; of one model, of the others."""
-    table = _table(f"{escape(layers.a)} → {escape(layers.b)}")
+    table = _table(f"{layers.a} → {layers.b}")
     one_model = layers.a == layers.b
     table.add_column("layer", overflow="fold")
     table.add_column("most similar of the others" if one_model else "most similar", overflow="fold")
@@ -55,13 +55,13 @@ def layers_table(layers: LayerComparison) -> Table:
     for i, hook in enumerate(layers.hooks_a):
         best = int(searched[i].argmax())
         cells = [hook, layers.hooks_b[best], f"{values[i, best].item():.3f}"]
-        table.add_row(*map(escape, cells), *([f"{values[i, i].item():.3f}"] if square else []))
+        table.add_row(*map(shown, cells), *([f"{values[i, i].item():.3f}"] if square else []))
     return table
 
 
 def differences_table(differences: Sequence[Difference], top: int, title: str) -> Table:
     """The first `top` atoms: where they came from, and the token that adds most to their excess."""
-    table = Table(title=escape(title))
+    table = Table(title=shown(title, TITLE))
     for name in ("atom", "excess", "q", "tokens"):
         table.add_column(name, justify="right", no_wrap=True)
     for name in ("label in", "came from", "most foreign at"):
@@ -177,4 +177,4 @@ def _write(known: Any, path: str | Path) -> Path:
 
 
 def _table(title: str) -> Table:
-    return Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    return Table(title=shown(title, TITLE), box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)

@@ -1,23 +1,21 @@
 """Results as rich tables."""
 
-import os
 from collections.abc import Mapping, Sequence
 
 from rich import box
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from itda_lens.analysis import Evaluation, TokenDecomposition
-from itda_lens.records import Label
+from itda_lens.records import CONTEXT_CHARS, Label
 from itda_lens.sae import ITDA, provenance_of
+from itda_lens.terminal import printable, shown
 
+TITLE = "table.title"
+"""rich's style of a table's title, which it gives to strings only."""
 
-def make_console() -> Console:
-    """Standard output; as wide as the terminal, or 120 columns where it goes to a file or a pipe."""
-    console = Console()
-    known = console.is_terminal or "COLUMNS" in os.environ
-    return console if known else Console(width=120)
+QUOTED_BEFORE, QUOTED_AFTER = 24, 32
+"""Characters of a label's context that tables show on either side of its token."""
 
 
 def evaluation_table(
@@ -28,7 +26,7 @@ def evaluation_table(
 ) -> Table:
     """One row a dictionary; tokens and seconds of their builds, by hook name, where given."""
     table = Table(
-        title=title,
+        title=shown(title, TITLE),
         caption=_evaluation_caption(evaluations),
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
@@ -44,7 +42,7 @@ def evaluation_table(
         table.add_column("seconds", justify="right", min_width=7)
     for e in evaluations:
         cells = [
-            escape(e.hook_name),
+            shown(e.hook_name),
             f"{e.d_sae:,}",
             f"{e.l0:.1f}",
             f"{e.fvu:.3f}",
@@ -62,7 +60,7 @@ def evaluation_table(
 
 def decomposition_table(decomposition: Sequence[TokenDecomposition], top: int, hook_name: str) -> Table:
     """Tokens with their `top` atoms: signed coefficient, where the atom came from, in context."""
-    table = Table(title=f"Decomposition at {hook_name}", show_lines=False)
+    table = Table(title=shown(f"Decomposition at {hook_name}", TITLE), show_lines=False)
     table.add_column("token", no_wrap=True)
     # In a narrow terminal the quotation wraps, not the figures.
     for name in ("explained", "coefficient", "atom"):
@@ -72,9 +70,9 @@ def decomposition_table(decomposition: Sequence[TokenDecomposition], top: int, h
         for i, component in enumerate(token.components[:top]):
             first = i == 0
             table.add_row(
-                escape(repr(token.token)) if first else "",
+                shown(repr(token.token)) if first else "",
                 f"{token.explained:.0%}" if first else "",
-                f"[{'green' if component.coefficient > 0 else 'red'}]{component.coefficient:+.2f}[/]",
+                shown(f"{component.coefficient:+.2f}", "green" if component.coefficient > 0 else "red"),
                 str(component.atom),
                 quote(component.label),
                 end_section=i == len(token.components[:top]) - 1,
@@ -84,7 +82,7 @@ def decomposition_table(decomposition: Sequence[TokenDecomposition], top: int, h
 
 def info_table(itda: ITDA, name: str) -> Table:
     """Configuration and build record of a dictionary."""
-    table = Table(title=escape(name), show_header=False)
+    table = Table(title=shown(name, TITLE), show_header=False)
     table.add_column(no_wrap=True)
     table.add_column()
     metadata, l0 = itda.cfg.metadata, itda.cfg.l0
@@ -108,7 +106,7 @@ def info_table(itda: ITDA, name: str) -> Table:
     rows |= {f"build: {k}": v for k, v in settings.items() if v is not None and k not in ("d_sae", "k")}
     rows |= {f"version: {key}": value for key, value in packages.items()}
     for key, value in rows.items():
-        table.add_row(key, escape(str(value)))
+        table.add_row(shown(key), shown(value))
     return table
 
 
@@ -123,17 +121,36 @@ def labels_table(itda: ITDA, n: int) -> Table:
     return table
 
 
-def quote(label: Label) -> str:
+def quote(label: Label) -> Text:
     """A label in one line: its token in bold, with some of the text around it."""
     if label.context is None:
-        return escape(str(label))
-    before, _, after = label.context.partition(f"[[{label.token}]]")
+        return shown(label)
     before, token, after = (
-        part.replace("\n", "⏎").replace("\t", " ") for part in (before, label.token or "", after)
+        part.replace("\n", "⏎").replace("\t", " ") for part in _around(label, label.context)
     )
     # A narrow column: the end of what is before the token, the start of what follows it. The marks
     # around the token are for terminals and logs without bold.
-    return f"[dim]{escape(before[-24:])}[/][bold]«{escape(token)}»[/][dim]{escape(after[:32])}[/]"
+    return Text.assemble(
+        (printable(before[-QUOTED_BEFORE:]), "dim"),
+        (f"«{printable(token)}»", "bold"),
+        (printable(after[:QUOTED_AFTER]), "dim"),
+    )
+
+
+def _around(label: Label, context: str) -> tuple[str, str, str]:
+    """What a label quotes before its token, the token, and what follows it.
+
+    The text itself may hold the marks, so that "[[token]]" can stand in it several times. The token's
+    own comes after the `CONTEXT_CHARS` characters that labels quote, or after fewer where a text begins.
+    """
+    token = label.token or ""
+    marked = f"[[{token}]]"
+    start = CONTEXT_CHARS if label.chars is None else min(CONTEXT_CHARS, label.chars[0])
+    if not context.startswith(marked, start):  # of labels made elsewhere
+        start = context.find(marked)
+    if start < 0:
+        return context, token, ""
+    return context[:start], token, context[start + len(marked) :]
 
 
 def _evaluation_caption(evaluations: Sequence[Evaluation]) -> str:

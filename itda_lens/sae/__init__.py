@@ -21,3 +21,5 @@ __all__ = [
     "register",
     "save_sparsity",
 ]
+
+register()  # the last line, since importing SAELens can lead here before the rest is defined
