@@ -83,9 +83,9 @@ def model_of(itdas: "Sequence[ITDA]", model: str | None, loader: Loader | None) 
 
     records = [provenance_of(itda) for itda in itdas]
     loaders = {record.loader for record in records} - {None}
-    chosen = loader or (loaders.pop() if len(loaders) == 1 else "bridge")
+    chosen: Any = loader or (loaders.pop() if len(loaders) == 1 else "bridge")
     if model is not None:
-        return model, chosen  # pyright: ignore[reportReturnType] (a recorded loader is one)
+        return model, chosen
     models = {record.model for record in records} - {None}
     if len(models) != 1:
         raise ValueError(

@@ -118,6 +118,7 @@ class ModelSource:
         for _ in _hashed(self._beginning, fingerprint):
             pass
         lm, cutting = self.model, self.tokenization.cutting
+        described = describe_texts(self._texts, self._text_field, self._split)
         return Provenance(
             model_name=lm.name,
             model_class_name=(
@@ -130,7 +131,9 @@ class ModelSource:
             prepend_bos=self.tokenization.prepend_bos,
             keep_special_tokens=cutting.keep_special_tokens,
             dataset_path=str(self._texts) if isinstance(self._texts, str | Path) else None,
-            **describe_texts(self._texts, self._text_field, self._split),
+            texts=described["texts"],
+            text_field=described.get("text_field"),
+            split=described.get("split"),
             texts_fingerprint=fingerprint.hexdigest(),
             texts_read_sha256=self._read,
             vocabulary_sha256=self.tokenization.vocabulary_sha256(),

@@ -1,5 +1,6 @@
 """From activations, or a model and texts, to dictionaries."""
 
+from itda_lens.sources import Activations
 from itda_lens.training.build import build, collect
 from itda_lens.training.fit import fit
 from itda_lens.training.output import output_folder, save_all
@@ -7,6 +8,7 @@ from itda_lens.training.recipe import Preset, Recipe, recipe_of
 from itda_lens.training.run import build_from
 
 __all__ = [
+    "Activations",
     "Preset",
     "Recipe",
     "build",
