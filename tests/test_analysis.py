@@ -22,6 +22,7 @@ from itda_lens.records import Cutting
 from itda_lens.sources import Tokenization, language_model, register_with_transformer_lens
 
 HOOK = "blocks.1.hook_resid_post"
+OTHER = {"hook_name": HOOK, "context_size": 99}
 
 
 @pytest.fixture(scope="module")
@@ -175,10 +176,8 @@ def test_decompose(itda, tiny):
             "width 32 .* but the dictionary has d_in=16",
         ),
         (
-            lambda m, i, t: evaluate(
-                m, [i, fit(torch.randn(99, 32), d_sae=9, k=2, metadata={"hook_name": HOOK})], t
-            ),
-            "different \\(context_size",
+            lambda m, i, t: evaluate(m, [i, fit(torch.randn(99, 32), d_sae=9, k=2, metadata=OTHER)], t),
+            "must agree in context_size, got 12 and 99",
         ),
     ],
 )

@@ -17,7 +17,7 @@ from itda_lens.compare.places import Match, Place, places, resolve_match
 from itda_lens.records import Label
 from itda_lens.sae import ITDA
 from itda_lens.sources import Activations, Loader, iterate_texts, language_model
-from itda_lens.training import collect, fit, recipe_of
+from itda_lens.training import check_enough, collect, fit, recipe_of
 
 logger = logging.getLogger(__name__)
 
@@ -186,9 +186,7 @@ def diff_models(
     Raises:
         ValueError, TypeError: as `build` and `diff`.
     """
-    recipe_of(d_sae=d_sae, k=k, seed=seed)  # which checks them
-    if max_tokens is not None and d_sae > max_tokens:
-        raise ValueError(f"d_sae={d_sae} atoms cannot be chosen among max_tokens={max_tokens}")
+    check_enough(recipe_of(d_sae=d_sae, k=k, seed=seed), max_tokens)  # which looks at them all
     read: list[str] = []  # by the first model: the second reads the same, also of an iterator
     sides: list[tuple[ITDA, Activations]] = []
     tokenizers = []

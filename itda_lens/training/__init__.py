@@ -5,7 +5,7 @@ from itda_lens.training.build import build, collect
 from itda_lens.training.fit import fit
 from itda_lens.training.output import output_folder, save_all
 from itda_lens.training.recipe import Preset, Recipe, recipe_of
-from itda_lens.training.run import build_from
+from itda_lens.training.run import build_from, check_enough
 
 __all__ = [
     "Activations",
@@ -13,6 +13,7 @@ __all__ = [
     "Recipe",
     "build",
     "build_from",
+    "check_enough",
     "collect",
     "fit",
     "output_folder",

@@ -1,5 +1,6 @@
 """Everything that decides which atoms are chosen and how they encode."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
@@ -43,6 +44,7 @@ class Recipe:
             check_l0(self.l0, self.coding.k)
         if self.seed < 0:
             raise ValueError(f"seed must be at least 0, got {self.seed}")
+        _plain(self.rule)
 
     @property
     def chosen_for(self) -> int:
@@ -59,10 +61,23 @@ class Recipe:
         """The settings as plain data, for a dictionary's metadata."""
         coding = asdict(self.coding)
         del coding["threshold"]  # found, not asked for
-        rule: dict[str, Any] = {"name": type(self.rule).__name__}
-        rule |= asdict(self.rule)
+        rule = {"name": type(self.rule).__name__} | _plain(self.rule)
         record = {"preset": self.preset, "d_sae": self.d_sae, **coding, "l0": self.l0, "seed": self.seed}
         return {**{name: value for name, value in record.items() if value is not None}, "rule": rule}
+
+
+def _plain(rule: Rule) -> dict[str, Any]:
+    """The fields of a rule as JSON gives them back.
+
+    Raises:
+        ValueError: it has none, or one that JSON does not hold.
+    """
+    try:
+        return json.loads(json.dumps(asdict(rule)))
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"rule must be a dataclass whose fields are plain data for JSON, got {rule!r}: {error}"
+        ) from error
 
 
 def recipe_of(
