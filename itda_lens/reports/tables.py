@@ -77,7 +77,7 @@ def decomposition_table(decomposition: Sequence[TokenDecomposition], top: int, h
                 f"{token.explained:.0%}" if first else "",
                 f"[{'green' if component.coefficient > 0 else 'red'}]{component.coefficient:+.2f}[/]",
                 str(component.atom),
-                quote(component.label),
+                origin(component.label, component.atom),
                 end_section=i == len(token.components[:top]) - 1,
             )
     return table
@@ -120,6 +120,11 @@ def labels_table(itda: ITDA, n: int) -> Table:
     for i, label in enumerate(itda.labels[:n]):
         table.add_row(str(i), str(label.row), str(label.chunk), str(label.position), quote(label))
     return table
+
+
+def origin(label: Label | None, atom: int) -> str:
+    """Where an atom came from, or its number where nothing tells."""
+    return f"atom {atom}" if label is None else quote(label)
 
 
 def quote(label: Label) -> str:
