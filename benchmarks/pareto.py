@@ -24,6 +24,7 @@ from itda_lens import ITDA, fit
 from itda_lens.analysis import evaluate
 from itda_lens.architectures import baseline, save_inference, train_sae
 from itda_lens.dictionary import RunningFVU
+from itda_lens.sae import coded, labels_of
 from itda_lens.samples import HELD_OUT, reference_prose
 from itda_lens.samples.smollm2 import load
 from itda_lens.sources import LanguageModel, language_model
@@ -99,29 +100,22 @@ def at_equal_l0(sae: SAE[Any], kind: str, l0: int, x: Tensor) -> None:
 def measure(sae: SAE[Any], x: Activations) -> dict[str, float]:
     """FVU and L0, and for labelled dictionaries how often labels name the token that atoms fire on."""
     meter, nonzeros, energy, labelled, shuffled = RunningFVU(), 0, 0.0, 0.0, 0.0
-    own = sae.labels if isinstance(sae, ITDA) and sae.cfg.metadata["itda_labels"] else None
+    own = labels_of(sae)
     names = [label.token for label in own] if own is not None else []
     number = {token: i for i, token in enumerate({*names, *(label.token for label in x.labels)})}
     device = x.values.device
     of_atom = torch.tensor([number[name] for name in names], device=device)
     of_row = torch.tensor([number[label.token] for label in x.labels], device=device)
     order = torch.randperm(len(names), generator=torch.Generator().manual_seed(0))
-    for start in range(0, len(x.values), ROWS):
-        rows = x.values[start : start + ROWS]
-        if isinstance(sae, ITDA):
-            codes = sae.encode_sparse(rows)
-            meter.update(rows, sae.decode_sparse(codes))
-            nonzeros += int(codes.l0().sum())
-            if own is not None:
-                weight = codes.values.square()
-                here = of_row[start : start + ROWS, None]
-                energy += weight.sum().item()
-                labelled += weight[of_atom[codes.indices] == here].sum().item()
-                shuffled += weight[of_atom[order][codes.indices] == here].sum().item()
-        else:
-            dense = sae.encode(rows)
-            meter.update(rows, sae.decode(dense))
-            nonzeros += int((dense != 0).sum())
+    for part, tokens in zip(coded(sae, x.values, ROWS), of_row.split(ROWS), strict=True):
+        codes = part.codes
+        meter.update(part.x, part.reconstruction)
+        nonzeros += int(codes.l0().sum())
+        if own is not None:
+            weight, here = codes.values.square(), tokens[:, None]
+            energy += weight.sum().item()
+            labelled += weight[of_atom[codes.indices] == here].sum().item()
+            shuffled += weight[of_atom[order][codes.indices] == here].sum().item()
     found = {"fvu": meter.value(), "l0": nonzeros / len(x.values)}
     if own is not None:
         cosines = torch.tensor([label.cosine for label in own])

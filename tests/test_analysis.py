@@ -160,6 +160,41 @@ def test_decompose(itda, tiny):
     assert sum(token.components[0].label.token == token.token for token in found) >= 4
 
 
+@pytest.mark.parametrize("hook", [HOOK, "blocks.1.attn.hook_z"])
+def test_decompose_by_another_sae(itda, tiny, hook):
+    """Atoms without labels, by falling coefficient; figures are those of SAELens's own code."""
+    heads = hook.endswith("hook_z")
+    options = dict(reshape_activations="hook_z") if heads else {}
+    sae = TopKSAE(TopKSAEConfig(d_in=32, d_sae=40, k=5, **options))
+    sae.cfg.metadata = copy.deepcopy(itda.cfg.metadata)
+    sae.cfg.metadata.hook_name = hook
+    found = decompose(tiny, sae, "the cat sat")
+    batch = next(Tokenization(tiny.tokenizer, 12).batches(["the cat sat"], 1))
+    x = tiny.capture(batch.tokens, batch.attention_mask, [hook])[hook][batch.keep]
+    with torch.no_grad():
+        heads_of_x = x.reshape(-1, 4, 8) if heads else x
+        dense, reconstruction = sae.encode(heads_of_x), sae(heads_of_x).reshape(x.shape)
+    explained = 1 - (x - reconstruction).square().sum(dim=1) / (x - sae.b_dec).square().sum(dim=1)
+    assert [token.token for token in found] == ["the", "cat", "sat"]
+    for i, token in enumerate(found):
+        assert {c.atom: c.coefficient for c in token.components} == {
+            atom: dense[i, atom].item() for atom in dense[i].nonzero().flatten().tolist()
+        }
+        sizes = [c.coefficient for c in token.components]
+        assert sizes == sorted(sizes, reverse=True)
+        assert all(c.label is None for c in token.components)
+        assert token.explained == pytest.approx(explained[i].item(), abs=1e-5)
+
+
+def test_decompose_without_labels(itda, tiny):
+    bare = fit(torch.randn(99, 32), d_sae=9, k=2, metadata={"hook_name": HOOK})
+    del bare.cfg.metadata.itda_labels
+    assert all(c.label is None for token in decompose(tiny, bare, "the cat") for c in token.components)
+    training = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=32, d_sae=40, k=5))
+    with pytest.raises(ValueError, match="got one of topk in training"):
+        decompose(tiny, training, "the cat")
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from sae_lens import StandardSAE, StandardSAEConfig, TopKTrainingSAE, TopKTrainingSAEConfig
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import maximum_bipartite_matching
 
@@ -81,6 +82,19 @@ def test_usage_is_the_share_of_squared_coefficients():
     assert (usage(itda, itda.b_dec.detach()[None]) == 0).all()
     with pytest.raises(ValueError, match="at least one row"):
         usage(itda, x[:0])
+
+
+def test_usage_of_another_sae():
+    """Squared coefficients also where latents are few, where there are none, and in slices."""
+    x = torch.randn(200, 12)
+    sae = StandardSAE(StandardSAEConfig(d_in=12, d_sae=20))
+    expected = sae.encode(x).double().square().sum(dim=0)
+    torch.testing.assert_close(usage(sae, x, batch_size=64), expected / expected.sum())
+    with torch.no_grad():
+        sae.b_enc.fill_(-1e3)
+    assert (usage(sae, x) == 0).all()
+    with pytest.raises(ValueError, match="got one of topk in training"):
+        usage(TopKTrainingSAE(TopKTrainingSAEConfig(d_in=12, d_sae=20, k=3)), x)
 
 
 def test_other_tokenizers_by_span():

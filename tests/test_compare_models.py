@@ -5,6 +5,12 @@ from functools import partial
 
 import pytest
 import torch
+from sae_lens import (
+    MatchingPursuitSAE,
+    MatchingPursuitSAEConfig,
+    TopKTrainingSAE,
+    TopKTrainingSAEConfig,
+)
 from scipy import stats
 
 import itda_lens
@@ -305,6 +311,42 @@ def test_diffing_at_heads(tiny, texts):
     (x,) = activations_of([itda], texts, tiny, progress=False)
     assert all(d.excess == 0 and d.shared for d in diff(itda, itda, x, x))
     assert usage(itda, x.values).sum() == pytest.approx(1)
+
+
+def test_diffing_by_other_saes():
+    """SAELens's matching pursuit over an ITDA's atoms finds what the ITDA finds, without labels."""
+    base, tuned, new = planted(strength=3.0)
+    labels = [itda_lens.Label(i) for i in range(len(base))]
+    sides = Activations(base, labels), Activations(tuned, labels)
+    options = dict(d_sae=120, k=3, method="mp", signed=False, progress=False)
+    itdas = [itda_lens.fit(x, **options) for x in (base, tuned)]
+    saes = []
+    for itda, x in zip(itdas, (base, tuned), strict=True):
+        del itda.cfg.metadata.itda_labels  # which leave out their own tokens
+        sae = MatchingPursuitSAE(MatchingPursuitSAEConfig(d_in=24, d_sae=120, max_iterations=3))
+        with torch.no_grad():
+            itda.b_dec.copy_(x.mean(dim=0))  # it was the mean without outliers
+            sae.W_dec.copy_(itda.W_dec)
+            sae.b_dec.copy_(itda.b_dec)
+        saes.append(sae)
+    expected = {d.atom: d for d in diff(*itdas, *sides)}
+    found = diff(*saes, *sides)
+    assert {d.atom for d in found} == set(expected)
+    assert all((d.label, d.shared) == (None, None) for d in found)
+    for d in found:
+        assert d.excess == pytest.approx(expected[d.atom].excess, abs=1e-4)
+    assert all(new[label.row] for d in found[:3] for label in d.examples)
+
+    labelled = itda_lens.fit(tuned, **options, labels=labels)
+    mixed = diff(saes[0], labelled, *sides)
+    assert all(d.label == labelled.labels[d.atom] and d.shared is None for d in mixed)
+    atoms = {label.row for label in labelled.labels}
+    assert not any(label.row in atoms for d in mixed for label in d.examples)
+    half = diff(saes[0].to(dtype=torch.bfloat16), saes[1], *sides)
+    assert {d.atom for d in half} == set(expected)
+    training = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=24, d_sae=20, k=3))
+    with pytest.raises(ValueError, match="got one of topk in training"):
+        diff(training, saes[1], *sides)
 
 
 def test_special_tokens_have_no_partner():

@@ -9,9 +9,11 @@ from sae_lens.analysis.neuronpedia_integration import open_neuronpedia_feature_d
 
 from itda_lens import fit
 from itda_lens.analysis import Component, Evaluation, TokenDecomposition
+from itda_lens.compare import Difference
 from itda_lens.records import Label
 from itda_lens.reports import (
     decomposition_table,
+    differences_table,
     evaluation_table,
     make_console,
     neuronpedia_features,
@@ -46,6 +48,15 @@ def test_decomposition_keeps_signs_atoms_and_the_token_marked(width):
     for expected in ("' dog'", "87%", "-12.35", "1234", "« cat»"):
         assert expected in text
     assert "«0»" not in text
+
+
+def test_an_atom_without_a_label_is_shown_by_its_number():
+    token = TokenDecomposition(1, " dog", [Component(1234, 2.5)], 0.5)
+    assert "atom 1234" in render(decomposition_table([token], 3, HOOK), 100)
+    difference = Difference(atom=77, label=None, excess=0.1, q=0.5, shared=None, tokens=12)
+    shown = render(differences_table([difference], 5, "a, b"), 100)
+    assert "atom 77" in shown
+    assert "one " not in shown
 
 
 def test_a_pipe_is_not_80_columns(monkeypatch):

@@ -5,20 +5,27 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from sae_lens import SAE
 
 from itda_lens.analysis.evaluate import tokenization_of
 from itda_lens.records import Label
-from itda_lens.sae import ITDA, hook_name_of
+from itda_lens.sae import check_codable, coded, hook_name_of, labels_of
 from itda_lens.sources import Loader, language_model
 
 
 @dataclass(frozen=True)
 class Component:
-    """One atom in the code of a token."""
+    """One atom in the code of a token.
+
+    Attributes:
+        atom: its index in the dictionary.
+        coefficient: signed, in the units of the activations for an atom of unit norm.
+        label: where the atom came from; None of an SAE without labels.
+    """
 
     atom: int
     coefficient: float
-    label: Label
+    label: Label | None = None
 
 
 @dataclass(frozen=True)
@@ -40,7 +47,7 @@ class TokenDecomposition:
 
 def decompose(
     model: Any,
-    itda: ITDA,
+    sae: SAE[Any],
     text: str,
     *,
     tokenizer: Any = None,
@@ -50,32 +57,32 @@ def decompose(
     """Decompose the activation of each token of `text` (of its first context, if it is long).
 
     Args:
-        model, tokenizer, loader, device: as in `build`; the model that `itda` belongs to.
-        itda: a labelled dictionary.
+        model, tokenizer, loader, device: as in `build`; the model that `sae` belongs to.
+        sae: an ITDA, or another SAE of SAELens (see `sae.ARCHITECTURES`) with a hook_name.
         text: what the model reads.
 
     Raises:
-        ValueError: the text has no token that counts, the dictionary has no labels or belongs to another
-            model's width, or its hook does not exist.
+        ValueError: the text has no token that counts, the dictionary cannot be measured (see
+            `evaluate`) or belongs to another model's width, or its hook does not exist.
     """
-    labels = itda.labels
+    check_codable([sae])
+    labels = labels_of(sae)
     lm = language_model(model, tokenizer=tokenizer, loader=loader, device=device)
-    hook = hook_name_of(itda)
-    batch = next(tokenization_of([itda], lm).batches([text], batch_size=1), None)
+    hook = hook_name_of(sae)
+    batch = next(tokenization_of([sae], lm).batches([text], batch_size=1), None)
     if batch is None or not batch.keep.any():
         raise ValueError(f"text must hold at least one token that counts, got {text!r}")
     with torch.no_grad():
         activation = lm.capture(batch.tokens, batch.attention_mask, [hook])[hook]
-        x = activation[batch.keep.to(activation.device)].to(itda.device)
-        codes = itda.encode_rows(x)
-        reconstruction = itda.decode_sparse(codes).reshape(x.shape)
-    centred = (x - itda.b_dec).square().sum(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
+        kept = activation[batch.keep.to(activation.device)]
+        ((x, codes, reconstruction),) = coded(sae, kept, batch_size=len(kept))
+    centred = (x - sae.b_dec).square().sum(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
     explained = 1 - (x - reconstruction).square().sum(dim=-1) / centred
     found = []
     for i, place in enumerate(batch.places()):
         order = codes.values[i].abs().argsort(descending=True)
         components = [
-            Component(atom, value, labels[atom])
+            Component(atom, value, None if labels is None else labels[atom])
             for atom, value in zip(
                 codes.indices[i][order].tolist(), codes.values[i][order].tolist(), strict=True
             )

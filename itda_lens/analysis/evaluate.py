@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
-from sae_lens import SAE, TrainingSAE
+from sae_lens import SAE
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from itda_lens.dictionary import RunningFVU
 from itda_lens.records import agreed_cutting
-from itda_lens.sae import ITDA, hook_name_of, provenance_of
+from itda_lens.sae import check_codable, coded, hook_name_of, provenance_of
 from itda_lens.sources import (
     ContextBatch,
     LanguageModel,
@@ -24,12 +24,6 @@ from itda_lens.sources import (
     language_model,
     tokenization_for,
 )
-
-ARCHITECTURES = frozenset({"itda", "standard", "gated", "jumprelu", "topk", "matching_pursuit"})
-"""SAEs that code one activation at a time and give it back. Others, such as transcoders, do not."""
-
-NORMALIZED_BY_ITSELF = ("none", "constant_norm_rescale", "layer_norm")
-"""Values of `normalize_activations` that an SAE sees to as it runs."""
 
 
 @dataclass(frozen=True)
@@ -92,8 +86,8 @@ def evaluate(
     Args:
         model: as in `build`; one that `dictionaries` belong to.
         dictionaries: ITDAs or other SAEs of SAELens (as they are used, not as they are trained; see
-            `ARCHITECTURES`), with hook_name, context_size and prepend_bos in their metadata, the latter
-            two the same for all.
+            `sae.ARCHITECTURES`), with hook_name, context_size and prepend_bos in their metadata, the
+            latter two the same for all.
         max_tokens: stop after the batch that reaches so many tokens; default: all of the texts.
         texts, batch_size, text_field, split, tokenizer, loader, device, progress: as in `build`.
 
@@ -108,7 +102,7 @@ def evaluate(
     for name, value in (("batch_size", batch_size), ("max_tokens", max_tokens)):
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
-    _check_measurable(saes)
+    check_codable(saes)
     # Looked at before the model is loaded, so that missing texts are told at once.
     stream = iterate_texts(texts, text_field=text_field, split=split)
     stream = itertools.chain(list(itertools.islice(stream, 1)), stream)
@@ -151,22 +145,6 @@ def tokenization_of(saes: Sequence[SAE[Any]], lm: LanguageModel) -> Tokenization
         ValueError: they were cut in different ways, or longer than the model's contexts.
     """
     return tokenization_for(lm, agreed_cutting([provenance_of(sae) for sae in saes]))
-
-
-def _check_measurable(saes: Sequence[SAE[Any]]) -> None:
-    for sae in saes:
-        name = sae.cfg.architecture()
-        if name not in ARCHITECTURES or isinstance(sae, TrainingSAE):
-            kind = f"{name} in training" if isinstance(sae, TrainingSAE) else name
-            raise ValueError(
-                f"dictionaries must be among {', '.join(sorted(ARCHITECTURES))}, got one of {kind}; "
-                "save a trained SAE for inference and load it"
-            )
-        if sae.cfg.normalize_activations not in NORMALIZED_BY_ITSELF:
-            raise ValueError(
-                f"normalize_activations={sae.cfg.normalize_activations!r} must be folded into an SAE's "
-                "weights before it is measured"
-            )
 
 
 class _Predictions:
@@ -242,21 +220,13 @@ class _Meter:
         return splice
 
     def _reconstruct(self, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_in"]:
-        sae = self._sae
-        rows = x.to(sae.device)
-        if isinstance(sae, ITDA):
-            codes = sae.encode_rows(rows)
-            reconstruction = sae.decode_sparse(codes)
-            used = codes.values != 0
-            fired = codes.indices[used].cpu().bincount(minlength=len(self._fired))
-        else:
-            by_head = sae.cfg.reshape_activations == "hook_z"
-            dense = sae.encode(rows[:, None] if by_head else rows)  # one head of full width will do
-            reconstruction = sae.decode(dense)
-            fired = (dense.flatten(0, -2) != 0).sum(dim=0).cpu()
-        self._fired += fired
-        self._nonzeros += int(fired.sum())
-        return reconstruction.reshape(x.shape).to(x.device)
+        reconstructions = []
+        for part in coded(self._sae, x):
+            fired = part.codes.indices[part.codes.values != 0].cpu()
+            self._fired += fired.bincount(minlength=len(self._fired))
+            self._nonzeros += len(fired)
+            reconstructions.append(part.reconstruction.to(x.device))
+        return torch.cat(reconstructions)
 
     def result(self) -> Evaluation:
         n_losses = max(1, self._n_losses)

@@ -9,13 +9,14 @@ from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
+from sae_lens import SAE
 from torch import Tensor
 
 from itda_lens.compare.discovery import false_discovery_rates
 from itda_lens.compare.measures import shared_tokens
 from itda_lens.compare.places import Match, Place, places, resolve_match
 from itda_lens.records import Label
-from itda_lens.sae import ITDA
+from itda_lens.sae import ITDA, check_codable, coded, labels_of, sparse_codes
 from itda_lens.sources import Activations, Loader, iterate_texts, language_model
 from itda_lens.training import check_enough, collect, fit, recipe_of
 
@@ -31,9 +32,6 @@ MIN_TOKENS = 10
 EXAMPLES = 3
 """Tokens shown for an atom."""
 
-ROWS = 4096
-"""Activations encoded at once."""
-
 
 @dataclass(frozen=True)
 class Difference:
@@ -41,27 +39,32 @@ class Difference:
 
     Attributes:
         atom: its index in the second dictionary.
-        label: where it came from.
+        label: where it came from; None if the second dictionary has no labels.
         excess: how much more error the first dictionary leaves of the second model's activations than of
             its own model's, as a share of their squared norm, where the atom is used.
         q: the false-discovery rate of the list that ends with this atom.
-        shared: whether the first dictionary has an atom of the same label.
+        shared: whether the first dictionary has an atom of the same label; None where one of the two has
+            no labels.
         tokens: at how many tokens the atom is used.
         examples: the tokens, `EXAMPLES` at most, that add most to the excess.
     """
 
     atom: int
-    label: Label
+    label: Label | None
     excess: float
     q: float
-    shared: bool
+    shared: bool | None
     tokens: int
     examples: tuple[Label, ...] = ()
 
 
 @torch.no_grad()
 def diff(
-    a: ITDA, b: ITDA, activations_a: Activations, activations_b: Activations, match: Match = "auto"
+    a: SAE[Any],
+    b: SAE[Any],
+    activations_a: Activations,
+    activations_b: Activations,
+    match: Match = "auto",
 ) -> list[Difference]:
     """Atoms of `b` by how much worse `a` explains the second model than its own, where they are used.
 
@@ -80,20 +83,24 @@ def diff(
     below. `false_discovery_rates` has the details.
 
     Args:
-        a, b: dictionaries of the two models, at the same hook point.
+        a, b: dictionaries of the two models, at the same hook point: ITDAs, or other SAEs of SAELens
+            (see `sae.ARCHITECTURES`). Only tokens that labels name are left out as atoms' own.
         activations_a, activations_b: activations of either model there, from the same texts; tokens that
             both have are compared.
-        match: how tokens and labels are matched; not "overlap".
+        match: how tokens and labels are matched; not "overlap". "auto" can only tell from what labelled
+            dictionaries record that tokens were cut differently; without labels it is "position".
 
     Returns:
         The atoms of `b`, most foreign first.
 
     Raises:
-        ValueError: widths or hook points differ, no token but atoms' own is in both, unlabelled
-            dictionaries, or different texts.
+        ValueError: widths or hook points differ, no token but atoms' own is in both, the
+            dictionaries are of different texts, or one cannot be measured (a transcoder, an SAE in
+            training).
     """
     how = check_diffable(a, b, match)
-    of_a, of_b = _tokens(a.labels, how), _tokens(b.labels, how)
+    labels_a, labels_b = labels_of(a), labels_of(b)
+    of_a, of_b = (_tokens(own or [], how) for own in (labels_a, labels_b))
     (x_a,), (x_b,), labels = shared_tokens([activations_a], [activations_b], how)
     # A dictionary leaves no error of its own atoms' activations, which tells nothing of the models.
     atoms = {*of_a, *of_b}
@@ -102,8 +109,8 @@ def diff(
         raise ValueError("activations must hold tokens that are no atoms, but all of them are")
     x_a, x_b = x_a[rows], x_b[rows]
     first, second = _full_precision(a), _full_precision(b)
-    before, own = _relative_errors(first, x_a, a.b_dec)
-    after, foreign = _relative_errors(first, x_b, b.b_dec)
+    before, own = _relative_errors(first, x_a, _centre(a, x_a))
+    after, foreign = _relative_errors(first, x_b, _centre(b, x_b))
     if foreign > FOREIGN[0] and foreign > FOREIGN[1] * own:
         logger.warning(
             "the first dictionary leaves %.0f %% of the second model's variance, and %.0f %% of its own "
@@ -120,10 +127,10 @@ def diff(
     return [
         Difference(
             atom=i,
-            label=b.labels[i],
+            label=None if labels_b is None else labels_b[i],
             excess=excess[i].item(),
             q=q,
-            shared=of_b[i][0] in known,
+            shared=None if labels_a is None or labels_b is None else of_b[i][0] in known,
             tokens=int(use.tokens[i]),
             examples=tuple(labels[rows[j]] for j in examples[i].tolist() if j >= 0),
         )
@@ -131,7 +138,7 @@ def diff(
     ]
 
 
-def check_diffable(a: ITDA, b: ITDA, match: Match = "auto") -> Match:
+def check_diffable(a: SAE[Any], b: SAE[Any], match: Match = "auto") -> Match:
     """What `diff` needs of dictionaries: to be told of bad input before activations are read.
 
     Returns:
@@ -140,15 +147,17 @@ def check_diffable(a: ITDA, b: ITDA, match: Match = "auto") -> Match:
     Raises:
         ValueError: as `diff`.
     """
+    check_codable([a, b])
     if a.cfg.d_in != b.cfg.d_in:
         raise ValueError(
             "models that are diffed must share a space, but the dictionaries have widths "
             f"{a.cfg.d_in} and {b.cfg.d_in}"
         )
-    hooks = [itda.cfg.metadata.hook_name for itda in (a, b)]
+    hooks = [sae.cfg.metadata.hook_name for sae in (a, b)]
     if None not in hooks and hooks[0] != hooks[1]:
         raise ValueError(f"models are diffed at one hook point, got {hooks[0]!r} and {hooks[1]!r}")
-    how = resolve_match([a, b], match)
+    labelled = [sae for sae in (a, b) if isinstance(sae, ITDA) and labels_of(sae) is not None]
+    how = resolve_match(labelled, match)
     if how == "overlap":
         raise ValueError("match='overlap' cannot be used for diffing; use 'span'")
     return how
@@ -223,22 +232,25 @@ def _tokens(labels: Sequence[Label], match: Match) -> list[tuple[Place | None, s
     return [(place, label.token) for place, label in zip(places(labels, match), labels, strict=True)]
 
 
-def _full_precision(itda: ITDA) -> ITDA:
+def _full_precision(sae: SAE[Any]) -> SAE[Any]:
     """The dictionary, or a float32 copy: half precision is off by more than models may differ."""
-    if torch.finfo(itda.dtype).bits >= 32:
-        return itda
-    return copy.deepcopy(itda).to(dtype=torch.float32)
+    if torch.finfo(sae.dtype).bits >= 32:
+        return sae
+    return copy.deepcopy(sae).to(dtype=torch.float32)
+
+
+def _centre(sae: SAE[Any], x: Float[Tensor, "n d"]) -> Float[Tensor, " d"]:
+    """The mean of a model's activations: an ITDA keeps it in `b_dec`; the bias of others is trained."""
+    return sae.b_dec if isinstance(sae, ITDA) else x.mean(dim=0, dtype=torch.float64)
 
 
 def _relative_errors(
-    dictionary: ITDA, x: Float[Tensor, "n d"], centre: Float[Tensor, " d"]
+    dictionary: SAE[Any], x: Float[Tensor, "n d"], centre: Float[Tensor, " d"]
 ) -> tuple[Float[Tensor, " n"], float]:
     """|x - xhat|^2 / |x - centre|^2 of each activation, on the CPU, and the ratio of the sums."""
     errors, norms = [], []
     centre = centre.to(dictionary.device, torch.float64)
-    for rows in x.split(ROWS):
-        rows = rows.to(dictionary.device)
-        reconstruction = dictionary.decode_sparse(dictionary.encode_rows(rows)).reshape(rows.shape)
+    for rows, _, reconstruction in coded(dictionary, x):
         errors.append((rows.double() - reconstruction).square().sum(dim=-1).cpu())
         norms.append((rows.double() - centre).square().sum(dim=-1).cpu())
     error, norm = torch.cat(errors), torch.cat(norms)
@@ -263,14 +275,13 @@ class _Use(NamedTuple):
     tokens: Int[Tensor, " d_sae"]
 
     @classmethod
-    def of(cls, itda: ITDA, x: Float[Tensor, "n d"]) -> "_Use":
-        parts = [itda.encode_rows(rows.to(itda.device)) for rows in x.split(ROWS)]
-        indices = torch.cat([codes.indices for codes in parts]).cpu()
-        energy = torch.cat([codes.values for codes in parts]).double().square().cpu()
+    def of(cls, sae: SAE[Any], x: Float[Tensor, "n d"]) -> "_Use":
+        codes = sparse_codes(sae, x)
+        indices, energy = codes.indices.cpu(), codes.values.double().square().cpu()
         share = energy / energy.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
         row = torch.arange(len(x))[:, None].expand_as(indices)
         atom, row, share = (part[energy > 0] for part in (indices, row, share))
-        return cls(atom, row, share, atom.bincount(minlength=itda.cfg.d_sae))
+        return cls(atom, row, share, atom.bincount(minlength=sae.cfg.d_sae))
 
     def mean(self, scores: Float[Tensor, " n"]) -> Float[Tensor, " d_sae"]:
         """Mean score of the tokens that use an atom, weighted by its share; 0 if there are none."""

@@ -1,14 +1,16 @@
 """Label similarity: of dictionaries, and of models by the unions over their layers."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float
+from sae_lens import SAE
 from torch import Tensor
 
 from itda_lens.compare.places import Match, Place, n_shared, places, resolve_match
 from itda_lens.dictionary import energy_by_atom
-from itda_lens.sae import ITDA
+from itda_lens.sae import ITDA, coded
 
 
 def jaccard(a: ITDA | Sequence[ITDA], b: ITDA | Sequence[ITDA], match: Match = "auto") -> float:
@@ -70,25 +72,28 @@ def weighted_jaccard(
 
 
 @torch.no_grad()
-def usage(itda: ITDA, x: Float[Tensor, "n d_in"], batch_size: int = 4096) -> Float[Tensor, " d_sae"]:
+def usage(
+    sae: SAE[Any], x: Float[Tensor, "n d_in"], batch_size: int | None = None
+) -> Float[Tensor, " d_sae"]:
     """Share of each atom in the energy of the codes of `x`: its squared coefficients over all of them.
 
     Args:
+        sae: an ITDA, or another SAE of SAELens; see `sae.ARCHITECTURES`.
         x: activations of the dictionary's own model and hook point.
-        batch_size: activations encoded at once.
+        batch_size: activations encoded at once; default: 4,096, or fewer for a wide SAE.
 
     Returns:
         float64, sum 1 (0 if all codes are zero), on the CPU.
 
     Raises:
-        ValueError: `x` has no row, another width, or NaN or infinite values.
+        ValueError: `x` has no row, another width, or NaN or infinite values; or the SAE is a transcoder,
+            or in training.
     """
     if x.ndim != 2 or len(x) == 0:
         raise ValueError(f"x must have shape [n, d_in] with at least one row, got {tuple(x.shape)}")
-    energy = torch.zeros(itda.cfg.d_sae, dtype=torch.float64)
-    for rows in x.split(batch_size):
-        codes = itda.encode_rows(rows.to(itda.device))
-        energy += energy_by_atom(codes, itda.cfg.d_sae).cpu()
+    energy = torch.zeros(sae.cfg.d_sae, dtype=torch.float64)
+    for part in coded(sae, x, batch_size):
+        energy += energy_by_atom(part.codes, sae.cfg.d_sae).cpu()
     total = energy.sum()
     return energy / total if total > 0 else energy
 

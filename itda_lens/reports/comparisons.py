@@ -11,7 +11,7 @@ from rich.table import Table
 
 from itda_lens.compare import Comparison, Difference, LayerComparison
 from itda_lens.records import replacing
-from itda_lens.reports.tables import TITLE, quote
+from itda_lens.reports.tables import TITLE, origin, quote
 from itda_lens.terminal import shown
 
 SHOWN = {
@@ -69,7 +69,8 @@ def differences_table(differences: Sequence[Difference], top: int, title: str) -
     for d in differences[:top]:
         cells = (str(d.atom), f"{d.excess:+.3f}", f"{d.q:.2f}", f"{d.tokens:,}")
         example = quote(d.examples[0]) if d.examples else ""
-        table.add_row(*cells, "both" if d.shared else "one", quote(d.label), example)
+        where = "" if d.shared is None else "both" if d.shared else "one"
+        table.add_row(*cells, where, origin(d.label, d.atom), example)
     sure = sum(d.q <= 0.1 for d in differences)
     table.caption = (
         f"{sure} of {len(differences)} atoms at a false-discovery rate of 10 %; excess: share of the "

@@ -74,7 +74,7 @@ def decomposition_table(decomposition: Sequence[TokenDecomposition], top: int, h
                 f"{token.explained:.0%}" if first else "",
                 shown(f"{component.coefficient:+.2f}", "green" if component.coefficient > 0 else "red"),
                 str(component.atom),
-                quote(component.label),
+                origin(component.label, component.atom),
                 end_section=i == len(token.components[:top]) - 1,
             )
     return table
@@ -119,6 +119,11 @@ def labels_table(itda: ITDA, n: int) -> Table:
     for i, label in enumerate(itda.labels[:n]):
         table.add_row(str(i), str(label.row), str(label.chunk), str(label.position), quote(label))
     return table
+
+
+def origin(label: Label | None, atom: int) -> Text:
+    """Where an atom came from, or its number where nothing tells."""
+    return shown(f"atom {atom}") if label is None else quote(label)
 
 
 def quote(label: Label) -> Text:
