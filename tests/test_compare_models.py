@@ -149,7 +149,7 @@ def test_files(models, activations, tmp_path):
 
 def test_refuses_what_cannot_be_compared(models, activations, tiny, texts):
     labels = activations["tiny"][0].labels
-    with pytest.raises(ValueError, match="'luck' is not one of"):
+    with pytest.raises(ValueError, match="measure must be one of"):
         compare(models, "taste")
     with pytest.raises(ValueError, match="two dictionaries or more"):
         compare({"tiny": models["tiny"][:1]})
