@@ -337,6 +337,13 @@ def test_interrupt_and_full_disk_leave_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_python_refuses_what_the_options_refuse(tiny, texts, built):
+    itda = itda_lens.load(built / HOOK)
+    for name in ("max_tokens", "batch_size"):
+        with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+            analysis.evaluate(tiny, itda, texts, **{name: 0})
+
+
 STOPPED_BUILD = """
 import sys, time
 import itda_lens.training
