@@ -97,6 +97,22 @@ def test_a_perfect_dictionary_scores_perfectly(itda, tiny, texts):
     assert found.ce_loss_spliced == pytest.approx(found.ce_loss, rel=1e-6)
 
 
+def test_logits_of_minus_infinity(itda, tiny, texts, monkeypatch):
+    """Tokens that a model may not give: KL is what it is without them."""
+    (plain,) = evaluate(tiny, itda, texts, progress=False)
+    logits = type(tiny).logits
+    for banned in (torch.finfo(torch.float32).min, -torch.inf):
+
+        def without(*args, banned=banned):
+            found = logits(*args)
+            return torch.cat([found, torch.full_like(found[..., :5], banned)], dim=-1)
+
+        monkeypatch.setattr(type(tiny), "logits", without)
+        (found,) = evaluate(tiny, itda, texts, progress=False)
+        assert found.kl == pytest.approx(plain.kl, rel=1e-4)
+        assert found.ce_loss_spliced == pytest.approx(plain.ce_loss_spliced, rel=1e-4)
+
+
 def test_per_head_hook(tiny, texts):
     hook = "blocks.1.attn.hook_z"
     itda = build(tiny, texts, hook, d_sae=40, k=16, context_size=12, progress=False)[hook]

@@ -3,6 +3,7 @@
 import shutil
 from collections import namedtuple
 from contextlib import suppress
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ from itda_lens.sources import (
     Tokenization,
     language_model,
 )
-from itda_lens.sources.hooks import Site, unknown_hook
+from itda_lens.sources.hooks import Site, attached, unknown_hook
 from itda_lens.sources.models import LIBRARIES
 
 RESID = "blocks.1.hook_resid_post"
@@ -365,6 +366,25 @@ class TestFamilies:
         with pytest.raises(ValueError, match="no hook 'nowhere'"):
             lm.check_hooks(["nowhere"])
 
+    def test_lists_inside_layers_are_not_the_layers(self, tokenizer):
+        """Two layers of two parts each, of a class that does not name its layers."""
+        model = hf.T5EncoderModel(hf.T5Config(**T5, num_layers=2)).eval()
+        model._no_split_modules = None
+        lm = language_model(model, tokenizer=tokenizer)
+        hooks = ["encoder.block.1", "blocks.1.hook_resid_post"]
+        found = read(lm, TOKENS, *hooks)
+        assert torch.equal(*found.values())
+
+    def test_a_class_that_takes_no_more_than_it_needs(self, tokenizer):
+        class Strict(hf.DistilBertForMaskedLM):
+            def forward(self, input_ids, attention_mask):
+                return super().forward(input_ids, attention_mask)
+
+        config = hf.DistilBertConfig(dim=32, hidden_dim=48, n_layers=3, n_heads=4, vocab_size=40, **IDS)
+        lm = language_model(Strict(config).eval(), tokenizer=tokenizer)
+        mask = torch.ones_like(TOKENS, dtype=torch.bool)
+        assert lm.logits(TOKENS, mask).shape == (*TOKENS.shape, 40)
+
     def test_encoder_and_decoder(self, tokenizer):
         model = hf.T5ForConditionalGeneration(hf.T5Config(**T5, num_layers=3)).eval()
         lm = language_model(model, tokenizer=tokenizer)
@@ -428,10 +448,11 @@ class TestNothingStaysBehind:
             module.training = training
 
     def test_after_calls_and_errors(self, lm, batch):
-        modes = []
+        modes, gradients = [], []
 
         def note(x):
             modes.append([m for m in lm.model.modules() if m.training])
+            gradients.append(torch.is_grad_enabled())
             return x
 
         def fail(x):
@@ -441,7 +462,10 @@ class TestNothingStaysBehind:
         lm.capture(batch.tokens, batch.attention_mask, [RESID, "blocks.0.hook_resid_pre"])
         assert state_of(lm.model) == before
         lm.logits(batch.tokens, batch.attention_mask, {RESID: note})
-        assert modes == [[]]  # all modules were in evaluation mode
+        with lm.edited({"blocks.0.hook_resid_pre": note}):
+            lm.capture(batch.tokens, batch.attention_mask, [RESID])
+        assert modes == [[], []]  # all modules were in evaluation mode
+        assert gradients == [True, False]
         assert state_of(lm.model) == before
         for hooks in (["nowhere"], [RESID, "nowhere"]):
             with pytest.raises(ValueError, match="no hook"):
@@ -717,8 +741,10 @@ class TestDevice:
             AutoModelForCausalLM.from_pretrained(models["huggingface"].source),
             tokenizer=models["huggingface"].tokenizer,
         )
-        lm.model.model.embed_tokens.to("meta")
+        embedding = lm.model.model.embed_tokens.to("meta")
         assert lm.device == torch.device("cpu")
+        embedding._hf_hook = SimpleNamespace(execution_device="cuda:1")  # accelerate runs it there
+        assert lm.device == torch.device("cuda", 1)
 
 
 Pair = namedtuple("Pair", ["hidden", "note"])
@@ -808,9 +834,27 @@ class TestLibraries:
         x = read(lm, TOKENS, "blocks.0")["blocks.0"]
         assert torch.equal(x, model.blocks[0].linear(model.embed(TOKENS)).tanh())
         mask = torch.ones_like(TOKENS, dtype=torch.bool)
+        given = []
+        model.blocks[1].register_forward_pre_hook(lambda module, args: given.append(args[0]))
+        lm.logits(TOKENS, mask)
         found = lm.logits(TOKENS, mask, {"blocks.0": lambda x: x / 2})
         expected = model.unembed(first(model.blocks[1](x / 2)))
         assert torch.equal(found, expected)
+        # The block gives the same kind of thing, edited or not, with all that came beside the tensor.
+        assert type(given[1]) is type(given[0])
+        if form != "tensor":
+            plain, edited = (list(g.values() if isinstance(g, dict) else g)[1:] for g in given[:2])
+            assert plain == edited
+
+    def test_inputs_by_position_and_by_name(self):
+        class Layer(nn.Module):
+            def forward(self, hidden_states: Any, scale: Any) -> Any:
+                return hidden_states * scale
+
+        layer, x, scale = Layer(), torch.ones(1, 2, 3), torch.tensor(2.0)
+        with attached([(Site(layer, "input"), lambda x: x + 1)]):
+            found = layer(x, scale), layer(hidden_states=x, scale=scale), layer(x, scale=scale)
+        assert all(torch.equal(one, torch.full((1, 2, 3), 4.0)) for one in found)
 
     def test_one_of_ones_own(self, tiny):
         class Mine:
