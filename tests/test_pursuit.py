@@ -1,21 +1,29 @@
 """The pursuits against slow float64 loops, scikit-learn and scipy, and their invariants."""
 
 import copy
+import math
 import os
 import subprocess
 import sys
+import threading
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import get_args
 
+import numba
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numba.core import caching
 from scipy.optimize import nnls
 from sklearn.linear_model import orthogonal_mp_gram
 
 from itda_lens.pursuit import (
     Coding,
     GramRows,
+    Method,
     PreparedAtoms,
     SparseCodes,
     calibrate_out_of_fold,
@@ -30,6 +38,7 @@ from itda_lens.pursuit import (
     kernels,
     least_squares,
     matching,
+    methods,
     orthogonal,
     precision,
 )
@@ -403,13 +412,14 @@ def test_any_batch_shape(method, shape):
     assert torch.equal(codes.values.reshape(-1, 4), flat.values)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("method", "signed"), PURSUITS)
+@pytest.mark.parametrize("form", ["compiled", "gemm"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_computed_in_float32(method, dtype):
+def test_half_precision_is_computed_in_float32(method, signed, form, dtype):
     x, atoms = problem(dtype=dtype)
-    codes = run(x, atoms, 5, "gemm", method=method)
+    codes = run(x, atoms, 5, form, method=method, signed=signed)
     assert codes.values.dtype == torch.float32
-    expected = run(x.float(), atoms.float(), 5, "gemm", method=method)
+    expected = run(x.float(), atoms.float(), 5, form, method=method, signed=signed)
     assert torch.equal(codes.values, expected.values)
 
 
@@ -627,13 +637,25 @@ def test_compiled_codes_survive_reduced_precision_of_matrix_products(method, red
     assert torch.equal(codes.indices, expected.indices)
 
 
-@pytest.mark.parametrize("scale", [1e-12, 1e12])
-@pytest.mark.parametrize("method", METHODS)
-def test_compiled_picks_do_not_depend_on_scale(method, scale):
+@pytest.mark.parametrize("scale", [1e-30, 1e-22, 1e-12, 1e12, 1e19, 1e30])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("method", "signed"), PURSUITS)
+def test_picks_do_not_depend_on_scale(method, signed, form, scale):
     x, atoms = problem(n=600, d=32, rows=20, dtype=torch.float32)
-    codes, scaled = (run(rows, atoms, 9, method=method) for rows in (x, x * scale))
-    assert torch.equal(codes.indices, scaled.indices)
-    torch.testing.assert_close(scaled.values, codes.values * scale, rtol=1e-5, atol=0)
+    options = dict(form=form, method=method, signed=signed)
+    # The nearest power of two: every form then does the same arithmetic, but for exponents.
+    scale = 2.0 ** round(math.log2(scale))
+    for threshold in (0.0, 0.5):
+        codes = run(x, atoms, 9, threshold=threshold, **options)
+        scaled = run(x * scale, atoms, 9, threshold=threshold * scale, **options)
+        assert torch.equal(codes.indices, scaled.indices)
+        torch.testing.assert_close(scaled.values / scale, codes.values, rtol=1e-5, atol=0)
+
+
+def test_numbers_whose_squares_overflow_are_refused():
+    x, atoms = problem()
+    with pytest.raises(ValueError, match=r"x must be at most 1e\+150 in size, got .*e\+160"):
+        encode(x * 1e160, atoms, 3)
 
 
 def test_without_numba_the_torch_loops_take_over(monkeypatch):
@@ -642,6 +664,62 @@ def test_without_numba_the_torch_loops_take_over(monkeypatch):
     monkeypatch.setattr(compiled, "find_spec", lambda name: None)
     assert gram_matrix(atoms).dtype == torch.float32
     torch.testing.assert_close(run(x, atoms, 5).to_dense(60), codes.to_dense(60), atol=1e-5, rtol=0)
+
+
+INTERPRETED = """
+import torch
+from itda_lens.pursuit import Coding, PreparedAtoms, calibrate_threshold, encode
+
+generator = torch.Generator().manual_seed(0)
+x, atoms = (torch.randn(rows, 8, generator=generator) for rows in (40, 30))
+atoms = torch.nn.functional.normalize(atoms, dim=1)
+for method, signed in (("mp", True), ("omp", True), ("ols", True), ("mp", False), ("omp", False)):
+    prepared = PreparedAtoms(atoms, Coding(4, method, signed))
+    assert prepared.gram.dtype == torch.float32
+    expected = encode(x, atoms, 4, method=method, signed=signed)
+    torch.testing.assert_close(prepared.encode(x).to_dense(30), expected.to_dense(30))
+    assert calibrate_threshold(x, atoms, 2, 4, method=method, signed=signed) > 0
+"""
+
+
+def test_numba_may_be_told_not_to_compile():
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", INTERPRETED],
+        env=dict(os.environ, NUMBA_DISABLE_JIT="1"), timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0
+
+
+@pytest.mark.parametrize("ending", ["*.nbi", "*.nbc"])
+@pytest.mark.parametrize("content", [b"", b"x" * 3000, "half"])
+def test_a_damaged_cache_of_compiled_loops_is_replaced(ending, content, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
+
+    def loaded():
+        kernels._tell.cache_clear()
+        function = kernels.jit(kernels.squared_norm.py_func)
+        assert function(np.arange(4.0)) == 14
+        return sum(function.stats.cache_hits.values())
+
+    assert loaded() == 0
+    assert loaded() == 1
+    (file,) = tmp_path.rglob(ending)
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2] if content == "half" else content)
+    assert loaded() == 0
+    assert "cannot be read" in caplog.text
+    assert loaded() == 1
+
+
+def test_a_full_disk_stops_no_loop(tmp_path, monkeypatch, caplog):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(caching.IndexDataCacheFile, "save", full)
+    kernels._tell.cache_clear()
+    assert kernels.jit(kernels.squared_norm.py_func)(np.arange(4.0)) == 14
+    assert "cannot be written" in caplog.text
 
 
 def test_fixed_point_products_keep_their_stated_error():
@@ -739,6 +817,16 @@ def test_gram_rows_without_room_for_one_code():
             TypeError,
             "x must be a dense tensor of float16, .* got torch.int64",
         ),
+        (dict(x=torch.zeros(3, 16).to(torch.float8_e4m3fn)), TypeError, "x must be .*float8_e4m3fn"),
+        (dict(x=torch.eye(16).to_sparse()), TypeError, "x must be a dense .* layout torch.sparse_coo"),
+        (dict(x=torch.zeros(3, 16, dtype=torch.complex64)), TypeError, "x must be .*complex64"),
+        (dict(x=np.zeros((3, 16))), TypeError, "x must be a dense tensor .*, got ndarray"),
+        (dict(atoms=torch.eye(16).to_sparse()), TypeError, "atoms must be .* torch.sparse_coo"),
+        (
+            dict(x=torch.zeros(3, 16, device="meta")),
+            ValueError,
+            "atoms must be on the device of x, meta",
+        ),
         (dict(x=torch.full((3, 16), torch.nan)), ValueError, "NaN or infinite values, first in row 0"),
         (dict(x=torch.eye(16) / torch.eye(16)[3]), ValueError, "NaN or infinite"),
         (dict(gram=torch.zeros(3, 3)), ValueError, "gram must have shape"),
@@ -755,6 +843,124 @@ def test_bad_input(change, error, message):
     arguments = dict(x=x, atoms=atoms, k=3) | change
     with pytest.raises(error, match=message):
         encode(arguments.pop("x"), arguments.pop("atoms"), arguments.pop("k"), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(k=0), "k must be at least 1, got 0"),
+        (dict(k=-3), "k must be at least 1, got -3"),
+        (dict(k=True), "k must be a whole number, at least 1, got True"),
+        (dict(k=3.0), "k must be a whole number, at least 1, got 3.0"),
+        (dict(k="3"), "k must be a whole number, at least 1, got '3'"),
+        (dict(k=None), "k must be a whole number, at least 1, got None"),
+        (dict(method="lasso"), r"method must be one of \('mp', 'omp', 'ols'\), got 'lasso'"),
+        (dict(method=None), "method must be one of .*, got None"),
+        (dict(method=["mp"]), r"method must be one of .*, got \['mp'\]"),
+        (dict(signed=1), "signed must be True or False, got 1"),
+        (dict(signed="no"), "signed must be True or False, got 'no'"),
+        (dict(method="ols", signed=False), "method must be 'mp' or 'omp' for signed=False, got 'ols'"),
+        (dict(rtol=1), "rtol must be at least 0 and below 1, got 1.0"),
+        (dict(rtol=math.nan), "rtol must be at least 0 and below 1, got nan"),
+        (dict(rtol="0.1"), "rtol must be a number, at least 0 and below 1, got '0.1'"),
+        (dict(rtol=False), "rtol must be a number, at least 0 and below 1, got False"),
+        (dict(threshold=-1), "threshold must be at least 0 and finite, got -1.0"),
+        (dict(threshold=math.inf), "threshold must be at least 0 and finite, got inf"),
+        (dict(threshold=None), "threshold must be a number, at least 0 and finite, got None"),
+        (dict(threshold=1j), "threshold must be a number, at least 0 and finite, got 1j"),
+    ],
+)
+def test_bad_coding(change, message):
+    with pytest.raises(ValueError, match=message):
+        Coding(**(dict(k=3, method="mp") | change))
+
+
+def test_coding_takes_numpy_s_numbers_and_holds_python_s():
+    coding = Coding(np.int64(3), "mp", np.bool_(False), np.float32(0.5), np.float64(2))
+    assert coding == Coding(3, "mp", False, 0.5, 2.0)
+    assert [type(value) for value in vars(coding).values()] == [int, str, bool, float, float]
+    coding.check_atoms(3)
+    with pytest.raises(ValueError, match=r"k must be between 1 and the number of atoms \(2\), got 3"):
+        coding.check_atoms(2)
+    with pytest.raises(ValueError, match="k must be between 1 and d_sae=2, got 3"):
+        coding.check_atoms(2, "d_sae")
+
+
+def test_a_new_pursuit_is_one_row(monkeypatch):
+    def first(x, atoms, gram, k, signed, rtol, threshold):
+        """The first atom, whatever x is."""
+        picks = torch.full((len(x), k), -1)
+        picks[:, 0] = 0
+        coefficients = x.new_zeros(len(x), k)
+        coefficients[:, 0] = x @ atoms[0]
+        return picks, coefficients
+
+    row = replace(methods.PURSUITS["mp"], search=first, loop=None, on_gpu=None, nonnegative=False)
+    monkeypatch.setitem(methods.PURSUITS, "first", row)
+    x, atoms = problem(dtype=torch.float32)
+    prepared = PreparedAtoms(atoms, Coding(4, "first"))
+    assert prepared.gram.dtype == torch.float32
+    rows = x.clone().requires_grad_()
+    codes = prepared.encode(rows)
+    assert torch.equal(codes.values[:, 0].detach(), x @ atoms[0])
+    codes.values.sum().backward()
+    torch.testing.assert_close(rows.grad, atoms[0].expand_as(x))
+    with pytest.raises(ValueError, match="method must be 'mp' or 'omp' for signed=False, got 'first'"):
+        Coding(4, "first", signed=False)
+
+
+def test_every_pursuit_has_a_row():
+    assert get_args(Method) == tuple(methods.PURSUITS) == METHODS
+    for name in METHODS:
+        assert Coding(3, name).method == name
+    for call in (gram_matrix, lambda atoms, method: encode(atoms, atoms, 3, method=method)):
+        with pytest.raises(ValueError, match="method must be one of .* got 'lasso'"):
+            call(torch.eye(4), method="lasso")
+
+
+@pytest.mark.parametrize(("method", "signed"), PURSUITS)
+@pytest.mark.parametrize("budget", [None, 60 * 60, 10])  # a whole Gram matrix, some rows, or too few
+def test_prepared_atoms_and_parts_of_them(method, signed, budget, monkeypatch):
+    x, atoms = problem(dtype=torch.float32)
+    coding = Coding(6, method, signed, threshold=0.1)
+    options = dict(method=method, signed=signed, threshold=0.1)
+    if budget == 10 and methods.PURSUITS[method].has_loop(signed):
+        with pytest.raises(ValueError, match="gram must have room for at least"):
+            PreparedAtoms(atoms, coding, budget)
+        return
+    prepared = PreparedAtoms(atoms, coding, budget)
+    fresh = gram_matrix(atoms, budget, method=method, signed=signed)
+    assert torch.equal(prepared.encode(x).values, encode(x, atoms, 6, gram=fresh, **options).values)
+    indices = torch.randperm(60)[:50]
+    if isinstance(prepared.gram, torch.Tensor):
+        monkeypatch.setattr("itda_lens.pursuit.prepared.gram_matrix", None)  # none is computed again
+    cut = torch.cat([atoms[:7], atoms[20:]])
+    for part, own in (
+        (prepared.keeping(indices), atoms[indices]),
+        (prepared.without(7, 20), cut),
+        (prepared.keeping(indices[:4]), atoms[indices[:4]]),
+    ):
+        assert torch.equal(part.atoms, own)
+        assert len(part) == len(own)
+        assert part.coding == replace(coding, k=min(6, len(own)))
+        expected = encode(x, own, part.coding.k, **options)
+        torch.testing.assert_close(part.encode(x).to_dense(len(own)), expected.to_dense(len(own)))
+    fewer = prepared.with_coding(replace(coding, k=2, threshold=0.0))
+    assert fewer.gram is prepared.gram
+    assert fewer.encode(x).l0().max() == 2
+
+
+def test_another_pursuit_gets_its_own_gram_matrix():
+    _, atoms = problem(dtype=torch.float32)
+    prepared = PreparedAtoms(atoms, Coding(6, "omp"))
+    other = prepared.with_coding(Coding(6, "omp", signed=False))
+    assert (prepared.gram.dtype, other.gram.dtype) == (torch.int16, torch.float32)
+    with pytest.raises(ValueError, match="k must be between"):
+        prepared.with_coding(Coding(61))
+    with pytest.raises(ValueError, match="k must be between"):
+        PreparedAtoms(atoms, Coding(61))
+    with pytest.raises(ValueError, match="k must be at least 1"):
+        prepared.keeping(torch.arange(0))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -807,15 +1013,104 @@ def test_precision_that_is_inherited_goes_on_being_inherited():
         torch.backends.fp32_precision, products.fp32_precision = before
 
 
-def test_default_dtypes_do_not_matter():
-    x, atoms = problem(n=50, d=8, dtype=torch.float32)
-    expected = run(x, atoms, 4)
-    torch.set_default_dtype(torch.float64)
+@contextmanager
+def default_dtype(dtype):
+    torch.set_default_dtype(dtype)
     try:
-        found = run(x, atoms, 4)
+        yield
     finally:
         torch.set_default_dtype(torch.float32)
-    assert torch.equal(found.values, expected.values)
+
+
+@contextmanager
+def half_products():
+    torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+AROUND = dict(
+    autocast=lambda: torch.autocast("cpu", torch.bfloat16),
+    half_products=half_products,
+    default_float64=lambda: default_dtype(torch.float64),
+    default_float16=lambda: default_dtype(torch.float16),
+)
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("method", "signed"), PURSUITS)
+@pytest.mark.parametrize("around", AROUND)
+def test_settings_around_a_pursuit_do_not_matter(around, method, signed, form, gradients):
+    x, atoms = problem(n=60, d=16, dtype=torch.float32)
+
+    def everything():
+        rows = x.clone().requires_grad_(gradients)
+        matrix = gram_matrix(atoms, method=method, signed=signed)
+        if form == "gram":
+            matrix = inner_products(atoms, atoms, torch.float32)
+        gram = None if form == "gemm" else matrix
+        codes = encode(rows, atoms, 9, method=method, signed=signed, gram=gram)
+        return matrix, *codes, codes.decode(atoms)
+
+    expected = everything()
+    with AROUND[around]():
+        found = everything()
+    for wanted, got in zip(expected, found, strict=True):
+        assert got.dtype == wanted.dtype
+        assert torch.equal(got, wanted)
+
+
+def test_codes_of_nearly_dependent_atoms_under_autocast_with_gradients():
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.randn(6, 64, generator=generator)
+    data = torch.randn(2064, 6, generator=generator) @ basis
+    data = data + 0.02 * torch.randn(data.shape, generator=generator)
+    x, atoms = data[:64], torch.nn.functional.normalize(data[64:], dim=1)
+    for method in METHODS:
+        with torch.autocast("cpu", torch.bfloat16):
+            codes = encode(x.clone().requires_grad_(), atoms, 16, method=method)
+        left = (x - codes.decode(atoms)).square().sum() / (x - x.mean(0)).square().sum()
+        assert left < 1e-3
+
+
+@pytest.mark.parametrize(("method", "signed"), PURSUITS)
+@pytest.mark.parametrize("form", FORMS)
+def test_gradients_change_no_bit_of_a_code(method, signed, form):
+    x, atoms = problem(n=600, d=32, rows=50, dtype=torch.float32)
+    options = dict(form=form, method=method, signed=signed)
+    plain = run(x, atoms, 9, **options)
+    with_gradients = run(x.clone().requires_grad_(), atoms, 9, **options)
+    assert torch.equal(with_gradients.indices, plain.indices)
+    assert torch.equal(with_gradients.values, plain.values)
+
+
+def test_precision_is_given_back_when_threads_overlap_and_after_errors():
+    torch.set_float32_matmul_precision("medium")
+    try:
+        inside, leave = threading.Event(), threading.Event()
+        cpu = torch.device("cpu")
+
+        def stay():
+            with precision.full_precision(cpu):
+                inside.set()
+                leave.wait()
+
+        thread = threading.Thread(target=stay)
+        with precision.full_precision(cpu):
+            thread.start()
+            inside.wait()
+        assert not thread.join(0.01)
+        leave.set()
+        thread.join()
+        assert torch.get_float32_matmul_precision() == "medium"
+        with pytest.raises(KeyError), precision.full_precision(cpu):
+            raise KeyError
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 def test_whole_gram_matrices_are_mirror_images():

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from sae_lens import SAE
@@ -17,7 +18,7 @@ from safetensors.torch import load_file
 
 import itda_lens
 from itda_lens import ITDA, ITDAConfig, fit
-from itda_lens.pursuit import SparseCodes, encode
+from itda_lens.pursuit import Coding, SparseCodes, encode
 from itda_lens.sae import is_dictionary, save_sparsity
 from itda_lens.sae.registration import register
 
@@ -202,8 +203,6 @@ def test_encoder_is_a_view_with_unit_norms(itda):
     torch.testing.assert_close(itda.W_enc.norm(dim=0), torch.ones(D_SAE))
     assert set(itda.state_dict()) == {"W_dec", "b_dec"}
     with pytest.raises(NotImplementedError):
-        itda.fold_W_dec_norm()
-    with pytest.raises(NotImplementedError):
         itda.fold_activation_whitening(torch.zeros(D_IN), torch.eye(D_IN), torch.eye(D_IN))
 
 
@@ -319,14 +318,202 @@ def test_follows_changes_of_the_weights(itda):
     torch.testing.assert_close(itda.encode(x), -before)
 
 
-def test_follows_an_edit_of_one_row_of_many():
-    x = torch.randn(2000, 64)
-    itda = fit(x, d_sae=1024, k=8)
-    itda.encode(x[:9])
-    itda.W_dec.data[3] = torch.nn.functional.normalize(x[5] + x[6], dim=0)
+def fresh_copy(itda):
     fresh = ITDA(itda.cfg)
     fresh.load_state_dict(itda.state_dict())
-    assert torch.equal(itda.encode(x[:99]), fresh.encode(x[:99]))
+    return fresh
+
+
+def one_more(number):
+    """The next number of its dtype: the smallest change that there is."""
+    return torch.nextafter(number.float(), torch.tensor(9.0)) if number.dtype == torch.float32 else (
+        number.view({2: torch.int16, 8: torch.int64}[number.itemsize]) + 1
+    ).view(number.dtype)  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("nonnegative", [False, True])
+def test_no_edit_of_the_weights_is_missed(itda, dtype, nonnegative):
+    itda = itda.to(dtype=dtype)
+    itda = itda.nonnegative() if nonnegative else itda
+    x = torch.randn(30, D_IN) + 2
+    edits = dict(
+        through_data=lambda i: itda.W_dec.data[i].copy_(torch.randn(D_IN)),
+        without_gradients=lambda i: itda.W_dec.index_copy_(
+            0, torch.tensor([i]), torch.randn(1, D_IN, dtype=dtype)
+        ),
+        one_number=lambda i: itda.W_dec.data[i, i % D_IN].copy_(one_more(itda.W_dec.data[i, i % D_IN])),
+        two_rows=lambda i: itda.W_dec.data[[i, i - 1]].copy_(itda.W_dec.data[[i - 1, i]].clone()),
+        swapped=lambda i: itda.W_dec.data.copy_(itda.W_dec.data.roll(1, dims=0)),
+        a_sign=lambda i: itda.W_dec.data[i].neg_(),
+        all_signs=lambda i: itda.W_dec.data.neg_(),
+        new_storage=lambda i: setattr(itda.W_dec, "data", itda.W_dec.data.clone().roll(i, dims=0)),
+        numpy=lambda i: itda.W_dec.data.view(torch.uint8).numpy().__setitem__((i, 0), i),
+        optimizer=lambda i: step(itda, x),
+    )
+    for i in range(1, 8):
+        for edit in edits.values():
+            with torch.no_grad():
+                edit(i)
+            found, wanted = itda.encode_sparse(x), fresh_copy(itda).encode_sparse(x)
+            assert torch.equal(found.indices, wanted.indices)
+            assert torch.equal(found.values, wanted.values)
+
+
+@torch.enable_grad()
+def step(itda, x):
+    optimizer = torch.optim.SGD(itda.parameters(), lr=1e-3)
+    (itda(x) - x).square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def test_derived_data_are_kept_while_nothing_changes(itda):
+    itda.encode(torch.randn(2, D_IN))
+    kept = itda._prepared
+    itda.encode(torch.randn(3, D_IN))
+    assert itda._prepared is kept
+    itda.W_dec.data = itda.W_dec.data.clone()  # other memory, but the same numbers
+    itda.encode(torch.randn(3, D_IN))
+    assert itda._prepared is kept
+
+
+class TestShapeOfWeights:
+    def test_assigning_fewer_atoms_changes_nothing(self, itda):
+        before = itda.W_dec
+        for name, value in (("W_dec", before[:9]), ("W_enc", itda.W_enc[:, :9])):
+            with pytest.raises(ValueError, match=f"{name} must"):
+                setattr(itda, name, torch.nn.Parameter(value.detach()))
+        assert itda.W_dec is before
+
+    @pytest.mark.parametrize("rows", [D_SAE - 1, D_SAE + 1, 9])
+    def test_weights_that_do_not_fit_the_configuration_are_told(self, itda, rows):
+        itda.W_dec.data = torch.eye(D_IN).repeat(4, 1)[:rows]
+        codes = SparseCodes(torch.zeros(2, K, dtype=torch.long), torch.ones(2, K))
+        for call, value in (
+            (itda.encode, torch.randn(2, D_IN)),
+            (itda, torch.randn(2, D_IN)),
+            (itda.decode, torch.randn(2, D_SAE)),
+            (itda.decode_sparse, codes),
+            (lambda x: itda.calibrate(x, 2), torch.randn(2, D_IN)),
+        ):
+            with pytest.raises(ValueError, match=rf"\(d_sae, d_in\) = \(40, 16\) .* got \({rows}, 16\)"):
+                call(value)
+
+    def test_encoder_may_be_assigned_what_it_is(self, itda):
+        before = itda.encode(torch.ones(2, D_IN))
+        itda.W_enc = torch.nn.Parameter(itda.W_dec.detach().T.clone())
+        itda.W_enc = itda.W_dec.T
+        assert torch.equal(itda.encode(torch.ones(2, D_IN)), before)
+        assert set(itda.state_dict()) == {"W_dec", "b_dec"}
+        for other in (2 * itda.W_enc, itda.W_enc.double(), itda.W_dec, None):
+            with pytest.raises(ValueError, match="W_enc must be W_dec.T"):
+                itda.W_enc = other
+
+
+class TestFoldingNorms:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+    @pytest.mark.parametrize("nonnegative", [False, True])
+    def test_unit_atoms_stay_bit_for_bit(self, itda, dtype, nonnegative, tmp_path):
+        itda = make(dtype=torch.float64) if dtype == torch.float64 else itda.to(dtype=dtype)
+        itda = itda.nonnegative() if nonnegative else itda
+        before = itda.W_dec.detach().clone()
+        itda.fold_W_dec_norm()
+        assert torch.equal(itda.W_dec, before)
+        assert torch.equal(itda.fold_and_get_W_dec_norm(), torch.ones(itda.cfg.d_sae, dtype=dtype))
+        itda.save_model(tmp_path)
+        assert torch.equal(SAE.load_from_disk(tmp_path, fold_W_dec_norm=True).W_dec, before)
+
+    @pytest.mark.parametrize("method", ["mp", "omp", "ols"])
+    @pytest.mark.parametrize("nonnegative", [False, True])
+    def test_others_are_scaled_and_reconstructions_stay(self, method, nonnegative):
+        itda = make(method, l0=3.0)
+        itda = itda.nonnegative() if nonnegative else itda
+        factors = (torch.rand(D_SAE) + 0.5).repeat(1 + nonnegative)
+        itda.W_dec.data *= factors[:, None]
+        x = torch.randn(30, D_IN) + 2
+        codes, output = itda.encode(x), itda(x)
+        norms = itda.fold_and_get_W_dec_norm()
+        torch.testing.assert_close(norms, factors)
+        torch.testing.assert_close(itda.W_dec.norm(dim=1), torch.ones(itda.cfg.d_sae))
+        torch.testing.assert_close(itda.encode(x), codes * norms)
+        torch.testing.assert_close(itda(x), output)
+
+
+MADE = dict(
+    fit=lambda itda, folder: make(),
+    constructed=lambda itda, folder: ITDA(itda.cfg),
+    prefix=lambda itda, folder: itda.prefix(30),
+    nonnegative=lambda itda, folder: itda.nonnegative(),
+    loaded=lambda itda, folder: itda_lens.load(folder),
+    loaded_by_saelens=lambda itda, folder: SAE.load_from_disk(folder, dtype="float64"),
+    cast=lambda itda, folder: itda.to(dtype=torch.float64),
+    halved=lambda itda, folder: itda.bfloat16(),
+)
+
+
+@pytest.mark.parametrize("how", MADE)
+def test_dictionaries_made_in_inference_mode_serve_afterwards(itda, how, tmp_path):
+    itda.save_model(tmp_path)
+    with torch.inference_mode():
+        made = MADE[how](itda, tmp_path)
+        made.encode(torch.randn(3, D_IN))
+    before = made.W_dec.detach().clone()
+    step(made, torch.randn(5, D_IN).to(made.dtype))
+    assert not torch.equal(made.W_dec, before)
+    made.W_dec.data *= 2
+    made.fold_W_dec_norm()
+    made.fold_activation_norm_scaling_factor(2.0)
+    assert made.to(dtype=torch.float32).encode(torch.randn(3, D_IN)).dtype == torch.float32
+
+
+def test_random_numbers_of_others_are_left_alone(itda, tmp_path):
+    itda.save_model(tmp_path)
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    weights = [ITDA(itda.cfg).W_dec for _ in range(2)]
+    itda.prefix(9).nonnegative()
+    itda_lens.load(tmp_path)
+    assert torch.equal(torch.rand(3), expected)
+    assert torch.equal(*weights)
+
+
+def test_repr_says_what_it_is(itda):
+    shown = dict(d_in=16, d_sae=40, k=5, method="mp", signed=True, dtype="float32", device="cpu")
+    shown = ", ".join(f"{name}={value!r}" for name, value in shown.items())
+    assert repr(itda) == f"ITDA({shown}, hook_name='h')"
+    itda.calibrate(torch.randn(200, D_IN) + 2, 3)
+    assert "l0=3.0, mirrored=True, hook_name='h'" in repr(itda.nonnegative())
+    meta = ITDA(ITDAConfig(d_in=8, d_sae=20, k=2, device="meta"))
+    assert "device='meta'" in repr(meta)
+    assert "hook_name" not in repr(meta)
+
+
+@pytest.mark.parametrize("change", ["bfloat16", "half", "double"])
+def test_every_way_to_cast_is_told_to_the_configuration(itda, change, tmp_path):
+    dtype = {"bfloat16": torch.bfloat16, "half": torch.float16, "double": torch.float64}[change]
+    itda = getattr(itda, change)()
+    assert itda.W_dec.dtype == itda.dtype == dtype
+    itda.save_model(tmp_path)
+    loaded = itda_lens.load(tmp_path)
+    assert loaded.W_dec.dtype == dtype
+    x = torch.randn(4, D_IN)
+    assert torch.equal(loaded.encode(x), itda.encode(x))
+
+
+@pytest.mark.parametrize("method", ["mp", "omp", "ols"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_codes_are_those_without_autocast(method, dtype):
+    itda = make(method).to(dtype=dtype)
+    x = (torch.randn(50, D_IN) + 2).to(dtype)
+    with torch.no_grad():
+        expected = itda.encode_sparse(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        itda._prepared = None
+        found = itda.encode_sparse(x)
+    assert torch.equal(found.indices, expected.indices)
+    assert torch.equal(found.values, expected.values)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -532,8 +719,13 @@ class TestFiles:
         with pytest.raises(ValueError, match="damaged labels"):
             itda.labels  # noqa: B018
         itda.cfg.metadata.itda_labels = None
-        with pytest.raises(ValueError, match="carries no labels"):
-            itda.labels  # noqa: B018
+        for error in (ValueError, AttributeError):
+            with pytest.raises(error, match="carries no labels"):
+                itda.labels  # noqa: B018
+        assert not hasattr(itda, "labels")
+        assert getattr(itda, "labels", None) is None
+        with pytest.raises(AttributeError, match="no attribute 'lables'"):
+            itda.lables  # noqa: B018
 
 
 @pytest.mark.parametrize(
@@ -543,10 +735,19 @@ class TestFiles:
         (dict(k=41), "k must be between 1 and d_sae=40, got 41"),
         (dict(method="lasso"), "method must be one of"),
         (dict(rtol=1.0), "rtol must be"),
-        (dict(l0=0.0), "l0 must be above 0, got 0"),
+        (dict(l0=0.0), "l0 must be above 0 or None, got 0"),
         (dict(threshold=-1.0), "threshold must be at least 0 and finite, got -1"),
         (dict(threshold=float("inf")), "threshold must be at least 0 and finite, got inf"),
+        (dict(l0=True), "l0 must be above 0 or None, got True"),
+        (dict(l0="3"), "l0 must be above 0 or None, got '3'"),
+        (dict(k=True), "k must be a whole number, at least 1, got True"),
+        (dict(k=4.0), "k must be a whole number, at least 1, got 4.0"),
+        (dict(signed="yes"), "signed must be True or False, got 'yes'"),
+        (dict(method="ols", signed=False), "method must be 'mp' or 'omp' for signed=False"),
+        (dict(threshold="0"), "threshold must be a number, at least 0 and finite, got '0'"),
         (dict(d_in=0), "d_in must be at least 1"),
+        (dict(d_sae=True), "d_sae must be at least 1 and a whole number, got True"),
+        (dict(d_sae=40.0), "d_sae must be at least 1 and a whole number, got 40.0"),
         (dict(d_sae=41, mirrored=True), "d_sae must be even for mirrored=True, got 41"),
         (dict(k=21, mirrored=True), "k must be between 1 and d_sae / 2=20, got 21"),
     ],
@@ -554,6 +755,27 @@ class TestFiles:
 def test_bad_config(change, message):
     with pytest.raises(ValueError, match=message):
         ITDAConfig(**(dict(d_in=D_IN, d_sae=D_SAE, k=K) | change))
+
+
+def test_numpy_s_numbers_in_a_config_can_be_saved(tmp_path):
+    numbers = dict(d_in=np.int64(8), d_sae=np.int32(20), k=np.int64(2), l0=np.float32(1.5))
+    cfg = ITDAConfig(**numbers, rtol=np.float32(0.25), signed=np.bool_(False), threshold=np.float64(1))
+    itda = ITDA(cfg)
+    itda.save_model(tmp_path)
+    assert itda_lens.load(tmp_path).cfg.coding == cfg.coding == Coding(2, "mp", False, 0.25, 1.0)
+
+
+@pytest.mark.parametrize("bad", [torch.eye(D_IN).to_sparse(), torch.eye(D_IN).to(torch.float8_e4m3fn)])
+def test_activations_that_no_pursuit_takes(itda, bad):
+    for call in (itda.encode, itda.encode_sparse, itda, lambda x: itda.calibrate(x, 2)):
+        with pytest.raises(TypeError, match="x must be a dense tensor of float16, bfloat16, float32"):
+            call(bad)
+
+
+def test_weights_of_a_dtype_that_no_pursuit_takes(itda):
+    itda.W_dec.data = itda.W_dec.data.to(torch.float8_e4m3fn)
+    with pytest.raises(ValueError, match="W_dec must be float16, .* got torch.float8_e4m3fn"):
+        itda.encode(torch.randn(2, D_IN))
 
 
 def test_bad_activations(itda):

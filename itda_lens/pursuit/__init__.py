@@ -19,10 +19,12 @@ from itda_lens.pursuit.gram import (
 )
 from itda_lens.pursuit.gram_rows import GramRows
 from itda_lens.pursuit.methods import PURSUITS
+from itda_lens.pursuit.precision import FLOATS, check_floats
 from itda_lens.pursuit.prepared import PreparedAtoms, encode
 
 __all__ = [
     "DEFAULT_RTOL",
+    "FLOATS",
     "GRAM_BUDGET_BYTES",
     "PURSUITS",
     "Coding",
@@ -33,6 +35,7 @@ __all__ = [
     "SparseCodes",
     "calibrate_out_of_fold",
     "calibrate_threshold",
+    "check_floats",
     "check_l0",
     "check_sign",
     "encode",

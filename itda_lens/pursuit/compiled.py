@@ -31,8 +31,12 @@ if hasattr(os, "register_at_fork"):
 
 
 def available(device: torch.device) -> bool:
-    """Whether the compiled loops can run: numba is installed, and the data are on the CPU."""
-    return device.type == "cpu" and find_spec("numba") is not None
+    """Whether the compiled loops can run: the data are on the CPU, numba is installed, and compiles."""
+    if device.type != "cpu" or find_spec("numba") is None:
+        return False
+    from numba import config
+
+    return not config.DISABLE_JIT  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def search(

@@ -13,6 +13,9 @@ loop must begin at 0, or its index might be a negative one, which counts from th
 All of this is one file, because numba's cache on disk sees edits of a function's own file only.
 """
 
+import logging
+from contextlib import suppress
+from functools import cache
 from typing import Any
 
 import numba
@@ -20,7 +23,11 @@ import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
+from numba.core.caching import FunctionCache
 from numba.extending import intrinsic
+from typing_extensions import override
+
+log = logging.getLogger(__name__)
 
 _f4, _f8, _i2, _i4 = np.float32, np.float64, np.int16, np.int32
 
@@ -29,14 +36,42 @@ _f4, _f8, _i2, _i4 = np.float32, np.float64, np.int16, np.int32
 _FAST = {"nnan", "ninf", "nsz", "contract", "reassoc"}
 
 
+class _Cache(FunctionCache):
+    """numba's cache on disk, but one whose damaged files or full disk cost time only."""
+
+    @override
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        try:
+            return super().load_overload(sig, target_context)
+        except Exception as error:  # of reading, unpickling or linking: all kinds
+            _tell("read", self.cache_path)
+            log.debug("%r", error)
+            with suppress(Exception):
+                self.flush()  # or a damaged index would stay
+            return None
+
+    @override
+    def save_overload(self, sig: Any, data: Any) -> None:
+        try:
+            super().save_overload(sig, data)
+        except Exception as error:
+            _tell("written", self.cache_path)
+            log.debug("%r", error)
+
+
+@cache
+def _tell(done: str, path: str) -> None:
+    """Once for all functions."""
+    log.warning("numba's cache in %s cannot be %s; the pursuits are compiled anew", path, done)
+
+
 def jit(function: Any) -> Any:
     """Compile on first use, without the interpreter's lock; keep the result on disk where possible."""
     # numpy's errors: with Python's a division may raise, and a loop that may raise is not vectorised.
-    options: dict[str, Any] = dict(nogil=True, fastmath=_FAST, error_model="numpy")
-    try:
-        return numba.njit(cache=True, **options)(function)
-    except RuntimeError:  # no writable place for the cache
-        return numba.njit(**options)(function)
+    compiled: Any = numba.njit(nogil=True, fastmath=_FAST, error_model="numpy")(function)
+    with suppress(RuntimeError):  # no writable place for the cache
+        compiled._cache = _Cache(function)
+    return compiled
 
 
 # --- Gram matrices in fixed point, and sums of their rows by integer arithmetic

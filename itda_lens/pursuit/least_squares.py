@@ -58,8 +58,10 @@ def search(
     distances = torch.ones_like(correlations)
     start = energy = x.double().square().sum(dim=-1)
     active = energy > 0
+    scale = _scale(start.sqrt()).to(x.dtype)[:, None]
     for t in range(most):
-        scores = (correlations.square() / distances).masked_fill(distances <= LEAST_DISTANCE, 0)
+        scores = (correlations * scale).square() / distances
+        scores = scores.masked_fill(distances <= LEAST_DISTANCE, 0)
         best, j = scores.max(dim=-1)
         cross = cross_gram(atoms, gram, picks[:, :t], j)
         w = (inverse[:, :t, :t] @ cross[..., None]).squeeze(-1)
@@ -87,7 +89,7 @@ def search(
         correlations = correlations - step[:, None] * products
         distances = distances - products.square()
         distances.scatter_(-1, j[:, None], 0)
-    kept, coefficients = _drop_least(picks >= 0, inverse, coefficients, k, threshold)
+    kept, coefficients = _drop_least(picks >= 0, inverse, coefficients, k, threshold, scale)
     order = (~kept).byte().argsort(dim=-1, stable=True)[:, :k]
     picks = picks.masked_fill(~kept, -1).gather(-1, order)
     return picks, coefficients.masked_fill(~kept, 0).gather(-1, order)
@@ -99,14 +101,16 @@ def _drop_least(
     coefficients: Float[Tensor, "b m"],
     k: int,
     threshold: float,
+    scale: Float[Tensor, "b 1"],
 ) -> tuple[Bool[Tensor, "b m"], Float[Tensor, "b m"]]:
     """Which held atoms stay, and their coefficients."""
+    enough = (threshold**2 * scale.squeeze(-1).double().square()).to(scale.dtype)
     products = inverse.transpose(-1, -2) @ inverse
     for _ in range(held.shape[1]):
         diagonal = products.diagonal(dim1=-2, dim2=-1)
-        loss = torch.where(held, coefficients.square() / diagonal, torch.inf)
+        loss = torch.where(held, (coefficients * scale).square() / diagonal, torch.inf)
         least, worst = loss.min(dim=-1)
-        drops = held.any(dim=-1) & ((held.sum(dim=-1) > k) | (least < threshold**2))
+        drops = held.any(dim=-1) & ((held.sum(dim=-1) > k) | (least < enough))
         if not drops.any():
             break
         column = products.gather(-1, worst[:, None, None].expand(-1, held.shape[1], 1)).squeeze(-1)
@@ -116,3 +120,11 @@ def _drop_least(
         products = products - share[..., None] * column[:, None]
         held = held & ~(torch.nn.functional.one_hot(worst, held.shape[1]).bool() & drops[:, None])
     return held, coefficients
+
+
+def _scale(norms: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
+    """Powers of two, about the inverses of these norms (float64). Squares of numbers scaled by them
+    neither overflow nor vanish in float32, and no result differs by a bit for any other reason."""
+    mantissa, _ = torch.frexp(norms)
+    exact = torch.where(norms > 0, mantissa / norms, 1.0)
+    return exact.clamp(2.0**-126, 2.0**126)

@@ -25,7 +25,7 @@ _restore: dict[str, Callable[[], None]] = {}
 """How to give a setting its former value, while one is open."""
 
 
-def check_floats(name: str, tensor: Tensor) -> None:
+def check_floats(name: str, tensor: object) -> None:
     """Refuse anything but a dense tensor of one of `FLOATS`.
 
     Raises:

@@ -2,7 +2,9 @@
 
 import copy
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +22,19 @@ from itda_lens.pursuit import (
     Method,
     PreparedAtoms,
     SparseCodes,
+    check_floats,
     threshold_for_l0,
 )
 from itda_lens.records import Labels, replacing
-from itda_lens.sae.prepared import Prepared, prepare
+from itda_lens.sae.prepared import Prepared, prepare, same_bits, unit_up_to_rounding
 
 LABELS_KEY = "itda_labels"
 """Where the labels live in `cfg.metadata`: SAELens saves, loads and uploads that, and casts no integer
 in it, which it would do to a tensor of the weights file."""
+
+RANDOM_ATOMS = 6174
+"""Seed of the atoms that a new dictionary holds until it is given others. Any but those that people
+choose: data drawn with the same one would be multiples of these atoms."""
 
 
 @dataclass
@@ -87,8 +94,10 @@ class ITDAConfig(SAEConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("d_in", "d_sae"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} must be at least 1 and a whole number, got {value!r}")
+            setattr(self, name, int(value))
         if self.mirrored and self.d_sae % 2:
             raise ValueError(f"d_sae must be even for mirrored=True, got {self.d_sae}")
         coding = self.coding
@@ -96,8 +105,15 @@ class ITDAConfig(SAEConfig):
         # numpy's numbers have become Python's, which cfg.json can hold.
         self.k, self.signed = coding.k, coding.signed
         self.rtol, self.threshold = coding.rtol, coding.threshold
-        if self.l0 is not None and not self.l0 > 0:
-            raise ValueError(f"l0 must be above 0, got {self.l0}")
+        if self.l0 is not None:
+            if not isinstance(self.l0, Real) or isinstance(self.l0, bool) or not self.l0 > 0:
+                raise ValueError(f"l0 must be above 0 or None, got {self.l0!r}")
+            self.l0 = float(self.l0)
+
+
+class NoLabelsError(AttributeError, ValueError):
+    """A dictionary without labels was asked for them. `hasattr` and `getattr` with a default know it for
+    an attribute that is not there."""
 
 
 class ITDA(SAE[ITDAConfig]):
@@ -115,16 +131,52 @@ class ITDA(SAE[ITDAConfig]):
         self._labels: tuple[str, Labels] | None = None
 
     @override
+    @torch.inference_mode(False)
     def initialize_weights(self) -> None:
+        """Random unit atoms, the same ones each time; torch's global random state is left alone."""
         self.b_dec = nn.Parameter(torch.zeros(self.cfg.d_in, dtype=self.dtype, device=self.device))
-        atoms = torch.randn(self.cfg.d_sae, self.cfg.d_in, device=self.device)
-        atoms = torch.nn.functional.normalize(atoms, dim=-1).to(self.dtype)
+        shape = (self.cfg.d_sae, self.cfg.d_in)
+        if self.device.type == "meta":  # SAELens replaces these at once
+            atoms = torch.empty(shape, dtype=self.dtype, device=self.device)
+        else:
+            generator = torch.Generator().manual_seed(RANDOM_ATOMS)
+            drawn = torch.randn(shape, generator=generator, dtype=torch.float32)
+            atoms = torch.nn.functional.normalize(drawn, dim=-1).to(self.device, self.dtype)
         self.W_dec = nn.Parameter(atoms)
 
     @property
     def W_enc(self) -> Float[Tensor, "d_in d_sae"]:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """View of `W_dec.T`, for tools that read encoder directions (SAEBench takes their norms)."""
+        """View of `W_dec.T`, for tools that read encoder directions (SAEBench takes their norms).
+
+        It may be assigned only what it is already.
+        """
         return self.W_dec.T
+
+    @override
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "W_enc":
+            if not isinstance(value, Tensor) or not same_bits(value, self.W_enc):
+                raise ValueError("W_enc must be W_dec.T, of which it is a view; assign W_dec instead")
+            return
+        if name == "W_dec" and isinstance(value, Tensor):
+            self._check_atoms(value)
+        super().__setattr__(name, value)
+
+    @override
+    def __getattr__(self, name: str) -> Any:
+        if name == "labels":  # its property raised an AttributeError, for which Python looks here
+            raise NoLabelsError("this dictionary carries no labels")
+        return super().__getattr__(name)
+
+    @override
+    def __repr__(self) -> str:
+        cfg = self.cfg
+        shown: dict[str, Any] = dict(d_in=cfg.d_in, d_sae=cfg.d_sae, k=cfg.k, method=cfg.method)
+        shown |= dict(signed=cfg.signed, dtype=str(self.W_dec.dtype).removeprefix("torch."))
+        shown |= dict(device=str(self.W_dec.device))
+        further = dict(l0=cfg.l0, mirrored=cfg.mirrored or None, hook_name=cfg.metadata.hook_name)
+        shown |= {name: value for name, value in further.items() if value is not None}
+        return f"ITDA({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
 
     # encoding and decoding
 
@@ -192,17 +244,19 @@ class ITDA(SAE[ITDAConfig]):
     @override
     def decode(self, feature_acts: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_in"]:
         """Reconstruction from dense codes."""
-        return self._finish_decoding(feature_acts @ self.W_dec)
+        return self._finish_decoding(feature_acts @ self._checked_atoms())
 
     def decode_sparse(self, codes: SparseCodes) -> Float[Tensor, "*batch d_in"]:
-        """Reconstruction from sparse codes, read by gather; the same as `decode` up to rounding."""
-        return self._finish_decoding(codes.decode(self.W_dec).to(self.dtype))
+        """Reconstruction from sparse codes, read by gather; equal to that of `decode` up to rounding."""
+        return self._finish_decoding(codes.decode(self._checked_atoms()).to(self.dtype))
 
     @override
     def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:
         """Reconstruction of `x`, with the error added where `use_error_term` is set.
 
-        The dense code is only made where a hook is there to see it.
+        The dense code is only made where a hook is there to see it. Without one, the reconstruction is
+        summed from the atoms of the code alone, and equals `decode(encode(x))` up to the rounding of a
+        sum in another order (in float32 some 1e-7 of the norm of x); with one, bit for bit.
 
         Raises:
             ValueError: `x` has the wrong width, NaN or infinite values.
@@ -224,7 +278,25 @@ class ITDA(SAE[ITDAConfig]):
         sae_out = self.run_time_activation_norm_fn_out(sae_out)
         return self.reshape_fn_out(sae_out, self.d_head)
 
+    def _check_atoms(self, atoms: Tensor) -> None:
+        wanted = (self.cfg.d_sae, self.cfg.d_in)
+        if tuple(atoms.shape) != wanted:
+            raise ValueError(
+                f"W_dec must have the shape (d_sae, d_in) = {wanted} of the configuration, got "
+                f"{tuple(atoms.shape)}; fewer atoms give other codes, see `prefix`"
+            )
+
+    def _checked_atoms(self) -> Tensor:
+        """`W_dec`, which other code may have replaced through `.data` or in another configuration.
+
+        Raises:
+            ValueError: its shape is not that of the configuration.
+        """
+        self._check_atoms(self.W_dec)
+        return self.W_dec
+
     def _check_width(self, x: Tensor) -> Tensor:
+        check_floats("x", x)
         width = x.shape[-1] if x.ndim else 0
         if self.hook_z_reshaping_mode:
             width = x.shape[-1] * x.shape[-2] if x.ndim >= 2 else width
@@ -240,8 +312,8 @@ class ITDA(SAE[ITDAConfig]):
         Raises:
             ValueError: `W_dec` has NaN or infinite values, or another shape than the configuration says.
         """
-        atoms = self.W_dec[: self.cfg.n_pursued]
-        self._prepared = prepare(atoms.detach(), coding.method, coding.signed, self._prepared)
+        atoms = self._checked_atoms()[: self.cfg.n_pursued]
+        self._prepared = prepare(atoms.detach(), coding, self._prepared)
         norms = self._prepared.norms
         if norms is not None:
             atoms = atoms.to(norms.dtype) / norms[:, None]
@@ -256,11 +328,12 @@ class ITDA(SAE[ITDAConfig]):
         """Where each atom came from, in the order of the atoms.
 
         Raises:
-            ValueError: the dictionary carries no labels, or damaged ones.
+            NoLabelsError: the dictionary carries none; an AttributeError and a ValueError.
+            ValueError: they are damaged.
         """
         compact = self.cfg.metadata[LABELS_KEY]
         if compact is None:
-            raise ValueError("this dictionary carries no labels")
+            raise NoLabelsError("this dictionary carries no labels")
         if self._labels is None or self._labels[0] != compact:
             labels = Labels.from_compact(compact)
             if len(labels) != self.cfg.d_sae:
@@ -339,8 +412,32 @@ class ITDA(SAE[ITDAConfig]):
         )
 
     @override
-    def fold_W_dec_norm(self) -> None:
-        raise NotImplementedError("the atoms of an ITDA have unit norm already")
+    @torch.no_grad()
+    def fold_and_get_W_dec_norm(self) -> Float[Tensor, " d_sae"]:
+        """Scale atoms to unit norm: reconstructions stay as they are, codes are multiplied by the norms.
+
+        Atoms that are of unit norm already, up to the rounding of their dtype, stay bit for bit.
+
+        Returns:
+            The factors of the codes: norms of the atoms as they were, or ones.
+        """
+        atoms = self._checked_atoms()
+        norms = atoms.to(torch.promote_types(atoms.dtype, torch.float32)).norm(dim=-1)
+        if unit_up_to_rounding(norms, atoms.dtype):
+            return torch.ones_like(norms, dtype=atoms.dtype)
+        norms = norms.clamp(min=1e-8)  # as SAELens does for atoms that are zero
+        atoms.copy_(atoms / norms[:, None])
+        return norms.to(atoms.dtype)
+
+    @override
+    @torch.inference_mode(False)
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ITDA":
+        """What `.to`, `.bfloat16`, `.cuda` and the like do to weights, told to the configuration too."""
+        super()._apply(fn, recurse)
+        self.dtype, self.device = self.W_dec.dtype, self.W_dec.device
+        self.cfg.dtype = str(self.dtype).removeprefix("torch.")
+        self.cfg.device = str(self.device)
+        return self
 
     @override
     def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
@@ -351,6 +448,9 @@ class ITDA(SAE[ITDAConfig]):
         for name, tensor in state_dict.items():
             if not torch.isfinite(tensor).all():
                 raise ValueError(f"{name} has NaN or infinite values")
+            if tensor.is_inference():  # it could never be trained, cast or folded
+                with torch.inference_mode(False):
+                    state_dict[name] = tensor.clone()
         if self.cfg.mirrored and not torch.equal(*_halves(state_dict["W_dec"])):
             raise ValueError("W_dec's second half must be the negative of the first: mirrored is set")
 
