@@ -38,7 +38,7 @@ print([name for name in {HEAVY} if name in sys.modules])
     [
         "import itda_lens; from sae_lens import SAE",
         "from sae_lens import SAE; import itda_lens",
-        "import itda_lens, itda_lens.training.record; from sae_lens import SAE",
+        "import itda_lens, itda_lens.records.provenance; from sae_lens import SAE",
     ],
 )
 def test_sae_lens_loads_an_itda_whichever_is_imported_first(imports, tmp_path):

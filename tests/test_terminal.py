@@ -10,7 +10,7 @@ from rich.console import Console
 from itda_lens import fit
 from itda_lens.analysis import Component, Evaluation, TokenDecomposition
 from itda_lens.compare import Comparison, Difference, LayerComparison
-from itda_lens.dictionary import Label, Labels
+from itda_lens.records import Label, Labels
 from itda_lens.reports import (
     bench_table,
     comparison_table,

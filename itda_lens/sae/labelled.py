@@ -4,7 +4,7 @@ from typing import Any
 
 from sae_lens import SAE
 
-from itda_lens.dictionary import Labels
+from itda_lens.records import Labels
 from itda_lens.sae.itda import ITDA, LABELS_KEY
 
 
