@@ -16,6 +16,7 @@ from torch import Tensor
 
 from itda_lens import ITDA, fit
 from itda_lens.analysis import evaluate
+from itda_lens.pursuit import Coding
 from itda_lens.sae import assemble
 from itda_lens.samples import reference_prose
 from itda_lens.samples.smollm2 import load
@@ -62,7 +63,7 @@ class Bench:
 def random_uncentred(x: Tensor, d_sae: int, k: int) -> ITDA:
     drawn = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:d_sae].sort().values
     atoms = torch.nn.functional.normalize(x[drawn], dim=-1)
-    return assemble(atoms, torch.zeros_like(x[0]), k=k, method="mp")
+    return assemble(atoms, torch.zeros_like(x[0]), coding=Coding(k, "mp"))
 
 
 def random_centred(x: Tensor, d_sae: int, k: int) -> ITDA:

@@ -17,7 +17,7 @@ from measures import fvu_and_l0
 from torch import Tensor
 
 from itda_lens import ITDA, fit
-from itda_lens.dictionary import energy
+from itda_lens.dictionary import EnergyRule
 from itda_lens.pursuit import least_squares
 from itda_lens.samples import HELD_OUT, reference_prose
 from itda_lens.samples.smollm2 import load
@@ -39,7 +39,7 @@ def fvu(itda: ITDA, x: Tensor, method: str) -> float:
 
 
 @contextmanager
-def settings(module=energy, **values):
+def settings(module, **values):
     """A module's constants, changed for a while."""
     old = {name: getattr(module, name) for name in values}
     try:
@@ -123,23 +123,23 @@ def main() -> None:
                 print(f"| {m} | {' | '.join(f'{figure:.4f}' for figure in figures)} |", flush=True)
         elif args.sweep:
             for cosine in (0.99, 0.95, 0.9, 0.85, 0.8, 0.7):
-                with settings(NEAR_DUPLICATE=cosine):
-                    row(f"near-duplicates from {cosine}", x, test, args.d_sae, args.k)
+                rule = EnergyRule(near_duplicate=cosine)
+                row(f"near-duplicates from {cosine}", x, test, args.d_sae, args.k, rule=rule)
             for factor in (2, 8):
-                with settings(CANDIDATES_PER_ATOM=factor):
-                    row(f"{factor} candidates per atom", x, test, args.d_sae, args.k)
+                rule = EnergyRule(candidates_per_atom=factor)
+                row(f"{factor} candidates per atom", x, test, args.d_sae, args.k, rule=rule)
             for drop in (0.3,):
-                with settings(DROP_PER_ROUND=drop):
-                    row(f"{drop} dropped per round", x, test, args.d_sae, args.k)
+                rule = EnergyRule(drop_per_round=drop)
+                row(f"{drop} dropped per round", x, test, args.d_sae, args.k, rule=rule)
             for scored in (8_192, 32_768):
-                with settings(MIN_SCORED=scored):
-                    row(f"{scored:,} scored", x, test, args.d_sae, args.k)
+                rule = EnergyRule(min_scored=scored)
+                row(f"{scored:,} scored", x, test, args.d_sae, args.k, rule=rule)
         else:
             for tau in (0.1, 0.2, 0.3):
                 options = dict(preset="paper", loss_threshold=tau)
                 row(f'"paper", tau {tau}', x, test, args.d_sae, args.k, **options)
-            with settings(CANDIDATES_PER_ATOM=1, NEAR_DUPLICATE=1.0):
-                row("random, centred", x, test, args.d_sae, args.k)
+            rule = EnergyRule(candidates_per_atom=1, near_duplicate=1.0)
+            row("random, centred", x, test, args.d_sae, args.k, rule=rule)
             row('"best"', x, test, args.d_sae, args.k)
 
 

@@ -14,13 +14,14 @@ import argparse
 import time
 from collections.abc import Callable, Sequence
 from itertools import cycle, islice
+from typing import cast
 
 import torch
 from selection import activations
 from torch import Tensor
 
-from itda_lens.dictionary import RunningFVU
-from itda_lens.dictionary.energy import THOROUGH_MIN_UPDATED, THOROUGH_ROUNDS, UPDATE_ROUNDS
+from itda_lens import dictionary
+from itda_lens.dictionary import EnergyRule, RunningFVU
 from itda_lens.dictionary.outliers import limit_outliers
 from itda_lens.dictionary.selection import (
     energy_by_atom,
@@ -30,7 +31,7 @@ from itda_lens.dictionary.selection import (
     prune_by_energy,
 )
 from itda_lens.dictionary.update import update_atoms
-from itda_lens.pursuit import calibrate_threshold, encode, gram_matrix
+from itda_lens.pursuit import Coding, calibrate_threshold, encode, gram_matrix
 from itda_lens.samples import HELD_OUT, reference_prose
 from itda_lens.samples.smollm2 import load
 from itda_lens.sources import language_model
@@ -44,7 +45,7 @@ Rule = Callable[[Tensor, Tensor, int, int], Tensor]
 
 def by_energy(drop: float) -> Rule:
     def rule(candidates: Tensor, x: Tensor, n: int, k: int) -> Tensor:
-        kept = prune_by_energy(x, candidates, n, k, signed=True, drop=drop, progress=False)
+        kept = prune_by_energy(x, candidates, n, Coding(k, "mp"), drop=drop, progress=False)
         return candidates[kept]
 
     return rule
@@ -123,7 +124,7 @@ def medoids(candidates: Tensor, x: Tensor, n: int, k: int) -> Tensor:
 
 
 def refined(
-    pool: Tensor | None = None, rounds: int = UPDATE_ROUNDS, samples: Sequence[Tensor] = ()
+    pool: Tensor | None = None, rounds: int = EnergyRule.rounds, samples: Sequence[Tensor] = ()
 ) -> Rule:
     """Those of most energy, moved by least squares, then each replaced by the nearest of `pool` (of the
     candidates); moved on `samples` in turn (on what the others choose by)."""
@@ -132,7 +133,7 @@ def refined(
         atoms = by_energy(0.5)(candidates, x, n, k)
         parts = islice(cycle(samples or [x]), rounds)
         activations = candidates if pool is None else pool
-        moved = update_atoms(parts, atoms, k, least_cosine=0.0, signed=True, progress=False)
+        moved = update_atoms(parts, atoms, Coding(k, "mp"), least_cosine=0.0, progress=False)
         return activations[nearest_rows(moved, activations, signed=True)]
 
     return rule
@@ -161,6 +162,8 @@ def replace_each(pool: Tensor) -> Rule:
     return rule
 
 
+THOROUGH = cast(EnergyRule, dictionary.RULES["thorough"])
+
 RULES: dict[str, Rule] = {
     "random": at_random,
     '**energy, half dropped a round ("best")**': by_energy(0.5),
@@ -176,14 +179,14 @@ RULES: dict[str, Rule] = {
 
 def of_any(pool: Tensor, x: Tensor) -> dict[str, Rule]:
     """Rules that may take any row of `pool`; larger samples are as large as those of "thorough"."""
-    large = (x[:THOROUGH_MIN_UPDATED], x[-THOROUGH_MIN_UPDATED:])
+    large = (x[: THOROUGH.min_updated], x[-THOROUGH.min_updated :])
     return {
         "each replaced by any activation, twice": replace_each(pool),
         "refined, 2 rounds, by any activation": refined(pool),
         "refined, 8 rounds, by any": refined(pool, 8),
         "refined, 2 rounds on larger samples, by any": refined(pool, 2, large),
         '**refined, 8 rounds on larger samples, by any ("thorough")**': refined(
-            pool, THOROUGH_ROUNDS, large
+            pool, THOROUGH.rounds, large
         ),
         "refined, 8 rounds on larger samples, by 16,384": refined(pool[:16_384], 8, large),
         "refined, 16 rounds on larger samples, by any": refined(pool, 16, large),
