@@ -15,6 +15,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoModel, AutoModelForCausalLM
 from transformers.modeling_outputs import BaseModelOutput
 
+from itda_lens import build
 from itda_lens.records import HookPoint
 from itda_lens.sources import (
     HookedModel,
@@ -662,6 +663,12 @@ class TestShapes:
         assert len(per_token) > 30
         for name, x in per_token.items():
             assert HookPoint.parse(name).per_head == (x.ndim == 4), name
+
+    @pytest.mark.parametrize("hook", ["hook_q", "hook_k", "hook_z", "hook_rot_q"])
+    def test_dictionaries_of_per_head_hooks_can_be_built(self, models, texts, hook):
+        name = f"blocks.1.attn.{hook}"
+        itda = build(models["bridge"], texts, name, d_sae=20, k=4, context_size=12, progress=False)[name]
+        assert itda.cfg.d_in == {"hook_k": 16}.get(hook, 32)
 
 
 class TestTokens:
