@@ -6,6 +6,7 @@ import pytest
 
 from itda_lens.records import HookPoint
 from itda_lens.sae import dictionaries_in
+from itda_lens.sources import hook_is_per_head
 
 
 @pytest.mark.parametrize(
@@ -33,6 +34,12 @@ from itda_lens.sae import dictionaries_in
 )  # fmt: skip
 def test_parse(name, layer, kind, per_head):
     assert HookPoint.parse(name) == HookPoint(name, layer, kind, per_head)
+
+
+def test_saelens_flattens_heads_at_hook_z_only():
+    names = ["blocks.0.attn.hook_z", "blocks.0.attn.hook_q", "blocks.0.hook_resid_post", "hook_embed"]
+    assert [HookPoint.parse(name).reshape_activations for name in names] == ["hook_z"] + ["none"] * 3
+    assert [hook_is_per_head(name) for name in names] == [True, False, False, False]
 
 
 def test_layers_sort_by_number():

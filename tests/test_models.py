@@ -15,6 +15,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoModel, AutoModelForCausalLM
 from transformers.modeling_outputs import BaseModelOutput
 
+from itda_lens import build
 from itda_lens.records import Cutting, HookPoint
 from itda_lens.sources import (
     HookedModel,
@@ -657,6 +658,27 @@ class TestShapes:
             found, lm.capture(batch.tokens, batch.attention_mask, [RESID])[RESID], atol=1e-3
         )
 
+    @pytest.mark.parametrize("kind", ["hooked", "bridge", "sae_bridge"])
+    def test_all_hooks_give_what_transformer_lens_gives(self, models, kind):
+        lm, tokens = models[kind], torch.randint(4, 20, (2, 7))
+        mask = torch.ones_like(tokens, dtype=torch.bool)
+        _, cache = lm.model.run_with_cache(tokens)
+        per_token = [name for name, x in cache.items() if x.ndim > 2 and x.shape[:2] == tokens.shape]
+        assert len(per_token) > 30
+        plain = lm.logits(tokens, mask)
+        shapes = []
+
+        def note(x):
+            shapes.append(x.shape)
+            # An edit inside a norm makes a bridge warn that it computes the norm itself.
+            return x if "ln" in name else x.clone()
+
+        for name in per_token:
+            torch.testing.assert_close(read(lm, tokens, name)[name], cache[name].flatten(2))
+            same = lm.logits(tokens, mask, {name: note})
+            assert shapes.pop() == cache[name].shape, name
+            torch.testing.assert_close(same, plain)
+
     @pytest.mark.parametrize("kind", ["hooked", "bridge"])
     def test_per_head_hooks_are_those_with_heads(self, models, kind):
         _, cache = models[kind].model.run_with_cache(torch.randint(4, 20, (2, 7)))
@@ -664,6 +686,12 @@ class TestShapes:
         assert len(per_token) > 30
         for name, x in per_token.items():
             assert HookPoint.parse(name).per_head == (x.ndim == 4), name
+
+    @pytest.mark.parametrize("hook", ["hook_q", "hook_k", "hook_z", "hook_rot_q"])
+    def test_dictionaries_of_per_head_hooks_can_be_built(self, models, texts, hook):
+        name = f"blocks.1.attn.{hook}"
+        itda = build(models["bridge"], texts, name, d_sae=20, k=4, context_size=12, progress=False)[name]
+        assert itda.cfg.d_in == {"hook_k": 16}.get(hook, 32)
 
 
 class TestTokens:

@@ -48,6 +48,12 @@ class HookPoint:
         return cls(name, None, name, per_head)
 
     @property
+    def reshape_activations(self) -> str:
+        """SAELens's setting for a dictionary of this hook point: "hook_z" flattens heads, and SAELens
+        refuses it at other hook points, per head or not."""
+        return "hook_z" if self.kind.endswith("hook_z") else "none"
+
+    @property
     def sort_key(self) -> tuple[int, list[tuple[int, str]]]:
         """Sorts hook points by layer, those without one first. Numbers elsewhere in a name count by
         their value too, so that "run2" comes before "run10"."""

@@ -18,8 +18,8 @@ LanguageModel = ReadableModel
 
 
 def hook_is_per_head(hook_name: str) -> bool:
-    """Whether TransformerLens gives [batch, seq, head, width] at this hook point."""
-    return HookPoint.parse(hook_name).per_head
+    """Whether SAELens flattens heads at this hook point; see `HookPoint.reshape_activations`."""
+    return HookPoint.parse(hook_name).reshape_activations == "hook_z"
 
 
 __all__ = [

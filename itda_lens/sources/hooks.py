@@ -4,18 +4,35 @@ import difflib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
 from itda_lens.sources.readable import Replace
 
 
+class Layout(Protocol):
+    """How a library lays activations out in memory, and how it shows them."""
+
+    def convert(self, activation: Tensor) -> Tensor:
+        """As the library shows them: [batch, seq, ...]."""
+        ...
+
+    def revert(self, activation: Tensor) -> Tensor:
+        """As the model goes on with them."""
+        ...
+
+
 class Site(NamedTuple):
-    """Where a hook point is: what a module takes ("input") or gives ("output")."""
+    """Where a hook point is: what a module takes ("input") or gives ("output").
+
+    Attributes:
+        layout: None if the library shows activations as the module has them.
+    """
 
     module: nn.Module
     side: Literal["input", "output"]
+    layout: Layout | None = None
 
 
 @contextmanager
@@ -23,7 +40,9 @@ def attached(functions: Iterable[tuple[Site, Replace]]) -> Iterator[None]:
     """Put the first tensor of what passes at each site through a function; all hooks are removed at the
     end, also after an error."""
     with ExitStack() as stack:
-        for (module, side), function in functions:
+        for (module, side, layout), function in functions:
+            if layout is not None:
+                function = _laid_out(function, layout)
             if side == "input":
                 handle = module.register_forward_pre_hook(_on_input(function), with_kwargs=True)
             else:
@@ -79,6 +98,16 @@ def silent_hook(names: Sequence[str], fired: Iterable[str]) -> ValueError | None
         f"hook {silent[0]!r} exists but never fired during a forward pass; nothing can be read or "
         "replaced there"
     )
+
+
+def _laid_out(function: Replace, layout: Layout) -> Replace:
+    def run(activation: Tensor) -> Tensor:
+        shown = layout.convert(activation)
+        changed = function(shown)
+        # To a TransformerBridge, another object is an edit, even if it holds the same numbers.
+        return activation if changed is shown else layout.revert(changed)
+
+    return run
 
 
 def _on_output(function: Replace) -> Callable[..., Any]:

@@ -1,7 +1,7 @@
 """From a name, a folder or a model of a known library to a `ReadableModel`."""
 
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -15,7 +15,7 @@ LIBRARIES: dict[type[HookedModel], tuple[Loader, ...]] = {
     TransformerLensModel: ("bridge", "hooked_transformer"),
     HuggingFaceModel: ("huggingface",),
 }
-"""A class for each library, with the loaders by which it loads a name."""
+"""A class for each library, with the words for `loader` by which it loads a name."""
 
 
 def language_model(
@@ -80,10 +80,11 @@ def language_model(
 def _load(
     name: str, tokenizer: Any, loader: Loader, device: str | None, dtype: torch.dtype
 ) -> torch.nn.Module:
-    if loader not in get_args(Loader):
-        raise ValueError(f"loader must be one of {get_args(Loader)}, got {loader!r}")
+    by_loader = {known: library for library, loaders in LIBRARIES.items() for known in loaders}
+    if loader not in by_loader:
+        raise ValueError(f"loader must be one of {', '.join(by_loader)}, got {loader!r}")
+    library = by_loader[loader]
     _check_device(device)
-    library = next(library for library, loaders in LIBRARIES.items() if loader in loaders)
     try:
         return library.load(name, loader, tokenizer, device, dtype).eval()
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:

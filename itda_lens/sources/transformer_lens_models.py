@@ -75,13 +75,13 @@ class TransformerLensModel(HookedModel):
     def _site(self, hook: str) -> Site:
         points: dict[str, nn.Module] = self.model.hook_dict
         if hook in points:
-            return Site(points[hook], "output")
+            return _site_of(points[hook])
         # SAETransformerBridge leaves aliases out of hook_dict, but knows them.
         resolve = getattr(self.model, "_resolve_hook_name", lambda alias: alias)
         known = getattr(self.model, "hook_aliases", {}).get(hook, resolve(hook))
         for actual in [known] if isinstance(known, str) else known:
             if actual in points:
-                return Site(points[actual], "output")
+                return _site_of(points[actual])
         dictionaries = list(getattr(self.model, "acts_to_saes", {}))
         if dictionaries:
             raise ValueError(
@@ -89,3 +89,8 @@ class TransformerLensModel(HookedModel):
                 f"{', '.join(dictionaries)}; detach them first (reset_saes())"
             )
         raise unknown_hook(hook, points)
+
+
+def _site_of(point: nn.Module) -> Site:
+    # A bridge converts for TransformerLens's own hooks, such as queries from [batch, head, seq, width].
+    return Site(point, "output", getattr(point, "hook_conversion", None))
