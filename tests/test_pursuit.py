@@ -421,6 +421,9 @@ def test_half_precision_is_computed_in_float32(method, signed, form, dtype):
     assert codes.values.dtype == torch.float32
     expected = run(x.float(), atoms.float(), 5, form, method=method, signed=signed)
     assert torch.equal(codes.values, expected.values)
+    grams = [gram_matrix(rows, method=method, signed=signed) for rows in (atoms, atoms.float())]
+    assert torch.equal(*grams)
+    assert grams[0].dtype == grams[1].dtype
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -77,7 +77,7 @@ def calibrate_threshold(
 
     Returns:
         The threshold, in the units of x; 0 where `l0` is `k`, or where no threshold, however small,
-        gives codes of as many as `l0` nonzeros on average.
+        gives codes of `l0` nonzeros on average.
 
     Raises:
         ValueError: `x` is empty or zero, `l0` or `k` is out of range; what `encode` raises.
@@ -109,7 +109,7 @@ def calibrate_out_of_fold(
     signed: bool = True,
     rtol: float = DEFAULT_RTOL,
 ) -> float:
-    """The same, with each row coded without the atoms of its own fold.
+    """The threshold of `calibrate_threshold`, with each row coded without the atoms of its own fold.
 
     So `x` may be of the text that atoms are from. Codes of such text have fewer nonzeros than codes of
     other text; not so where folds are of whole texts, by cross-validation (Stone, 1974).

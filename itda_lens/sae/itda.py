@@ -218,8 +218,8 @@ class ITDA(SAE[ITDAConfig]):
     def calibrate(self, x: Float[Tensor, "*batch d_in"], l0: float, k: int | None = None) -> float:
         """Let codes have `l0` nonzeros on average instead of `cfg.k` each.
 
-        A row then stops at the first atom that would explain too little, whatever its batch: as many
-        nonzeros as with k = l0, spent on the rows that need them.
+        A row then stops at the first atom that would explain too little, whatever its batch. On average
+        codes have the length that they have with k = l0, but rows that need more get more.
 
         Args:
             x: activations like those to encode, some thousands, of texts that atoms are not from: codes
@@ -228,7 +228,7 @@ class ITDA(SAE[ITDAConfig]):
             k: most nonzeros of a code from now on; default: `cfg.k` stays.
 
         Returns:
-            `cfg.threshold`, as it is now; 0 where l0 is k, or where no threshold gives as many as l0.
+            `cfg.threshold`, as it is now; 0 where l0 is k, or where no threshold gives l0.
 
         Raises:
             ValueError: l0 or k is out of range; `x` is empty, of another width, NaN or infinite.
