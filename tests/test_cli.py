@@ -238,7 +238,7 @@ def flat(literal):
 
 
 # Options of a command that the Python function has under another name.
-RENAMED = {"hook": "hook_names", "folder": "itda", "folders": "dictionaries"}
+RENAMED = {"hook": "hook_names", "folder": "sae", "folders": "dictionaries"}
 # Defaults that differ, and why.
 EXCEPTIONS = {
     (cli.build_command, "d_sae"): "Python has none: the size of a dictionary is a decision",

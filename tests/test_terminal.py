@@ -3,6 +3,7 @@
 import io
 import unicodedata
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
@@ -10,7 +11,7 @@ from rich.console import Console
 from itda_lens import fit
 from itda_lens.analysis import Component, Evaluation, TokenDecomposition
 from itda_lens.compare import Comparison, Difference, LayerComparison
-from itda_lens.records import Label, Labels
+from itda_lens.records import BUILD_KEY, Label, Labels, Places
 from itda_lens.reports import (
     bench_table,
     comparison_table,
@@ -23,9 +24,7 @@ from itda_lens.reports import (
 )
 from itda_lens.reports.tables import quote
 from itda_lens.saebench import Result
-from itda_lens.sources import Context
 from itda_lens.terminal import make_console, printable, shown
-from itda_lens.training import BUILD_KEY
 
 # What is written, and what is seen.
 HOSTILE = {
@@ -135,7 +134,9 @@ def test_styles_stay():
 
 
 def context_label(text, start, end):
-    return Context(row=0, chunk=0, text=text, ids=[0], spans=[(start, end)]).label(0)
+    n = np.zeros(1, dtype=np.int64)
+    spans, texts = np.array([[start, end]]), np.array([text], dtype=object)
+    return Places.tokens(n, n, n, spans, texts, n.astype(np.uint64))[0]
 
 
 @pytest.mark.parametrize(
