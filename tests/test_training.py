@@ -5,11 +5,13 @@ import sys
 import warnings
 from dataclasses import asdict
 
+import numpy as np
 import pytest
 import torch
 
 import itda_lens
 from itda_lens import Label, build, fit
+from itda_lens.architectures import principal_components, random_atoms, train_sae
 from itda_lens.dictionary import EnergyRule
 from itda_lens.records import Cutting, Places
 from itda_lens.sae import provenance_of
@@ -479,3 +481,25 @@ def test_paper_preset_warns_when_its_threshold_gives_fewer_atoms(tiny, texts):
         itda = build(tiny, texts, HOOKS[0], **options)[HOOKS[0]]
     assert itda.cfg.d_sae < 300
     assert any(f"has {itda.cfg.d_sae} atoms, not 300" in str(w.message) for w in caught)
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        lambda tiny, texts: fit(activations(), d_sae=50, k=8, l0=3, update=True),
+        lambda tiny, texts: fit(activations(), d_sae=50, k=4, preset="thorough"),
+        lambda tiny, texts: fit(activations(), d_sae=50, k=4, preset="paper"),
+        lambda tiny, texts: fit(activations(), d_sae=50, k=4).prefix(20).nonnegative(),
+        lambda tiny, texts: build(tiny, texts[:30], HOOKS, d_sae=20, k=4, progress=False),
+        lambda tiny, texts: random_atoms(activations(), d_sae=20, k=4),
+        lambda tiny, texts: principal_components(activations(), k=4),
+        lambda tiny, texts: train_sae(activations(), d_sae=20, k=4, epochs=1),
+    ],
+)
+def test_random_states_of_the_user_stay_as_they_are(tiny, texts, work):
+    def states():  # not of Python's own `random`, which the type checks of these tests draw from
+        return torch.get_rng_state().tolist(), np.random.get_state()[1].tolist()
+
+    before = states()
+    work(tiny, texts)
+    assert states() == before
