@@ -9,8 +9,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
-from itda_lens.dictionary import EnergyRule, GreedyRule, Request, RunningFVU
+from itda_lens.dictionary import EnergyRule, GreedyRule, Request, Resumable, RunningFVU
 from itda_lens.dictionary.folds import assign_folds
 from itda_lens.dictionary.mean import LEAST_BIN, WINDOW, ExactSum
 from itda_lens.dictionary.outliers import OUTLIER, limit_outliers, robust_centre
@@ -380,6 +381,28 @@ class TestEnergySelector:
         assert torch.equal(found.atoms, whole.atoms)
         assert torch.equal(found.mean, whole.mean)
         assert found.labels == whole.labels
+
+    def test_stopped_and_moved(self, tmp_path):
+        """The state goes through a file, to another process if one likes, and the work goes on."""
+        x = rows(2000)
+        labels = [
+            Label(i // 10, 0, i % 10, (3 * i, 3 * i + 2), "to", f"be [[to]] {i}") for i in range(2000)
+        ]
+        places = Places.of(labels)
+        settings = dict(update=True, min_candidates=300, min_updated=700)
+        whole = energy(**settings)
+        whole.update(x, places)
+        first, second = energy(**settings), energy(**settings)
+        assert isinstance(first, Resumable)
+        first.update(x[:900], places[:900])
+        save_file(first.state(), tmp_path / "state.safetensors")
+        second.load(load_file(tmp_path / "state.safetensors"))
+        second.update(x[900:], places[900:])
+        expected, found = whole.finish(False), second.finish(False)
+        assert torch.equal(found.atoms, expected.atoms)
+        assert torch.equal(found.mean, expected.mean)
+        assert found.labels == expected.labels
+        assert found.labels[0].context.startswith("be [[to]]")
 
     def test_seed_matters(self):
         x = rows(2000)

@@ -77,6 +77,14 @@ class TestPlaces:
         assert list(Places.joined([part, places[3:5]])) == [*part, *places[3:5]]
         assert [label.key for label in part.bare()] == [label.key for label in part]
 
+    def test_state(self):
+        places = Places.joined(
+            [self.tokens(), Places.of([Label(1, chars=(2, 3), token="a")]), self.tokens().bare()]
+        )
+        again = Places.restored(places.state())
+        assert list(again) == list(places)
+        assert (again.identity == places.identity).all()
+
     def test_given_labels_come_back_as_they_are(self):
         labels = [Label(4, 1, 2, (3, 5), "ab", "x[[ab]]y", 0.5), Label(2), Label(2)]
         places = Places.of(labels)

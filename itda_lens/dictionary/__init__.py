@@ -3,7 +3,7 @@
 from itda_lens.dictionary.energy import EnergyRule
 from itda_lens.dictionary.folds import assign_folds
 from itda_lens.dictionary.greedy import DEFAULT_LOSS_THRESHOLD, GreedyRule
-from itda_lens.dictionary.rule import Dictionary, Guided, Request, Rule, Sated, Selector
+from itda_lens.dictionary.rule import Dictionary, Guided, Request, Resumable, Rule, Sated, Selector
 from itda_lens.dictionary.rules import RULES
 from itda_lens.dictionary.sampling import StreamSample
 from itda_lens.dictionary.selection import energy_by_atom
@@ -19,6 +19,7 @@ __all__ = [
     "GreedyRule",
     "Guided",
     "Request",
+    "Resumable",
     "Rule",
     "RunningFVU",
     "Sated",

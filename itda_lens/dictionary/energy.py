@@ -1,5 +1,6 @@
 """The rule of presets "best" and "thorough": of a sample of activations, those of the most energy."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import cycle, islice
 
@@ -147,11 +148,25 @@ class EnergySelector:
 
     def merge(self, other: "EnergySelector") -> None:
         """Take in a run of the same rule and request on another part of the stream."""
-        self._sum.merge(other._sum)
-        for mine, theirs in zip(
-            (self._activations, *self._samples), (other._activations, *other._samples), strict=True
-        ):
-            mine.merge(theirs)
+        for mine, theirs in zip(self._parts_of_state(), other._parts_of_state(), strict=True):
+            mine.merge(theirs)  # pyright: ignore[reportArgumentType] (each to its like)
+
+    def state(self) -> dict[str, Tensor]:
+        """What was seen so far, as tensors."""
+        return {
+            f"{i}.{name}": value
+            for i, part in enumerate(self._parts_of_state())
+            for name, value in part.state().items()
+        }
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from the state of a run of the same rule and request; this one must be fresh."""
+        for i, part in enumerate(self._parts_of_state()):
+            prefix = f"{i}."
+            part.load({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
+
+    def _parts_of_state(self) -> "list[ExactSum | StreamSample]":
+        return [self._sum, self._activations, *self._samples]
 
     def running_fvu(self) -> float:
         """FVU of a random dictionary from the candidates so far: what selection starts from.

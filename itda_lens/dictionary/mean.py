@@ -1,6 +1,7 @@
 """The mean of a stream, from a sum without rounding: the same to the last bit in any order."""
 
 import math
+from collections.abc import Mapping
 
 import torch
 from jaxtyping import Float
@@ -57,6 +58,21 @@ class ExactSum:
     def mean(self) -> Float[Tensor, " d"]:
         """The means, rounded once, in float64 on the CPU; zero before the first row."""
         return torch.tensor(self._rounded(max(1, self.n)), dtype=torch.float64)
+
+    def state(self) -> dict[str, Tensor]:
+        """All of it, as tensors; `load` takes it back."""
+        exponents = sorted(self._bins)
+        bins = [self._bins[exponent] for exponent in exponents]
+        return {
+            "n": torch.tensor(self.n),
+            "exponents": torch.tensor(exponents, dtype=torch.int64),
+            "bins": torch.stack(bins) if bins else torch.zeros(0, self._d, dtype=torch.int64),
+        }
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Become the sum that gave this state."""
+        self.n = int(state["n"])
+        self._bins = dict(zip(state["exponents"].tolist(), state["bins"].unbind(), strict=True))
 
     def _add(self, exponent: int, multiples: Tensor) -> None:
         # A block's sums are at most 2 ** 34, so that int64 has room for 2 ** 29 blocks.

@@ -1,5 +1,6 @@
 """The seam between rules for choosing atoms and whoever runs them."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
@@ -91,6 +92,27 @@ class Sated(Protocol):
     @property
     def done(self) -> bool:
         """Whether nothing that could still come would change the choice."""
+        ...
+
+
+@runtime_checkable
+class Resumable(Protocol):
+    """A selector whose work can be stopped, moved and split.
+
+    `state` is plain tensors, for a file. Parts of a stream can be seen by several runs of one rule and
+    request, in any order, and merged: the choice is then that of one run, bit for bit on a CPU.
+    """
+
+    def state(self) -> dict[str, Tensor]:
+        """What was seen so far."""
+        ...
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from the state of a run of the same rule and request; this one must be fresh."""
+        ...
+
+    def merge(self, other: Any) -> None:
+        """Take in a run of the same rule and request on another part of the stream."""
         ...
 
 

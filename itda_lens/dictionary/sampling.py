@@ -1,5 +1,7 @@
 """Uniform samples of a stream, in memory that does not grow with it, whatever its order and batches."""
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 from jaxtyping import Float, Int, UInt64
@@ -69,6 +71,25 @@ class StreamSample:
         """Take in a sample of another part of the stream, of the same seed and settings."""
         self.n_seen += other.n_seen
         self._admit(other._store.rows, other._places, other._priorities, other._identities)
+
+    def state(self) -> dict[str, Tensor]:
+        """All of it, as tensors; `load` of a sample of the same settings takes it back."""
+        columns = {"priorities": self._priorities, "identities": self._identities}
+        return {
+            "n_seen": torch.tensor(self.n_seen),
+            "rows": self._store.rows.cpu().clone(),
+            **{name: torch.from_numpy(column.view(np.int64)) for name, column in columns.items()},
+            **{name: torch.from_numpy(part) for name, part in self._places.state().items()},
+        }
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Become the sample that gave this state. It must be empty."""
+        assert len(self) == 0, "a state is loaded into an empty sample"
+        self.n_seen = int(state["n_seen"])
+        self._store.append(state["rows"].to(self._store.rows))
+        self._priorities = state["priorities"].numpy().view(np.uint64)
+        self._identities = state["identities"].numpy().view(np.uint64)
+        self._places = Places.restored({name: state[name].numpy() for name in ("columns", "origins")})
 
     def rows(self, at_most: int | None = None) -> Float[Tensor, "n d"]:
         """The sampled rows, in the order of the stream.

@@ -1,6 +1,8 @@
 """Where the rows of a stream came from, in columns: a million tokens must not make a million objects."""
 
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from typing import overload
 
 import numpy as np
@@ -122,6 +124,29 @@ class Places(Sequence[Label]):
     def bare(self) -> "Places":
         """A copy that holds no text, for rows that will need no label."""
         return Places(self._columns, np.full(len(self), None, dtype=object))
+
+    def state(self) -> dict[str, np.ndarray]:
+        """All of it as two arrays of numbers; `restored` takes them back.
+
+        Texts go as they are held: call `quoting` or `bare` first where whole texts would be too much.
+        """
+        origins = [asdict(o) if isinstance(o, Label) else o for o in self._origins]
+        encoded = json.dumps(origins, separators=(",", ":")).encode()
+        columns = np.stack([self._columns[name].astype(np.int64) for name in _COLUMNS.names or ()])
+        return {"columns": columns, "origins": np.frombuffer(encoded, dtype=np.uint8).copy()}
+
+    @classmethod
+    def restored(cls, state: Mapping[str, np.ndarray]) -> "Places":
+        """The places that gave this state."""
+        columns = _empty(state["columns"].shape[1])
+        for name, values in zip(_COLUMNS.names or (), state["columns"], strict=True):
+            columns[name] = values.astype(_COLUMNS[name])
+        origins = np.empty(len(columns), dtype=object)
+        for i, origin in enumerate(json.loads(state["origins"].tobytes())):
+            if isinstance(origin, dict):
+                origin = Label(**{**origin, "chars": origin["chars"] and tuple(origin["chars"])})
+            origins[i] = origin
+        return cls(columns, origins)
 
     def order(self) -> Int[np.ndarray, " n"]:
         """Indices that put the places into the order of the stream: by row, chunk and position."""
