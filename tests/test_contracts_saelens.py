@@ -377,7 +377,8 @@ class TestTraps:
             evaluate(smollm2, at_hook(itda, hook), text, progress=False)[0] for hook in found
         )
         assert first.fvu == second.fvu
-        assert first.ce_loss < first.ce_loss_spliced == second.ce_loss_spliced < first.ce_loss_zero
+        assert first.ce_loss_spliced == second.ce_loss_spliced < first.ce_loss_zero - 1
+        assert first.kl > 0  # on so few tokens a splice may lower the loss by chance
 
 
 @pytest.fixture(scope="module")
