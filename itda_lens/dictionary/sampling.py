@@ -1,4 +1,4 @@
-"""Uniform samples of a stream, in memory that does not grow with it, whatever its order and batches."""
+"""Uniform samples of a stream, whatever its order and batches, in memory that does not grow."""
 
 import numpy as np
 import torch
@@ -57,7 +57,7 @@ class StreamSample:
         self.n_seen += len(rows)
         offered = np.arange(len(rows))
         if self._store.room == 0 and len(self):
-            # A full sample has smaller priorities than most of what comes.
+            # Most new rows have larger priorities than all rows of a full sample.
             offered = np.flatnonzero(priorities <= self._priorities.max())
         if not len(offered):
             return
@@ -79,7 +79,7 @@ class StreamSample:
         return self._store.rows[order.to(self._store.rows.device)]
 
     def places(self, at_most: int | None = None) -> Places:
-        """Where they came from, in the same order."""
+        """The places of the sampled rows, in the order of `rows`."""
         return self._places.take(self._order(at_most))
 
     @property
@@ -94,7 +94,7 @@ class StreamSample:
         priorities: UInt64[np.ndarray, " m"],
         identities: UInt64[np.ndarray, " m"],
     ) -> None:
-        """Keep the rows of smallest priority, of those held and of these."""
+        """Keep the rows of smallest priority, among those held and the new ones."""
         held, room = len(self), self._store.room
         both = np.concatenate([self._priorities, priorities])
         everywhere = Places.joined([self._places, places])
