@@ -1,4 +1,4 @@
-"""Where the rows of a stream came from, in columns: a million tokens must not make a million objects."""
+"""The places of the rows of a stream, in columns: a million tokens must not make a million objects."""
 
 from collections.abc import Iterator, Sequence
 from typing import overload

@@ -143,7 +143,7 @@ def quote(label: Label) -> Text:
 
 
 def _around(label: Label, context: str) -> tuple[str, str, str]:
-    """What a label quotes before its token, the token, and what follows it.
+    """The text that a label quotes before its token, the token, and the text after it.
 
     The text itself may hold the marks, so that "[[token]]" can stand in it several times. The token's
     own comes after the `CONTEXT_CHARS` characters that labels quote, or after fewer where a text begins.
