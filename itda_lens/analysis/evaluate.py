@@ -85,7 +85,7 @@ def evaluate(
     ablation; losses are means over the predictions made at the tokens that count.
 
     Args:
-        model: as in `build`; one that `dictionaries` belong to.
+        model: as in `build`; the `dictionaries` must belong to it.
         dictionaries: ITDAs or other SAEs of SAELens (as they are used, not as they are trained; see
             `sae.ARCHITECTURES`), with hook_name, context_size and prepend_bos in their metadata, the
             latter two the same for all.
@@ -93,9 +93,9 @@ def evaluate(
         texts, batch_size, text_field, split, tokenizer, loader, device, progress: as in `build`.
 
     Raises:
-        ValueError: no dictionaries or no tokens, one that cannot be measured (a transcoder, an SAE in
-            training), dictionaries that need different contexts, a hook that does not exist or never
-            fires, or one whose width is not the dictionary's.
+        ValueError: there are no dictionaries or no tokens; a dictionary cannot be measured (a
+            transcoder, an SAE in training); dictionaries need different contexts; a hook does not exist,
+            never fires, or has another width than its dictionary.
     """
     saes = [dictionaries] if isinstance(dictionaries, SAE) else list(dictionaries)
     if not saes:

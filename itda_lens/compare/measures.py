@@ -52,7 +52,7 @@ def activation_similarity(
 
     Args:
         a, b: activations at each layer, of the same texts; all layers of a side of the same tokens.
-        measure: one that is not in `OF_LABELS`.
+        measure: a measure that is not in `OF_LABELS`.
         match: "position" or "span": which tokens are the same.
 
     Raises:

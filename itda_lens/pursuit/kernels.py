@@ -318,7 +318,8 @@ def in_question(bits, mask, tops, least, taken, n_taken, found):
 
 @jit
 def pick(found, n_found, mask, residual, atoms):
-    """Of the atoms `found`, the first of largest correlation with the residual, or -1; and its own."""
+    """The first atom of `found` with the largest correlation with the residual, or -1; and that
+    correlation."""
     best, atom = 0.0, -1
     for i in range(n_found):
         value = dot(residual, atoms, found[i])

@@ -60,11 +60,11 @@ def bench(
 ) -> list[Result]:
     """Run evaluations of SAEBench 0.6 on dictionaries and any other SAELens SAEs, side by side.
 
-    Each evaluation runs in a process of its own, inside `out`: nothing is written elsewhere, but for
-    what the hub's libraries download into their caches. A result is SAEBench's own JSON file,
-    `out/EVALUATION/NAME_custom_sae_eval_results.json`; one that is there already is not computed again,
-    so that a run that was interrupted goes on where it stopped. What SAEBench printed is in `out/logs`.
-    Failures of one dictionary do not stop the others; they are in the results.
+    Each evaluation runs in a process of its own, inside `out`. Nothing is written elsewhere, except that
+    the hub's libraries download into their caches. A result is SAEBench's own JSON file,
+    `out/EVALUATION/NAME_custom_sae_eval_results.json`. A result that is there already is not computed
+    again, so that a run that was interrupted goes on where it stopped. What SAEBench printed is in
+    `out/logs`. Failures of one dictionary do not stop the others; they are in the results.
 
     Args:
         saes: folders of SAEs, or "release:sae_id" of SAELens's list; or a mapping from names to them.

@@ -70,7 +70,7 @@ def _plain(rule: Rule) -> dict[str, Any]:
     """The fields of a rule as JSON gives them back.
 
     Raises:
-        ValueError: the rule has no fields, or one that JSON cannot hold.
+        ValueError: the rule has no fields, or JSON cannot hold one of them.
     """
     try:
         return json.loads(json.dumps(asdict(rule)))
