@@ -72,7 +72,7 @@ def diff(
     """Rank the atoms of `b` by how badly `a` explains the second model where they are used.
 
     At every token, the error that `a` leaves of the second model's activation is compared with the error
-    that it leaves of the first model's. A token that is hard for both models therefore adds nothing. An
+    that it leaves of the first model's. So a token that is equally hard for both models adds nothing. An
     atom's excess is the mean of these differences, weighted by its share of the token's code. Tokens
     that are atoms of either dictionary are left out, and so are atoms used at fewer than `MIN_TOKENS`
     tokens. The models must share a space, as a base model and a fine-tuned one do.

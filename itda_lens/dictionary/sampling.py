@@ -42,7 +42,7 @@ class StreamSample:
         self._salt = mix64(np.array(seed % 2**64, dtype=np.uint64))
         self._distinct, self._labelled = distinct, labelled
         # Odd multipliers of the row's 32-bit pieces; a sum of products modulo 2**64. They must not
-        # depend on the seed, since samples of one stream are merged by what they made.
+        # depend on the seed, since samples of one stream are merged by these hashes.
         odd = np.random.default_rng(0).integers(0, 2**63, d * dtype.itemsize // 4, dtype=np.uint64)
         odd = odd * 2 + 1
         self._multipliers = torch.from_numpy(odd.view(np.int64)).to(device)
@@ -99,7 +99,7 @@ class StreamSample:
         both = np.concatenate([self._priorities, priorities])
         everywhere = Places.joined([self._places, places])
         order = _by_priority(both, everywhere)
-        if self._distinct:  # of each identity the first in this order
+        if self._distinct:  # only the first of each identity, in this order
             _, first = np.unique(
                 np.concatenate([self._identities, identities])[order], return_index=True
             )

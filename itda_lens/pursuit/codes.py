@@ -7,8 +7,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 CANCELLATION = 1e-4
-"""Once a residual has less than this share of its row's energy, its energy is computed anew, since
-tracking by subtraction has become inexact."""
+"""Once a residual has less than this share of its row's energy, its energy is computed from the
+residual, since tracking it by subtraction has become inexact."""
 
 
 class SparseCodes(NamedTuple):

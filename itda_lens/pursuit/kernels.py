@@ -61,7 +61,7 @@ class _Cache(FunctionCache):
 
 @cache
 def _tell(done: str, path: str) -> None:
-    """Once for all functions."""
+    """Warn of the cache, once for all functions."""
     log.warning("numba's cache in %s cannot be %s; the pursuits are compiled anew", path, done)
 
 
@@ -585,11 +585,11 @@ def _difference(out, a, b, c):
 # --- Orthogonal least squares (Chen, Billings & Luo, 1989), with a backward pass
 
 TAKEN = 1e36
-"""In place of the squared distance from the span of an atom that can no longer be picked."""
+"""Stands in place of the squared distance from the span, for an atom that can no longer be picked."""
 
 FEW_IN_QUESTION = 2
-"""More of them are first cut down by exact correlations: one inner product each and the residual, where
-looking at an atom takes one with each atom held."""
+"""If more atoms than this are in question, exact correlations first reduce them: that takes one inner
+product each and the residual, while looking at an atom takes one with each atom held."""
 
 
 @jit

@@ -133,7 +133,7 @@ def quote(label: Label) -> Text:
     before, token, after = (
         part.replace("\n", "⏎").replace("\t", " ") for part in _around(label, label.context)
     )
-    # A narrow column: the end of what is before the token, the start of what follows it. The marks
+    # A narrow column has the end of the text before the token, and the start of the text after. Marks
     # around the token are for terminals and logs without bold.
     return Text.assemble(
         (printable(before[-QUOTED_BEFORE:]), "dim"),
