@@ -3,9 +3,9 @@
     python benchmarks/build_profile.py [--d-sae 2048 4096 8192] [--tokens 80000]
 
 SmolLM2's residual stream after layer 10 on the text of `itda demo`, under Python's profiler. "In
-the model" is `LanguageModel.capture`, the forward pass that reads activations; of what is outside, the
-largest parts by function, which overlap, since calibration is coding. Nothing else should run meanwhile.
-The first build, which compiles, does not count.
+the model" is `LanguageModel.capture`, the forward pass that reads activations. Of the rest, the table
+shows the largest parts by function; these overlap, since calibration is coding. Nothing else should run
+meanwhile. The first build, which compiles, does not count.
 """
 
 import argparse

@@ -4,7 +4,7 @@
 
 Leask et al. (2025) find with label similarity that early layers settle first, so that they could be
 frozen. The run is that of small-0 of benchmarks/small_models.py, in OUT/models, with its checkpoints.
-At 0 % is the model before its first step; what it shares with the end is what tokens alone bring.
+At 0 % is the model before its first step: its similarity with the end comes from the tokens alone.
 """
 
 import argparse
@@ -25,7 +25,7 @@ matplotlib.use("agg")
 from matplotlib import pyplot
 
 K = 16
-"""Nonzeros per code, where atoms are chosen."""
+"""Nonzeros of the codes that atoms are chosen for."""
 
 
 def residual_stream(folder: Path, tokens: int) -> list[Activations]:

@@ -3,7 +3,8 @@
     python benchmarks/fit_time.py [--d-sae 4096] [--l0 20] [--epochs 8]
 
 SmolLM2's residual stream after layer 10 on the text of `itda demo`, 80,000 activations. Nothing else
-should run meanwhile. Every `fit` runs twice, the better one counts; a small one before them compiles.
+should run meanwhile. Every `fit` runs twice, and the faster run counts. A small one before
+them compiles.
 """
 
 import argparse

@@ -10,8 +10,8 @@ stanford-crfm/battlestar-gpt2-small-x49, ..., stanford-crfm/arwen-gpt2-medium-x2
 all models are built from the same tokens, at the residual stream after every layer; the other measures
 see the activations of these tokens.
 
-What was measured is kept in OUT/results.jsonl and not measured again: stop it when you like. Tables come
-at the end, and OUT/layers.png with the mean matrices of the models of the first architecture.
+Figures are kept in OUT/results.jsonl and not measured again: stop it when you like. Tables come at the
+end, and OUT/layers.png with the mean matrices of the models of the first architecture.
 """
 
 import argparse
@@ -82,7 +82,7 @@ class Models:
         return [Activations(x.values[:tokens], x.labels[:tokens]) for x in self._layers[name]]
 
     def read_all(self) -> None:
-        """Before clocks are started."""
+        """Read everything before clocks are started."""
         for name in self.names:
             self.layers(name, 1)
 
@@ -142,7 +142,7 @@ def of_activations(models: Models, measure: Measure, tokens: int) -> dict[str, A
 
 
 def accuracies(pairs: dict[str, Any]) -> dict[int, list[float]]:
-    """Of every ordered pair of models of equal depth, by their depth."""
+    """The accuracy of every ordered pair of models of equal depth, by their depth."""
     found: dict[int, list[float]] = defaultdict(list)
     for matrix in pairs.values():
         if len(matrix) == len(matrix[0]):
@@ -162,7 +162,7 @@ def interval(values: Sequence[float]) -> str:
 
 
 def bytes_kept(measure: Measure, layer: Activations, d_sae: int) -> int:
-    """What has to be kept of a layer to compare it with those of other models."""
+    """Bytes that have to be kept of a layer to compare it with those of other models."""
     if measure in OF_LABELS:
         place = 3 * 8 + (8 if measure == "weighted" else 0)
         return d_sae * place

@@ -15,7 +15,7 @@ ROWS = 1024
 
 @torch.no_grad()
 def fvu_and_l0(sae: SAE[Any], x: Tensor) -> tuple[float, float]:
-    """FVU and mean L0 of a dictionary or SAE on activations of any number."""
+    """FVU and mean L0 of a dictionary or SAE on any number of activations."""
     meter, nonzeros = RunningFVU(), 0
     for part in coded(sae, x, ROWS):
         meter.update(part.x, part.reconstruction)

@@ -9,8 +9,9 @@ of them, on the Python language reference with twelve other texts on bee-keeping
 
 Precision@20 is the share of the first twenty atoms whose label lies in a text on bee-keeping, and of
 those whose most foreign token does; random is that share among all atoms. "unshared" ranks only atoms
-whose label the other dictionary lacks. The list is what has a false-discovery rate of 10 % or less;
-pairs that differ by no topic should have none. What was measured is kept in OUT/results.jsonl.
+whose label the other dictionary lacks. The list holds the atoms with a false-discovery rate of 10 % or
+less. It should be empty for two models that were tuned on the same topics. Figures are kept in
+OUT/results.jsonl.
 """
 
 import argparse
@@ -52,7 +53,7 @@ RATE = 5e-4
 """Learning rate of the tuning, which ends within the warm-up: a quarter of this is reached."""
 
 EVERY = 10
-"""One text of so many is on bee-keeping, until all are there."""
+"""One text in this number is on bee-keeping, until all of those are there."""
 
 LISTED = 0.1
 

@@ -67,7 +67,7 @@ FITTED: dict[str, dict[str, Any]] = {
 TRAINED = ("topk", "batchtopk", "matryoshka", "matching_pursuit")
 
 TRAINING = ("layer", "d_sae", "target", "kind", "seed", "tokens", "epochs")
-"""What in a setting decides about training."""
+"""Entries of a setting that decide about training."""
 
 
 def k_for(l0: int) -> int:
@@ -87,7 +87,8 @@ def make(kind: str, x: Activations, d_sae: int, l0: int, seed: int) -> SAE[Any]:
 
 
 def at_equal_l0(sae: SAE[Any], kind: str, l0: int, x: Tensor) -> None:
-    """Calibrate what has a threshold on the validation split: other text takes other numbers."""
+    """Calibrate a threshold, if there is one, on the validation split: other text takes other
+    numbers."""
     if isinstance(sae, ITDA) and sae.cfg.l0 is not None:
         sae.calibrate(x, l0)
     elif hasattr(sae, "threshold"):

@@ -1,4 +1,4 @@
-"""The plots of docs/quality.md, from what benchmarks/pareto.py has measured.
+"""The plots of docs/quality.md, from the figures of benchmarks/pareto.py.
 
     python benchmarks/quality_plots.py OUT docs/images
 
@@ -17,7 +17,7 @@ from pareto import KINDS
 from results import Results
 
 EPOCHS = 8
-"""Of the trained SAEs that are drawn."""
+"""Epochs of the trained SAEs that are drawn."""
 
 STYLES = {
     "itda": dict(color="tab:blue", linestyle="--"),

@@ -1,4 +1,4 @@
-"""What preset "paper" gives against the paper's claims, and what ruins it: docs/replication.md.
+"""Preset "paper" against the paper's claims, and mistakes that ruin a replication: docs/replication.md.
 
     python benchmarks/replication.py [--layer 10] [--tokens 40000]
 
@@ -28,7 +28,7 @@ ALIKE = 0.95
 
 
 class Bench:
-    """A model, a hook point, and what dictionaries are measured on."""
+    """A model, a hook point, and the activations that dictionaries are measured on."""
 
     def __init__(self, lm: LanguageModel, layer: int, tokens: int, ce_tokens: int) -> None:
         self.lm, self.hook, self.ce_tokens = lm, f"blocks.{layer}.hook_resid_post", ce_tokens
@@ -41,7 +41,7 @@ class Bench:
         return found[self.hook].values
 
     def table(self, title: str, rows: list[tuple[Any, ...]], *more: str) -> None:
-        """Print a table; a row is a name, a dictionary and what belongs into the columns `more`."""
+        """Print a table; a row is a name, a dictionary and the entries of the columns `more`."""
         names = ["dictionary", "atoms", "L0", "FVU", "CE-loss score", *more]
         print(f"\n{title}\n\n| {' | '.join(names)} |\n|{'---|' * len(names)}")
         for _, itda, *_ in rows:

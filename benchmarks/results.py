@@ -29,5 +29,5 @@ class Results:
         return row
 
     def once(self, setting: dict[str, Any], compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """The row of this setting: what is there, or what `compute` gives."""
+        """The row of this setting: the one in the file, or else the result of `compute`."""
         return self.find(setting) or self.add(setting | compute())

@@ -29,7 +29,7 @@ HOOKS = {
     ),
     True: ("blocks.20.hook_resid_post",),
 }
-"""By whether position 0 and special tokens are kept."""
+"""Hook points, by whether position 0 and special tokens are kept."""
 
 TYPICAL = 8
 

@@ -88,7 +88,7 @@ def build_all(out: Path, options: argparse.Namespace) -> dict[str, Path]:
             start = time.perf_counter()
             common = dict(d_sae=options.d_sae, labels=labels, metadata=metadata)
             if kind in FITTED:
-                # The paper's rule stops by itself; what it lacks of d_sae atoms is part of its result.
+                # The paper's rule stops by itself; fewer atoms than d_sae are part of its result.
                 settings = dict(FITTED[kind])
                 sparsity = dict(k=k_for(k), l0=k) if settings.pop("spread", False) else dict(k=k)
                 sae = fit(x, **sparsity, **settings, **common)

@@ -37,10 +37,10 @@ from itda_lens.samples.smollm2 import load
 from itda_lens.sources import language_model
 
 ROUNDS = 10
-"""Of the rules that admit and drop a part of the atoms at a time."""
+"""Rounds of the rules that admit and drop a part of the atoms at a time."""
 
 Rule = Callable[[Tensor, Tensor, int, int], Tensor]
-"""Candidates, activations, atoms wanted and nonzeros in; atoms out."""
+"""A rule: candidates, activations, atoms wanted and nonzeros in; atoms out."""
 
 
 def by_energy(drop: float) -> Rule:
@@ -56,7 +56,7 @@ def at_random(candidates: Tensor, x: Tensor, n: int, k: int) -> Tensor:
 
 
 def by_regret(candidates: Tensor, x: Tensor, n: int, k: int) -> Tensor:
-    """Drop those whose picks explain least more than the second-best atom would, 0.3 a round."""
+    """Drop candidates whose picks explain least more than the second-best atom would, 0.3 a round."""
     while len(candidates) > n:
         regret = torch.zeros(len(candidates), dtype=torch.float64)
         gram = candidates @ candidates.T
@@ -76,7 +76,7 @@ def by_regret(candidates: Tensor, x: Tensor, n: int, k: int) -> Tensor:
 
 
 def total_error_removed(rows: Tensor, candidates: Tensor) -> Tensor:
-    """What each candidate removes of the rows for which it is the best single one."""
+    """The error that each candidate removes from the rows for which it is the best single one."""
     best = encode(rows, candidates, 1)
     return energy_by_atom(best, len(candidates))
 
@@ -86,7 +86,7 @@ def residuals(x: Tensor, atoms: Tensor, k: int) -> Tensor:
 
 
 def by_error_removed(candidates: Tensor, x: Tensor, n: int, k: int) -> Tensor:
-    """Grow: those that remove most of what the atoms so far leave, a tenth of the number at a time."""
+    """Grow: admit candidates that remove most of the error so far, a tenth of the number at a time."""
     chosen = torch.zeros(len(candidates), dtype=torch.bool)
     left = x
     for i in range(1, ROUNDS + 1):
@@ -97,7 +97,7 @@ def by_error_removed(candidates: Tensor, x: Tensor, n: int, k: int) -> Tensor:
 
 
 def prune_and_grow(candidates: Tensor, x: Tensor, n: int, k: int) -> Tensor:
-    """From random ones: drop a tenth of least energy, admit what removes most of what is left."""
+    """From random atoms: drop a tenth, of least energy, and admit candidates that remove most error."""
     chosen = torch.zeros(len(candidates), dtype=torch.bool)
     chosen[:n] = True
     for _ in range(ROUNDS):
@@ -126,8 +126,11 @@ def medoids(candidates: Tensor, x: Tensor, n: int, k: int) -> Tensor:
 def refined(
     pool: Tensor | None = None, rounds: int = EnergyRule.rounds, samples: Sequence[Tensor] = ()
 ) -> Rule:
-    """Those of most energy, moved by least squares, then each replaced by the nearest of `pool` (of the
-    candidates); moved on `samples` in turn (on what the others choose by)."""
+    """Candidates of most energy, moved by least squares, each then replaced by the nearest of `pool`.
+
+    Without `pool` the nearest candidates replace them. They are moved on `samples` in turn, or without
+    these on the activations that the other rules choose by.
+    """
 
     def rule(candidates: Tensor, x: Tensor, n: int, k: int) -> Tensor:
         atoms = by_energy(0.5)(candidates, x, n, k)
@@ -140,8 +143,11 @@ def refined(
 
 
 def replace_each(pool: Tensor) -> Rule:
-    """Those of most energy; twice, each replaced by the one that would explain most of what the others
-    leave to it: of the 64 of `pool` nearest to where least squares would move it, or itself."""
+    """Candidates of most energy, of which each is replaced, twice, by the best of 64 rows near it.
+
+    The 64 rows of `pool` are those nearest to where least squares would move the atom. The best one, or
+    the atom itself, explains most of the error that the other atoms leave to it.
+    """
 
     def rule(candidates: Tensor, x: Tensor, n: int, k: int) -> Tensor:
         atoms = by_energy(0.5)(candidates, x, n, k)

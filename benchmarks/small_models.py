@@ -4,7 +4,7 @@
 
 They learn from the docstrings of Python's standard library, which is on every machine. The language
 reference, which dictionaries are built from, is text of the same kind that they never saw. A model is a
-Hugging Face folder that appears whole or not at all; one that is there is not trained again.
+Hugging Face folder that appears whole or not at all. A model that is there is not trained again.
 """
 
 import argparse
@@ -29,7 +29,7 @@ CONTEXT, BATCH = 128, 16
 EPOCHS = 5
 LEARNING_RATE, WARM_UP = 2e-3, 100
 HELD_OUT_EVERY = 20
-"""One module of so many is kept to measure the loss on."""
+"""One module in this number is kept to measure the loss on."""
 
 CHECKPOINTS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75)
 """Shares of a training run after which a model is kept, if asked for; its end is always."""

@@ -1,4 +1,4 @@
-"""What encoding costs, as multiples of a TopK SAE's encode in the same run.
+"""The cost of encoding, as multiples of a TopK SAE's encode in the same run.
 
     python benchmarks/speed.py [--atoms 4096 16384] [--k 40] [--tokens 1024] [--rounds 5] [--curves]
                                [--on-demand 65536] [--stream 1000000]
@@ -6,8 +6,8 @@
 
 Atoms and tokens are real: SmolLM2's residual stream after layer 10, centred, on the text of `itda demo`.
 The unit is the arithmetic of SAELens's TopK encoder: one matrix product and a top-k. Every round times
-every contender once, in turn, each beside the unit; a ratio is the median over rounds, so that what else
-the machine does falls on both. "equal" is the share of rows whose codes have the support of a float64
+every contender once, in turn, each beside the unit; a ratio is the median over rounds, so that other
+work of the machine falls on both. "equal" is the share of rows whose codes have the support of a float64
 pursuit's. The first round, which compiles and fills caches, does not count.
 """
 

@@ -24,7 +24,7 @@ BAD_INPUT, FAILURE, INTERRUPTED, TERMINATED = 2, 1, 130, 143
 
 
 class _Command(TyperCommand):
-    """A command that runs: what must be set before models are loaded is set here."""
+    """A command that, when it runs, first sets everything that must be set before models are loaded."""
 
     def invoke(self, ctx: Any) -> Any:
         from transformers.utils import logging as transformers_logging
@@ -95,8 +95,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 class _SigtermInterrupts:
     """In this context SIGTERM (Slurm, `timeout`, containers) raises KeyboardInterrupt, as Ctrl-C does.
 
-    What an interrupt undoes, such as half-written folders, is then undone as well. A handler that the
-    process has set already is left alone.
+    So it also undoes half-written folders, as an interrupt does. A handler that the process has set
+    already is left alone.
     """
 
     received = False
@@ -121,7 +121,7 @@ class _SigtermInterrupts:
 
 
 class _Harmless(logging.Formatter):
-    """Log records name texts and paths as well: they are as harmless as tables."""
+    """Makes log records as harmless as tables, since they name texts and paths as well."""
 
     def format(self, record: logging.LogRecord) -> str:
         return "\n".join(printable(line) for line in super().format(record).split("\n"))

@@ -10,7 +10,7 @@ from types import ModuleType
 
 HOST = "sae_lens"
 FACE = "itda_lens.sae"
-"""The room that registers ITDA when it is imported."""
+"""The part of the package that registers ITDA when it is imported."""
 
 
 class AfterSAELens(MetaPathFinder):

@@ -1,4 +1,4 @@
-"""What the tokens of a sentence are made of."""
+"""Decomposing the tokens of a text into atoms."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ class Component:
     Attributes:
         atom: its index in the dictionary.
         coefficient: signed, in the units of the activations for an atom of unit norm.
-        label: where the atom came from; None of an SAE without labels.
+        label: where the atom came from; None for an SAE without labels.
     """
 
     atom: int

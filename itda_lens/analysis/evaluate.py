@@ -39,13 +39,14 @@ class Evaluation:
         fvu: sum |x - xhat|^2 / sum |x - mean x|^2.
         alive_fraction: share of atoms with a nonzero coefficient somewhere.
         ce_loss: next-token loss of the model, nats per token.
-        ce_loss_spliced: the same with reconstructions spliced in at the tokens that count.
-        ce_loss_zero: the same with the whole activation set to zero.
-        ce_loss_score: (ce_loss_zero - ce_loss_spliced) / (ce_loss_zero - ce_loss), as SAEBench
-            defines it; 1 is perfect, 0 no better than zeros.
+        ce_loss_spliced: this loss with reconstructions in the place of activations, at the tokens that
+            count.
+        ce_loss_zero: this loss with all activations at the hook point set to zero.
+        ce_loss_score: (ce_loss_zero - ce_loss_spliced) / (ce_loss_zero - ce_loss), as SAEBench defines
+            it; 1 is perfect, 0 no better than zeros.
         kl: KL(model || spliced model), nats per token.
         feature_density: share of the tokens at which each atom has a nonzero coefficient, [d_sae], on
-            the CPU; what `sae.save_sparsity` writes.
+            the CPU. `sae.save_sparsity` writes it.
     """
 
     hook_name: str
@@ -79,22 +80,22 @@ def evaluate(
 ) -> list[Evaluation]:
     """Evaluate dictionaries and SAEs, each at its own hook point, on the same texts.
 
-    Contexts are cut as when the dictionaries were built. As in SAELens, positions that do not count
-    keep their activation when a reconstruction is spliced in, and every position is zeroed for the zero
+    Contexts are cut as when the dictionaries were built. As in SAELens, positions that do not count keep
+    their activation when a reconstruction is spliced in, and every position is zeroed for the zero
     ablation; losses are means over the predictions made at the tokens that count.
 
     Args:
-        model: as in `build`; one that `dictionaries` belong to.
+        model: as in `build`; the `dictionaries` must belong to it.
         dictionaries: ITDAs or other SAEs of SAELens (as they are used, not as they are trained; see
             `sae.ARCHITECTURES`), with hook_name, context_size and prepend_bos in their metadata, the
             latter two the same for all.
-        max_tokens: stop after the batch that reaches so many tokens; default: all of the texts.
+        max_tokens: stop after the batch that reaches this number of tokens; default: all of the texts.
         texts, batch_size, text_field, split, tokenizer, loader, device, progress: as in `build`.
 
     Raises:
-        ValueError: no dictionaries or no tokens, one that cannot be measured (a transcoder, an SAE in
-            training), dictionaries that need different contexts, a hook that does not exist or never
-            fires, or one whose width is not the dictionary's.
+        ValueError: there are no dictionaries or no tokens; a dictionary cannot be measured (a
+            transcoder, an SAE in training); dictionaries need different contexts; a hook does not exist,
+            never fires, or has another width than its dictionary.
     """
     saes = [dictionaries] if isinstance(dictionaries, SAE) else list(dictionaries)
     if not saes:

@@ -19,7 +19,7 @@ def principal_components(
 ) -> ITDA:
     """The principal components as a dictionary, d_sae = d_in; a token uses its k largest coefficients.
 
-    Atoms are orthonormal, in order of decreasing variance, so that matching pursuit picks just these.
+    Atoms are orthonormal, in order of decreasing variance. So matching pursuit picks just the k largest.
 
     Raises:
         ValueError: k is more than d_in.

@@ -22,7 +22,7 @@ def random_atoms(
     seed: int = 0,
     metadata: Mapping[str, Any] | None = None,
 ) -> ITDA:
-    """A dictionary of activations drawn at random: what choosing atoms is worth.
+    """A dictionary of activations drawn at random, to show how much choosing atoms improves on it.
 
     Raises:
         ValueError: d_sae is more than there are activations, or k is out of range.

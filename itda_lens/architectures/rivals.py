@@ -19,10 +19,10 @@ from itda_lens.training import collect
 logger = logging.getLogger(__name__)
 
 RECIPE_KEY = "itda_baseline"
-"""Where a baseline's metadata keep what it was built from."""
+"""The metadata entry that holds the recipe of a baseline: its texts and settings."""
 
 INHERITED = ("model_name", "hook_name", "context_size", "prepend_bos")
-"""Entries of its metadata that a baseline has from the dictionary that it rivals."""
+"""Entries of metadata that a baseline copies from the dictionary that it rivals."""
 
 
 def build_baselines(
@@ -43,16 +43,17 @@ def build_baselines(
 ) -> list[Path]:
     """Build the baselines of some dictionaries, one of each kind for each hook point, width and k.
 
-    One that is in `folder` already is not built again; one of other texts or settings is refused.
+    A baseline that is in `folder` already is not built again. If it is of other texts or settings, it is
+    refused.
 
     Args:
         itdas: the dictionaries to rival.
-        kinds: "random" (activations drawn at random), "pca" (principal components), or an
-            architecture of `train_sae`, trained by SAELens on the same activations.
+        kinds: "random" (activations drawn at random), "pca" (principal components), or an architecture
+            of `train_sae`, trained by SAELens on the same activations.
         folder: where to save them, a subfolder each.
-        texts: what to build them from; for a fair comparison what the dictionaries were built from.
-        model: as in `build`; one that the dictionaries belong to.
-        max_tokens: activations to build from; default: as many as the dictionaries record.
+        texts: texts to build them from; for a fair comparison, those of the dictionaries.
+        model: as in `build`; the dictionaries must belong to it.
+        max_tokens: activations to build from; default: the largest number that a dictionary records.
         epochs: passes of trained SAEs over the activations.
         seed, batch_size, text_field, split, device, progress: as in `build`.
 
@@ -124,7 +125,7 @@ def _kind(name: str) -> Baseline:
 
 
 def _nonzeros(itda: ITDA) -> int:
-    """What a rival spends on every code: k, or the mean that the dictionary was calibrated for."""
+    """Nonzeros of each code of a rival: k, or the mean L0 that the dictionary was calibrated for."""
     return itda.cfg.k if itda.cfg.l0 is None else max(1, round(itda.cfg.l0))
 
 

@@ -43,17 +43,19 @@ def train_sae(
 ) -> TrainingSAE[Any]:
     """One of SAELens's SAEs, trained by SAELens on `activations`, in a new random order each epoch.
 
-    Adam, the auxiliary loss for dead latents, activations scaled to mean norm sqrt(d_in), `b_dec` begun
-    at the mean, a warm-up over the first 5 % of the steps and a linear decay over the last 20 %.
+    Training uses Adam and the auxiliary loss for dead latents. Activations are scaled to mean norm
+    sqrt(d_in), and `b_dec` begins at their mean. The learning rate warms up over the first 5 % of the
+    steps and decays linearly over the last 20 %.
 
     Args:
-        architecture: "topk"; "batchtopk", k nonzeros a row on average over each batch, and a threshold
-            in their place afterwards (`save_inference` writes a JumpReLU SAE); "matryoshka", the same
-            with losses of nested prefixes (an eighth, a quarter, half of the latents); or
-            "matching_pursuit", at most k steps a row and no end before them but a latent picked again.
+        architecture: "topk" has k nonzeros a row. "batchtopk" has k nonzeros a row on average over each
+            batch, and a threshold instead after training (`save_inference` writes a JumpReLU SAE).
+            "matryoshka" is "batchtopk" with further losses for nested prefixes: an eighth, a quarter and
+            half of the latents. "matching_pursuit" takes k steps a row, and fewer only if it picks a
+            latent again.
         epochs: passes over the activations.
         learning_rate, batch_size: the defaults were chosen on a validation split, for "topk"; see
-            docs/saebench.md. A batch is no larger than the activations.
+            docs/saebench.md. A batch has no more rows than there are activations.
 
     Returns:
         The trained SAE; `save_inference` writes it as a SAELens SAE for inference.

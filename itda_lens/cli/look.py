@@ -1,4 +1,4 @@
-"""`itda info`, `itda decompose`, `itda eval`: what a dictionary is and does."""
+"""`itda info`, `itda decompose`, `itda eval`: commands that look at a dictionary."""
 
 from pathlib import Path
 from typing import Annotated

@@ -1,4 +1,4 @@
-"""What several commands share: options, and the dictionaries and models that they name."""
+"""Options that several commands share, and the dictionaries and models that they name."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path

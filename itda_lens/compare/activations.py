@@ -30,15 +30,15 @@ def activations_of(
     Args:
         itdas: dictionaries of one model.
         model: as in `build`; default: the one that the dictionaries name, loaded as they say.
-        max_tokens: how many, at most; memory is d_in * 4 bytes for each and per dictionary.
+        max_tokens: the most tokens to read; memory is d_in * 4 bytes for each token and dictionary.
         texts, batch_size, text_field, split, tokenizer, loader, device, progress: as in `build`.
 
     Returns:
-        One for each dictionary, in their order, all of the same tokens.
+        The activations for each dictionary, in their order. All are of the same tokens.
 
     Raises:
-        ValueError: no dictionaries; ones that name no hook point, several models, or different ways to
-            cut texts; or as `build`.
+        ValueError: there are no dictionaries; one names no hook point; they name several models or
+            different ways to cut texts; or as `build`.
     """
     settings = recorded_settings(itdas, model)
     hooks = [hook_name_of(itda) for itda in itdas]
@@ -63,10 +63,10 @@ def recorded_settings(itdas: Sequence[ITDA], model: Any = None) -> Provenance:
     """The model, and how its texts were cut, as the dictionaries record it.
 
     Args:
-        model: instead of the one that they name.
+        model: a model to use instead of the one that the dictionaries name.
 
     Raises:
-        ValueError: no dictionaries; ones that name no hook point or no model, or that disagree.
+        ValueError: there are no dictionaries; one names no hook point or no model; or they disagree.
     """
     if not itdas:
         raise ValueError("itdas must be one dictionary or more, got none")

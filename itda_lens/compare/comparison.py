@@ -1,4 +1,4 @@
-"""Models side by side: layer by layer, and whole models by the unions over their layers."""
+"""Comparing models: layer by layer, and as a whole by the unions over their layers."""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -31,9 +31,9 @@ class LayerComparison:
     Attributes:
         a, b: the models' names.
         hooks_a, hooks_b: their hook points.
-        similarity: [layers of a, layers of b]; of "regression" the R^2 of b's layer given a's.
-        accuracy: `layer_matching_accuracy` from a to b; None if their numbers of layers differ, and of a
-            model with itself.
+        similarity: [layers of a, layers of b]. For "regression", the R^2 of b's layer given a's layer.
+        accuracy: `layer_matching_accuracy` from a to b. None if their numbers of layers differ, or if a
+            model is compared with itself.
     """
 
     a: str
@@ -46,14 +46,14 @@ class LayerComparison:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What `compare` found.
+    """The result of `compare`.
 
     Attributes:
-        measure: what was measured.
+        measure: the measure that was used.
         match: how labels, or tokens, were matched.
         names: the models.
-        similarity: [n, n] of whole models, by the unions over their layers; None for measures that know
-            no union.
+        similarity: [n, n], of whole models by the unions over their layers. None for measures of
+            activations, which have no unions.
         layers: every ordered pair of models.
     """
 
@@ -77,8 +77,8 @@ def compare(
         measure: see `Measure`.
         match: when two labels, or tokens of two tokenizers, are the same; see `Match`. The measures of
             activations look at tokens that both models have.
-        activations: for every measure but "jaccard": of each model, at the hook points of its
-            dictionaries in the same order, from the same texts (`activations_of`).
+        activations: needed for every measure but "jaccard": the activations of each model at the hook
+            points of its dictionaries, in the same order, from the same texts (`activations_of`).
 
     Raises:
         ValueError: fewer than two dictionaries, a model without any, unlabelled ones, different texts,
@@ -120,7 +120,7 @@ def compare(
 def check_comparable(
     models: Mapping[str, Sequence[ITDA]], measure: Measure, match: Match = "auto"
 ) -> Match:
-    """What `compare` needs, but for activations: to be told of bad input before these are read.
+    """Check the dictionaries for `compare`, so that bad input is found before activations are read.
 
     Returns:
         How labels will be matched.

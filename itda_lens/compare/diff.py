@@ -1,4 +1,4 @@
-"""Model diffing: what a model represents that another one, of the same space, does not."""
+"""Model diffing: atoms that one model uses and another one, of the same space, explains badly."""
 
 import copy
 import logging
@@ -23,14 +23,16 @@ from itda_lens.training import check_enough, collect, fit, recipe_of
 logger = logging.getLogger(__name__)
 
 FOREIGN = 0.5, 2.0
-"""The two spaces have probably nothing to do with each other where the first dictionary leaves more
-than this share of the second model's variance, and this multiple of what it leaves of its own's."""
+"""Two limits. The spaces have probably nothing to do with each other if the first dictionary leaves more
+than the first number of the second model's variance, and more than the second number times the share
+that it leaves of its own model's."""
 
 MIN_TOKENS = 10
-"""Atoms used at fewer tokens are left out: a mean over so few scatters more than the null allows for."""
+"""Atoms used at fewer tokens are left out: a mean over fewer scatters more than the null distribution
+allows for."""
 
 EXAMPLES = 3
-"""Tokens shown for an atom."""
+"""Most tokens that are shown for an atom."""
 
 
 @dataclass(frozen=True)
@@ -40,11 +42,12 @@ class Difference:
     Attributes:
         atom: its index in the second dictionary.
         label: where it came from; None if the second dictionary has no labels.
-        excess: how much more error the first dictionary leaves of the second model's activations than of
-            its own model's, as a share of their squared norm, where the atom is used.
+        excess: how much worse the first dictionary explains the second model than its own model, over
+            the tokens that use the atom: a mean difference of squared errors, each as a share of the
+            activation's squared distance from the centre.
         q: the false-discovery rate of the list that ends with this atom.
-        shared: whether the first dictionary has an atom of the same label; None where one of the two has
-            no labels.
+        shared: whether the first dictionary has an atom of the same label; None if one of the two has no
+            labels.
         tokens: at how many tokens the atom is used.
         examples: the tokens, `EXAMPLES` at most, that add most to the excess.
     """
@@ -66,36 +69,38 @@ def diff(
     activations_b: Activations,
     match: Match = "auto",
 ) -> list[Difference]:
-    """Atoms of `b` by how much worse `a` explains the second model than its own, where they are used.
+    """Rank the atoms of `b` by how badly `a` explains the second model where they are used.
 
-    At every token the error that `a` leaves of the second model's activation is compared with the error
-    that it leaves of the first model's activation of the same token: what is hard for both cancels. An
-    atom's excess is the mean of these differences, weighted by its share of the token's code. (Tokens
-    that are atoms of either dictionary do not count, nor atoms used at fewer than `MIN_TOKENS`.) The
-    models must share a space, as a base model and a fine-tuned one do.
+    At every token, the error that `a` leaves of the second model's activation is compared with the error
+    that it leaves of the first model's. So a token that is equally hard for both models adds nothing. An
+    atom's excess is the mean of these differences, weighted by its share of the token's code. Tokens
+    that are atoms of either dictionary are left out, and so are atoms used at fewer than `MIN_TOKENS`
+    tokens. The models must share a space, as a base model and a fine-tuned one do.
 
-    Most atoms have the same label in both dictionaries, also where the models differ: what a token is
-    made of changes, not which tokens are typical (docs/compare.md). So all atoms are ranked, not only
-    those whose label the other dictionary lacks; `Difference.shared` tells which those are.
+    Most atoms have the same label in both dictionaries, even where the models differ: fine-tuning
+    changes the activations of tokens, but hardly which tokens are typical (docs/compare.md). So all
+    atoms are ranked, not only those whose label the other dictionary lacks. `Difference.shared` tells
+    the two kinds apart.
 
-    The false-discovery rate is held against the atoms themselves (an empirical null, Efron 2004): if the
-    models differed by nothing but drift, excesses would scatter around their median as far above as
-    below. `false_discovery_rates` has the details.
+    False-discovery rates compare the atoms with each other (an empirical null, Efron 2004): if the
+    models differed by nothing but drift, excesses would scatter as far above their median as below it.
+    `false_discovery_rates` has the details.
 
     Args:
         a, b: dictionaries of the two models, at the same hook point: ITDAs, or other SAEs of SAELens
-            (see `sae.ARCHITECTURES`). Only tokens that labels name are left out as atoms' own.
+            (see `sae.ARCHITECTURES`). Which tokens are atoms is known from labels only.
         activations_a, activations_b: activations of either model there, from the same texts; tokens that
             both have are compared.
-        match: how tokens and labels are matched; not "overlap". "auto" can only tell from what labelled
-            dictionaries record that tokens were cut differently; without labels it is "position".
+        match: how tokens and labels are matched; "overlap" is not possible. "auto" learns from the
+            records of labelled dictionaries whether tokens were cut differently. Without labels it is
+            "position".
 
     Returns:
         The atoms of `b`, most foreign first.
 
     Raises:
-        ValueError: widths or hook points differ, no token but atoms' own is in both, the
-            dictionaries are of different texts, or one cannot be measured (a transcoder, an SAE in
+        ValueError: widths or hook points differ; the two sides share no token that is not an atom; the
+            dictionaries are of different texts; or one cannot be measured (a transcoder, an SAE in
             training).
     """
     how = check_diffable(a, b, match)
@@ -139,7 +144,7 @@ def diff(
 
 
 def check_diffable(a: SAE[Any], b: SAE[Any], match: Match = "auto") -> Match:
-    """What `diff` needs of dictionaries: to be told of bad input before activations are read.
+    """Check two dictionaries for `diff`, so that bad input is found before activations are read.
 
     Returns:
         How labels and tokens will be matched.
@@ -186,7 +191,8 @@ def diff_models(
 
     Args:
         a, b: models as in `build`: the one to compare with (base), and the one to look at (fine-tuned).
-        texts: as in `build`, with the kind of text that interests; read once for each model.
+        texts: as in `build`, of the kind of text in which differences are looked for. They are read once
+            for each model.
         hook_name: a hook point of both.
         max_tokens: tokens to build from and to compare, held in memory for both models.
         d_sae, k, seed, context_size, batch_size, tokenizer, loader, device, text_field, split, progress:
@@ -195,8 +201,8 @@ def diff_models(
     Raises:
         ValueError, TypeError: as `build` and `diff`.
     """
-    check_enough(recipe_of(d_sae=d_sae, k=k, seed=seed), max_tokens)  # which looks at them all
-    read: list[str] = []  # by the first model: the second reads the same, also of an iterator
+    check_enough(recipe_of(d_sae=d_sae, k=k, seed=seed), max_tokens)  # checks all of them
+    read: list[str] = []  # texts of the first model, for the second: an iterator gives them once
     sides: list[tuple[ITDA, Activations]] = []
     tokenizers = []
     for model in (a, b):
@@ -228,19 +234,19 @@ def _recorded(texts: Iterable[str], into: list[str]) -> Iterator[str]:
 
 
 def _tokens(labels: Sequence[Label], match: Match) -> list[tuple[Place | None, str | None]]:
-    """Places with the tokens there: of other texts, the same places hold other tokens."""
+    """Each place with its token, since in other texts the same place holds another token."""
     return [(place, label.token) for place, label in zip(places(labels, match), labels, strict=True)]
 
 
 def _full_precision(sae: SAE[Any]) -> SAE[Any]:
-    """The dictionary, or a float32 copy: half precision is off by more than models may differ."""
+    """The dictionary in float32 or more: half precision may be off by more than the models differ."""
     if torch.finfo(sae.dtype).bits >= 32:
         return sae
     return copy.deepcopy(sae).to(dtype=torch.float32)
 
 
 def _centre(sae: SAE[Any], x: Float[Tensor, "n d"]) -> Float[Tensor, " d"]:
-    """The mean of a model's activations: an ITDA keeps it in `b_dec`; the bias of others is trained."""
+    """The mean of a model's activations. An ITDA keeps it in `b_dec`; other SAEs train their bias."""
     return sae.b_dec if isinstance(sae, ITDA) else x.mean(dim=0, dtype=torch.float64)
 
 
@@ -261,11 +267,11 @@ def _relative_errors(
 
 
 class _Use(NamedTuple):
-    """Which atoms each token uses, an entry for each nonzero.
+    """Which atoms each token uses: one entry for each nonzero coefficient.
 
     Attributes:
         atom, row: the entry's atom and token.
-        share: of the energy of the token's code.
+        share: the atom's share of the energy of the token's code.
         tokens: how many tokens use each atom.
     """
 

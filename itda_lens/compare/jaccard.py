@@ -20,9 +20,9 @@ def jaccard(a: ITDA | Sequence[ITDA], b: ITDA | Sequence[ITDA], match: Match = "
     sides must come from the same texts.
 
     Args:
-        a, b: a dictionary each; or several, whose labels are united (the similarity of whole models, of
-            the dictionaries of all their layers).
-        match: when two labels are the same; see `Match`. By "overlap" |A n B| counts pairs of tokens.
+        a, b: one dictionary, or several whose labels are united. The dictionaries of all layers give the
+            similarity of whole models.
+        match: when two labels are the same; see `Match`. With "overlap", |A n B| counts pairs of tokens.
 
     Returns:
         Between 0 (no label in common) and 1 (the same labels).
@@ -45,8 +45,8 @@ def weighted_jaccard(
 ) -> float:
     """sum min(u, v) / sum max(u, v) over labels, u and v their shares of use (Ruzicka's similarity).
 
-    An atom that is hardly used counts little. With equal use of all atoms, and as many of them on either
-    side, this is `jaccard`.
+    An atom that is hardly used counts little. If both sides have equally many atoms, all equally used,
+    this is `jaccard`.
 
     Args:
         a, b: as for `jaccard`.
@@ -75,7 +75,7 @@ def weighted_jaccard(
 def usage(
     sae: SAE[Any], x: Float[Tensor, "n d_in"], batch_size: int | None = None
 ) -> Float[Tensor, " d_sae"]:
-    """Share of each atom in the energy of the codes of `x`: its squared coefficients over all of them.
+    """Share of each atom in the energy of the codes of `x`, the sum of all squared coefficients.
 
     Args:
         sae: an ITDA, or another SAE of SAELens; see `sae.ARCHITECTURES`.
@@ -99,7 +99,7 @@ def usage(
 
 
 def place_set(itdas: Sequence[ITDA], match: Match) -> set[Place]:
-    """The places of all labels; `match` is what `resolve_match` gave."""
+    """The places of all labels; `match` is a result of `resolve_match`."""
     found = (place for itda in itdas for place in places(itda.labels, match))
     return {place for place in found if place is not None}
 

@@ -24,8 +24,8 @@ from itda_lens.sources import Activations
 logger = logging.getLogger(__name__)
 
 Measure = Literal["jaccard", "weighted", "cka", "svcca", "regression", "relative", "relative-centred"]
-"""`jaccard`, `weighted_jaccard` by `usage`; `linear_cka`, `svcca`, `linear_regression_r2`,
-`relative_similarity`, with and without `centred`."""
+"""Names of measures. In this order they are: `jaccard`, `weighted_jaccard` by `usage`, `linear_cka`,
+`svcca`, `linear_regression_r2`, and `relative_similarity` without and with `centred`."""
 
 OF_LABELS: tuple[Measure, ...] = ("jaccard", "weighted")
 """Measures of labels; the others look at activations only."""
@@ -37,22 +37,22 @@ _OF_MOMENTS: dict[Measure, Callable[[Moments], float]] = {
 }
 
 ENOUGH = 4
-"""Tokens, in multiples of the width, below which a regression or CCA fits noise."""
+"""A regression or CCA on fewer tokens than this multiple of the width fits noise."""
 
 ROWS = 1024
-"""Activations of every layer in float64 at once, for relative representations."""
+"""Activations of every layer that are in float64 at once, for relative representations."""
 
 
 def activation_similarity(
     a: Sequence[Activations], b: Sequence[Activations], measure: Measure, match: Match
 ) -> Float[Tensor, "layers_a layers_b"]:
-    """A measure of activations, of every layer of one model with every layer of another.
+    """Compare activations at every layer of one model with those at every layer of another.
 
-    Besides the activations it holds the covariances of all layers, and that of one pair.
+    Beside the activations, memory holds the covariances of all layers, and that of one pair of layers.
 
     Args:
         a, b: activations at each layer, of the same texts; all layers of a side of the same tokens.
-        measure: one that is not in `OF_LABELS`.
+        measure: a measure that is not in `OF_LABELS`.
         match: "position" or "span": which tokens are the same.
 
     Raises:
@@ -90,10 +90,11 @@ def shared_tokens(
 ) -> tuple[list[Tensor], list[Tensor], Sequence[Label]]:
     """Activations, layer by layer, of the tokens that both sides have, in one order; labels of `b`.
 
-    By characters, special tokens are in neither, and of several tokens of one character the first is.
+    When tokens are matched by characters, special tokens are left out, and only the first of several
+    tokens of one character is kept.
 
     Raises:
-        ValueError: there are none.
+        ValueError: the sides share no token.
     """
     own, other = (_first_rows(side[0].labels, match) for side in (a, b))
     common = own.keys() & other.keys()
@@ -108,14 +109,14 @@ def shared_tokens(
 
 
 def _taken(side: Sequence[Activations], rows: list[int]) -> list[Tensor]:
-    """These rows of every layer; not copied where they are all, in their order."""
+    """Some rows of every layer; not copied if they are all rows, in order."""
     if rows == list(range(len(side[0].labels))):
         return [layer.values for layer in side]
     return [layer.values[rows] for layer in side]
 
 
 def _first_rows(labels: Sequence[Label], match: Match) -> dict[tuple[int, ...], int]:
-    """The row of each place, the first one of several."""
+    """The row of each place: the first one, if several rows have one place."""
     rows: dict[tuple[int, ...], int] = {}
     for row, place in enumerate(places(labels, match)):
         if place is not None:

@@ -111,10 +111,10 @@ class RunningMoments:
 
 
 def check_layers(xs: Sequence[Tensor], ys: Sequence[Tensor], name: str) -> None:
-    """Refuse what is not [n, width] of the same n >= 1 tokens at one layer or more of either side.
+    """Refuse sides without layers, and layers that are not [n, width] of the same n >= 1 tokens.
 
     Raises:
-        ValueError: it is not, or holds NaN or infinite values.
+        ValueError: a side is of this kind, or holds NaN or infinite values.
     """
     if not xs or not ys:
         raise ValueError(f"both sides need a layer at least, got {len(xs)} and {len(ys)}")

@@ -19,10 +19,10 @@ Match = Literal["auto", "position", "span", "overlap"]
 """
 
 Place = tuple[int, ...]
-"""(row, chunk, position), or (row, start, end)."""
+"""A place of a text, as a key: (row, chunk, position) or (row, start, end)."""
 
 _CUTTING = ("vocabulary_sha256", "context_size", "prepend_bos")
-"""What the metadata of two builds must agree in for their positions to mean the same tokens."""
+"""Metadata in which two builds must agree before equal positions mean the same tokens."""
 
 
 def resolve_match(itdas: Sequence[ITDA], match: Match = "auto") -> Match:
@@ -38,7 +38,7 @@ def resolve_match(itdas: Sequence[ITDA], match: Match = "auto") -> Match:
     difference = _difference(records, ("texts_fingerprint",))
     if difference is not None:
         raise ValueError(f"labels of different texts cannot be compared: {difference}")
-    labels = [itda.labels for itda in itdas]  # which raises where there are none
+    labels = [itda.labels for itda in itdas]  # raises if there are none
     cut = _difference(records, _CUTTING)
     if match == "position" and cut is not None:
         raise ValueError(
@@ -59,10 +59,11 @@ def resolve_match(itdas: Sequence[ITDA], match: Match = "auto") -> Match:
 
 
 def places(labels: Iterable[Label], match: Match) -> list[Place | None]:
-    """The place of each label; by characters None for special tokens, which have none.
+    """The place of each label. It is None for a special token that is matched by characters: it has
+    none.
 
     Args:
-        match: what `resolve_match` gave.
+        match: a result of `resolve_match`.
 
     Raises:
         ValueError: a label has no characters, and they are needed.
@@ -99,7 +100,7 @@ def n_overlapping(a: set[Place], b: set[Place]) -> int:
 
 
 def _span(label: Label) -> Place | None:
-    """Characters without the white space that some tokenizers count to a token and others do not."""
+    """The characters of a token without white space around them, since tokenizers differ in that."""
     if label.chars is None:
         raise ValueError(f"labels without characters can only be matched by position, got {label}")
     start, end = label.chars

@@ -1,7 +1,7 @@
 """Similarity of representations: CKA, SVCCA, regression, relative representations.
 
-They look at activations, not at dictionaries: what label similarity is held against. Both sides are
-activations of the same tokens.
+These measures compare activations directly, without dictionaries; label similarity is compared with
+them. Both sides must be activations of the same tokens.
 """
 
 from collections.abc import Sequence
@@ -13,18 +13,18 @@ from torch import Tensor
 from itda_lens.compare.moments import Moments, check_layers
 
 RANK_TOLERANCE = 1e-12
-"""Eigenvalues below this share of the largest are no variance: a coordinate that repeats another is off
-by rounding of float32, 1e-7 of its size, the square of which counts. Outlier coordinates a thousand
-times larger than the rest, as residual streams have them, leave the rest in."""
+"""Eigenvalues below this share of the largest count as no variance. A coordinate that repeats another is
+off by rounding of float32, 1e-7 of its size, and the square of that counts here. The limit is low enough
+for the rest of a residual stream to count beside outlier coordinates a thousand times larger."""
 
 DEFAULT_ANCHORS = 256
-"""Anchor tokens."""
+"""Number of anchor tokens."""
 
 
 def linear_cka(moments: Moments) -> float:
     """||X^T Y||^2 / (||X^T X|| ||Y^T Y||), Frobenius norms (Kornblith et al. 2019).
 
-    Does not change with rotation, or scaling as a whole, of either side. 0 if a side does not vary.
+    It does not change if either side is rotated, or scaled as a whole. It is 0 if a side does not vary.
     """
     scale = moments.xx.norm() * moments.yy.norm()
     return _share(moments.xy.square().sum(), scale)
@@ -33,9 +33,10 @@ def linear_cka(moments: Moments) -> float:
 def svcca(moments: Moments, keep: float = 0.99) -> float:
     """Mean canonical correlation of the leading principal components (Raghu et al. 2017).
 
-    As in Kornblith et al. (2019): a side keeps the fewest components that hold `keep` of its variance;
-    the sum of the canonical correlations is divided by the smaller number of components. Does not change
-    with rotation or scaling; with keep=1 it is CCA, which does not with any invertible linear map.
+    As in Kornblith et al. (2019), each side keeps the fewest components that hold the share `keep` of
+    its variance, and the sum of the canonical correlations is divided by the smaller number of
+    components. The result does not change with rotation or scaling. With keep=1 it is CCA, which does
+    not change with any invertible linear map.
 
     Raises:
         ValueError: `keep` is not in (0, 1].
@@ -53,8 +54,9 @@ def svcca(moments: Moments, keep: float = 0.99) -> float:
 def linear_regression_r2(moments: Moments) -> float:
     """R^2 of the best linear map from X to Y, over all coordinates of Y (Kornblith et al. 2019).
 
-    On the tokens that it was fitted on: give many more of them than X is wide. Not symmetric. Does not
-    change with any invertible linear map of X, or with rotation or scaling of Y.
+    It is measured on the tokens that the map was fitted on, so give many more tokens than X is wide. It
+    is not symmetric. It does not change with any invertible linear map of X, or with rotation or scaling
+    of Y.
     """
     explained = (_whitening(moments.xx, 1.0).T @ moments.xy).square().sum()
     return _share(explained, moments.yy.trace())
@@ -78,8 +80,8 @@ def relative_representation(
 class RunningRelative:
     """Mean cosine between relative representations of the same tokens, over a stream.
 
-    Of every pair of layers of two models, as `RunningMoments`. Does not change with rotation or scaling
-    of either side.
+    There is one mean for every pair of layers of two models, as in `RunningMoments`. It does not change
+    with rotation or scaling of either side.
 
     Args:
         anchors_x, anchors_y: activations of the same anchor tokens at every layer of either model.
@@ -147,11 +149,11 @@ def relative_similarity(
     seed: int = 0,
     centred: bool = False,
 ) -> float:
-    """`RunningRelative` of two tensors that are there as a whole, with anchors drawn among their rows.
+    """Mean cosine between relative representations of two whole tensors, with anchors from their rows.
 
     Args:
-        n_anchors: how many tokens, all if there are fewer.
-        seed: of the draw; the same for all that is to be compared.
+        n_anchors: how many tokens are anchors; all, if there are fewer.
+        seed: seed of the draw. Use one seed for all figures that are to be compared.
         centred: as for `relative_representation`.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The rule of presets "best" and "thorough": of a sample of activations, those of the most energy."""
+"""The rule of presets "best" and "thorough": it keeps the activations that carry most energy."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -33,33 +33,36 @@ GUIDE_ROWS = 64
 class EnergyRule:
     """Centre, sample, drop near-duplicates, keep the candidates that carry the most energy.
 
-    Candidates are a uniform sample of the distinct activations. Rounds of pruning code other
-    activations with them and drop those of the least energy (`prune_by_energy`). The chosen atoms are
-    ordered by importance, so that a prefix of them is a good dictionary too.
+    Candidates are a uniform sample of the distinct activations. Rounds of pruning code other activations
+    with them and drop those of the least energy (`prune_by_energy`). The chosen atoms are ordered by
+    importance, so that a prefix of them is a good dictionary too.
 
     With `refine`, least squares then moves the atoms, and each is replaced by the activation nearest to
     where it lies. With `update`, least squares moves the atoms for good: they are no longer activations,
     and labels keep their cosine to the activation that they started from.
 
-    Sizes of samples are given in multiples of the atoms wanted, with a least size: a few atoms are
-    chosen badly from a few times their number. docs/selection.md has the effect of each setting.
+    The size of a sample is a multiple of the number of atoms wanted (fields `..._per_atom`), but never
+    below a least size (fields `min_...`): a handful of atoms would be chosen badly from a small sample.
+    docs/selection.md has the effect of each setting.
 
     Attributes:
         update: whether least squares moves the chosen atoms for good.
-        least_cosine: the least cosine that an update may leave of an atom to its activation, 0 to 1.
+        least_cosine: an update leaves no atom with a smaller cosine to its activation; 0 to 1.
         refine: whether atoms are replaced by better activations (preset "thorough").
-        rounds: rounds of least squares, of an update and of what precedes the replacement.
+        rounds: how many rounds of least squares move the atoms, with `update` as with `refine`.
         candidates_per_atom, min_candidates: size of the sample that atoms are chosen from.
         scored_per_atom, min_scored: size of the sample that candidates are scored on.
-        updated_per_atom, min_updated: size of a sample for least squares. Such a sample holds the one
-            that candidates are scored on.
-        update_samples: samples for least squares, which its rounds take in turn.
+        updated_per_atom, min_updated: size of each sample that least squares fits atoms to. The first of
+            these samples includes the one that candidates are scored on.
+        update_samples: how many samples for least squares there are; the rounds use them in turn.
         replacements_per_atom, min_replacements: size of the sample that replacements come from, with
-            `refine`. The larger it is, the less is lost by taking the nearest.
+            `refine`. In a larger sample, the nearest activation is nearer.
         drop_per_round: fraction of the candidates that one round of pruning drops.
-        near_duplicate: cosine, after centring, from which a candidate repeats an earlier one.
-        relaxed: larger cosines, one tried after another while fewer candidates than atoms are left.
-        ordered_on: activations, at most, that decide the order of the chosen atoms.
+        near_duplicate: a candidate is dropped if its cosine to an earlier one, after centring, is at
+            least this.
+        relaxed: larger values of `near_duplicate`. They are tried in order while fewer candidates are
+            left than atoms are wanted.
+        ordered_on: the most activations on which the order of the chosen atoms is decided.
 
     Raises:
         ValueError: a field is out of range.
@@ -99,7 +102,7 @@ class EnergyRule:
         """A fresh run.
 
         Raises:
-            ValueError: `request.d_sae` is None: this rule has no size of its own.
+            ValueError: `request.d_sae` is None, since this rule does not choose the number of atoms.
         """
         return EnergySelector(self, request)
 
@@ -107,8 +110,8 @@ class EnergyRule:
 class EnergySelector:
     """A run of `EnergyRule`.
 
-    One pass over the stream keeps its exact mean and uniform samples of it. Memory is bounded by the
-    samples; neither these nor the result depend on the order of the stream or on its batches.
+    One pass over the stream keeps its exact mean and uniform samples of it. The samples bound the
+    memory. Neither they nor the result depend on the order of the stream or on its batches.
     """
 
     def __init__(self, rule: EnergyRule, request: Request) -> None:
@@ -152,7 +155,7 @@ class EnergySelector:
             mine.merge(theirs)  # pyright: ignore[reportArgumentType] (each to its like)
 
     def state(self) -> dict[str, Tensor]:
-        """What was seen so far, as tensors."""
+        """The run so far, as tensors."""
         return {
             f"{i}.{name}": value
             for i, part in enumerate(self._parts_of_state())
@@ -169,16 +172,16 @@ class EnergySelector:
         return [self._sum, self._activations, *self._samples]
 
     def running_fvu(self) -> float:
-        """FVU of a random dictionary from the candidates so far: what selection starts from.
+        """FVU of a random dictionary, drawn from the candidates so far: selection improves on it.
 
-        NaN until there are more activations than atoms, since each would be its own atom.
+        It is NaN until more activations than atoms were seen, since each would be its own atom.
         """
         if self._activations.n_seen <= self._d_sae:
             return float("nan")
         mean = self._mean()
         atoms, usable = normalize_rows(self._activations.held[: self._d_sae] - mean)
         atoms = atoms[usable]
-        # The last rows: while the samples still hold everything, they are not among those atoms.
+        # The last rows held: while samples hold the whole stream, these are not among the atoms.
         x = self._samples[0].held[-GUIDE_ROWS:] - mean
         codes = encode(x, atoms, min(self._coding.k, len(atoms)), signed=self._signed)
         guide = RunningFVU()
@@ -228,7 +231,7 @@ class EnergySelector:
         return candidates[chosen], [places[i] for i in origin]
 
     def _parts(self, mean: Tensor) -> list[Tensor]:
-        """A sample for each round of least squares: there are fewer of them, which come in turn."""
+        """The sample for each round of least squares; rounds use the fewer samples in turn."""
         samples = [limit_outliers(sample.rows() - mean) for sample in self._samples]
         return list(islice(cycle(samples), self._rule.rounds))
 
@@ -237,7 +240,7 @@ class EnergySelector:
     ) -> tuple[Tensor, list[Label]]:
         """The activations that are nearest to the atoms once they have been moved."""
         moved = update_atoms(parts, atoms, self._coding, least_cosine=0.0, progress=progress)
-        # Cut first: one that is a million times as long would make all others pass for rounding errors.
+        # Outliers are cut first: next to a row a million times longer, all others look like rounding.
         unit, usable = normalize_rows(limit_outliers(self._activations.rows() - mean))
         origin = usable.nonzero().flatten()
         if not usable.all():
@@ -247,7 +250,7 @@ class EnergySelector:
         return unit[found], [places[i] for i in origin[found].tolist()]
 
     def _distinct(self, rows: Tensor, unit: Tensor, usable: Tensor) -> Tensor:
-        """Candidates that repeat no earlier one; where they are few, by a less strict cosine."""
+        """Mark candidates that repeat no earlier one; the limit rises while too few are left."""
         keep = usable
         first = self._rule.near_duplicate
         for cosine in (first, *(c for c in self._rule.relaxed if c > first)):
@@ -264,7 +267,7 @@ class EnergySelector:
 
 
 def _spread(rows: Float[Tensor, "n d"], at_most: int) -> Float[Tensor, "m d"]:
-    """All rows, or `at_most` of them in equal distances."""
+    """All rows, or `at_most` of them, evenly spaced."""
     if len(rows) <= at_most:
         return rows
     return rows[torch.linspace(0, len(rows) - 1, at_most, device=rows.device).round().long()]

@@ -1,4 +1,4 @@
-"""Folds of the texts: what codes of other text are like shows without the atoms of a row's own text."""
+"""Folds of texts: coded without the atoms of its own text, a row shows how other text is coded."""
 
 import heapq
 from collections import Counter
@@ -11,15 +11,16 @@ from torch import Tensor
 from itda_lens.records import Label
 
 FOLDS = 8
-"""Parts into which texts are dealt. With fewer, a row is coded without more of the atoms than a row of
-other text will be; with more, there is more to compute."""
+"""How many folds there are. With fewer, a row is coded without more of the atoms than a row of new text
+would be. With more, there is more to compute."""
 
 RUNS = 64
-"""Neighbouring texts are dealt together, in so many runs: they are often alike, and where rows came
-without labels each counts as a text, though neighbours often are from one."""
+"""How many runs of neighbouring texts there are. A run goes into one fold as a whole, since neighbouring
+texts are often alike. Rows without labels count as a text each, though neighbouring ones often come from
+one text."""
 
 LARGEST = 0.25
-"""Share of the rows, or of the atoms, that one text may have at most for texts to be dealt whole."""
+"""Whole texts go into folds only if no text has a larger share of the rows, or of the atoms."""
 
 Place = tuple[int, ...]
 
@@ -28,16 +29,25 @@ _LEVELS: tuple[Callable[[Label], Place], ...] = (
     lambda label: (label.row, label.chunk),
     lambda label: label.key,
 )
-"""What stays together: a text, where there are enough; or a context; or nothing."""
+"""The units that are put into folds, the largest first: texts, contexts, single activations."""
 
 
 def assign_folds(
     rows: Sequence[Label], atoms: Sequence[Label]
 ) -> tuple[Int[Tensor, " m"], Int[Tensor, " d_sae"]]:
-    """The folds of rows and of atoms, by their labels: what comes from one text is in one fold.
+    """Put rows and atoms into folds by their labels, so that one fold has everything from one text.
 
-    Folds have about as many rows and atoms each. Where one text has most of all, its contexts are dealt
-    instead; where there are too few activations even to be dealt one by one, no atom is in a fold (-1).
+    All folds get about equal numbers of rows, and of atoms. If one text has more than the share
+    `LARGEST` of either, contexts are put into folds one by one; if one context has, single activations
+    are. If there are too few activations even for that, all rows are in fold 0 and no atom is in a fold
+    (-1).
+
+    Args:
+        rows: where each row came from.
+        atoms: where each atom came from.
+
+    Returns:
+        The fold of each row, and the fold of each atom.
     """
     for place in _LEVELS:
         of_rows, of_atoms = [place(a) for a in rows], [place(a) for a in atoms]
@@ -56,7 +66,7 @@ def _shares(places: list[Place]) -> dict[Place, float]:
 
 
 def _deal(rows: dict[Place, float], atoms: dict[Place, float]) -> dict[Place, int]:
-    """The fold of each place: runs of neighbours, the largest first, each to the fold that has least."""
+    """Choose the fold of each place. The largest runs go first, each into the fold that has least."""
     runs: list[list[Place]] = [[] for _ in range(RUNS)]
     weights, before = [0.0] * RUNS, 0.0
     for place in sorted(rows | atoms):

@@ -1,4 +1,4 @@
-"""The "paper" rule: admit what the dictionary so far reconstructs badly (Leask et al. 2025)."""
+"""The "paper" rule: admit activations that the dictionary reconstructs badly (Leask et al. 2025)."""
 
 import warnings
 from dataclasses import dataclass
@@ -25,11 +25,11 @@ the residual is nearly orthogonal to xhat, their threshold t is tau = 1 - (1 - t
 class GreedyRule:
     """The paper's greedy rule, batch by batch, without centring (Leask et al. 2025).
 
-    The first `d_in` atoms (or `d_sae`, if fewer) are the most frequent activations of the first
-    batches. After that, each batch is reconstructed with the dictionary so far and the activations
-    whose relative loss exceeds `loss_threshold` are admitted in their order, a direction once, until
-    there are `d_sae`; what follows is not looked at. The result depends on the batches. The rule needs
-    no seed.
+    The first `d_in` atoms (or `d_sae`, if fewer) are the most frequent activations of the first batches.
+    After that, each batch is reconstructed with the dictionary so far. Activations whose relative loss
+    exceeds `loss_threshold` are admitted in their order, each direction once. Once there are `d_sae`
+    atoms, the rest of the stream is not looked at. The result depends on the batches. The rule needs no
+    seed.
 
     Attributes:
         loss_threshold: relative squared error over which an activation is admitted (tau), 0 to 1.
@@ -111,7 +111,7 @@ class GreedySelector:
     def _admit(
         self, rows: Int[Tensor, " c"], unit: Tensor, places: Places, at_most: int | None = None
     ) -> None:
-        """Append the directions among `rows` of `unit` that are new, in order, as far as they fit."""
+        """Append the new directions among `rows` of `unit`, in order, until the dictionary is full."""
         new = first_of_direction(unit[rows], SAME_DIRECTION, self._signed, known=self._store.rows)
         room = self._store.room if at_most is None else min(at_most, self._store.room)
         chosen = rows[new][:room]

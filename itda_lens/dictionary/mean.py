@@ -1,4 +1,4 @@
-"""The mean of a stream, from a sum without rounding: the same to the last bit in any order."""
+"""The mean of a stream, from a sum that does not round: equal to the last bit in any order."""
 
 import math
 from collections.abc import Mapping
@@ -11,17 +11,18 @@ WINDOW = 28
 """Bits of one bin. Numbers are cut into whole multiples of `2 ** (WINDOW * i)`, which add up exactly."""
 
 BLOCK = 64
-"""Rows cut up at once: as many as stay in a processor's cache."""
+"""Rows cut up at once, few enough to stay in a processor's cache."""
 
 LEAST_BIN = -36
-"""Smaller numbers than half of this bin's unit, 1e-304, count as zero: float64 cannot hold 1 / unit."""
+"""The smallest bin. Numbers below half of its unit, 1e-304, count as zero, since float64 cannot hold 1 /
+unit."""
 
 
 class ExactSum:
-    """Sums of columns, exact: those of `math.fsum`, whatever the order and the batches.
+    """Exact sums of columns: they equal those of `math.fsum`, whatever the order and the batches.
 
-    A number is a sum of whole multiples of powers of two, one power a bin. Multiples add up as integers,
-    which do not round. Two sums, of parts of a stream, merge into that of the whole.
+    A number is cut into whole multiples of powers of two, one power for each bin. Multiples add up as
+    integers, which do not round. Two sums, of parts of a stream, merge into the sum of the whole.
     """
 
     def __init__(self, d: int) -> None:
@@ -41,7 +42,7 @@ class ExactSum:
                 # Exact: bits are only taken away. At most half a unit is left, so that the multiples of
                 # the next bin are at most 2 ** (WINDOW - 1).
                 rest.sub_(multiples, alpha=unit)
-                # So few numbers that small add up exactly in float64 too.
+                # Numbers this small and this few add up exactly in float64 too.
                 self._add(exponent, multiples.sum(dim=0).to("cpu", torch.int64))
                 exponent = min(exponent - 1, b) if (b := _bin_of(rest)) is not None else None
 

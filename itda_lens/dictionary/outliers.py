@@ -1,26 +1,29 @@
-"""Activations a hundred times the usual size: they must not decide how all others are coded."""
+"""Outliers, a hundred times longer than other activations, must not decide how those are coded."""
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 OUTLIER = 8.0
-"""Distance from the centre, in medians of it, from which an activation counts no more than at it."""
+"""An activation farther from the centre than this many median distances is an outlier. It counts no more
+than an activation at just that distance."""
 
 TRIMMINGS = 5
-"""Means of the rows that are near the last one; the median that they begin at is nearly right."""
+"""How often the centre is computed again from the rows that are no outliers around it. It begins at the
+median, which is nearly right."""
 
 
 def limit_outliers(x: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
-    """Centred rows, those longer than `OUTLIER` median norms cut to that; the others as they are."""
+    """Shorten centred rows that are longer than `OUTLIER` median norms to that; keep the others."""
     return x * _weights(x)[:, None]
 
 
 def duplicate_cosines(x: Float[Tensor, "n d"], cosine: float) -> Float[Tensor, " n"]:
-    """The cosine to another direction from which each centred row counts as a repetition of it.
+    """For each centred row, the cosine from which another direction counts as a repetition of it.
 
-    `cosine`, but for outliers: these are repeated by what leaves no more of them than a direction at
-    `cosine` leaves of a row of median norm.
+    For ordinary rows this is `cosine`. Two outliers can have a cosine of 0.99 and still differ by more
+    than the length of an ordinary row, so they need a larger cosine: the part of an outlier that the
+    other direction leaves unexplained must be as short as for a row of median norm at `cosine`.
     """
     norm = x.norm(dim=-1)
     share = torch.where(_weights(x) < 1, norm.median() / norm, 1)
@@ -28,7 +31,7 @@ def duplicate_cosines(x: Float[Tensor, "n d"], cosine: float) -> Float[Tensor, "
 
 
 def robust_centre(x: Float[Tensor, "n d"], mean: Float[Tensor, " d"]) -> Float[Tensor, " d"]:
-    """`mean`, unless outliers may have moved it: then the mean of a sample `x` without them."""
+    """The centre of a stream: `mean`, or the mean of a sample `x` without outliers, if it has some."""
     centre = x.median(dim=0).values
     if (_weights(x - centre) == 1).all():
         return mean
@@ -38,7 +41,7 @@ def robust_centre(x: Float[Tensor, "n d"], mean: Float[Tensor, " d"]) -> Float[T
 
 
 def _weights(x: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
-    """1 for rows of up to `OUTLIER` median norms, less for longer ones."""
+    """Factors that shorten rows to `OUTLIER` median norms; 1 for rows that are no longer than that."""
     norm = x.norm(dim=-1)
     limit = OUTLIER * norm.median()
     if limit == 0:  # most rows are at the centre; which of the others are outliers cannot be told

@@ -1,4 +1,4 @@
-"""The seam between rules for choosing atoms and whoever runs them."""
+"""The interface between rules for choosing atoms and the code that runs them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -29,14 +29,14 @@ class Dictionary:
 
 @dataclass(frozen=True)
 class Request:
-    """What a rule is asked for, and what it is told of the stream.
+    """A request to a rule for a dictionary, with the facts about the stream that it needs.
 
     Attributes:
         d_in: numbers in an activation.
         d_sae: atoms; None leaves their number to the rule.
         k: nonzeros of the codes that the atoms are chosen for.
         signed: whether coefficients may be negative.
-        seed: of whatever the rule draws at random.
+        seed: seed of all random draws of the rule.
         dtype, device: of the activations; float32 or float64.
     """
 
@@ -50,8 +50,10 @@ class Request:
 
     @property
     def coding(self) -> Coding:
-        """Matching pursuit with these settings: rules choose by it whatever the dictionary encodes by,
-        since it is the fastest, and what it prefers serves the others."""
+        """The coding by which rules choose atoms: matching pursuit, however the dictionary will encode.
+
+        It is the fastest pursuit, and the atoms that it prefers serve the other pursuits too.
+        """
         return Coding(self.k, "mp", self.signed)
 
 
@@ -91,7 +93,7 @@ class Sated(Protocol):
 
     @property
     def done(self) -> bool:
-        """Whether nothing that could still come would change the choice."""
+        """Whether the rest of the stream cannot change the choice."""
         ...
 
 
@@ -104,7 +106,7 @@ class Resumable(Protocol):
     """
 
     def state(self) -> dict[str, Tensor]:
-        """What was seen so far."""
+        """The run so far, as data that `load` takes."""
         ...
 
     def load(self, state: Mapping[str, Tensor]) -> None:
@@ -119,7 +121,7 @@ class Resumable(Protocol):
 class Rule(Protocol):
     """A rule for choosing atoms: a frozen dataclass whose fields are its settings.
 
-    The fields are what a dictionary's metadata records of the rule, and must be plain data for JSON.
+    A dictionary's metadata records the fields, so they must be plain data for JSON.
     """
 
     __dataclass_fields__: ClassVar[dict[str, Any]]

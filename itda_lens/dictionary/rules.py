@@ -9,4 +9,5 @@ RULES: dict[str, Rule] = {
     "thorough": EnergyRule(refine=True, rounds=8, min_updated=49_152),
     "paper": GreedyRule(),
 }
-"""Rules by name. A new one is a line here; one's own can be passed to `fit` and `build` as it is."""
+"""Rules by name. A new rule of the library is a line here. A rule of your own needs no line: pass it to
+`fit` or `build`."""

@@ -1,4 +1,4 @@
-"""Uniform samples of a stream, in memory that does not grow with it, whatever its order and batches."""
+"""Uniform samples of a stream, whatever its order and batches, in memory that does not grow."""
 
 from collections.abc import Mapping
 
@@ -44,7 +44,7 @@ class StreamSample:
         self._salt = mix64(np.array(seed % 2**64, dtype=np.uint64))
         self._distinct, self._labelled = distinct, labelled
         # Odd multipliers of the row's 32-bit pieces; a sum of products modulo 2**64. They must not
-        # depend on the seed, since samples of one stream are merged by what they made.
+        # depend on the seed, since samples of one stream are merged by these hashes.
         odd = np.random.default_rng(0).integers(0, 2**63, d * dtype.itemsize // 4, dtype=np.uint64)
         odd = odd * 2 + 1
         self._multipliers = torch.from_numpy(odd.view(np.int64)).to(device)
@@ -59,7 +59,7 @@ class StreamSample:
         self.n_seen += len(rows)
         offered = np.arange(len(rows))
         if self._store.room == 0 and len(self):
-            # A full sample has smaller priorities than most of what comes.
+            # Most new rows have larger priorities than all rows of a full sample.
             offered = np.flatnonzero(priorities <= self._priorities.max())
         if not len(offered):
             return
@@ -100,7 +100,7 @@ class StreamSample:
         return self._store.rows[order.to(self._store.rows.device)]
 
     def places(self, at_most: int | None = None) -> Places:
-        """Where they came from, in the same order."""
+        """The places of the sampled rows, in the order of `rows`."""
         return self._places.take(self._order(at_most))
 
     @property
@@ -115,12 +115,12 @@ class StreamSample:
         priorities: UInt64[np.ndarray, " m"],
         identities: UInt64[np.ndarray, " m"],
     ) -> None:
-        """Keep the rows of smallest priority, of those held and of these."""
+        """Keep the rows of smallest priority, among those held and the new ones."""
         held, room = len(self), self._store.room
         both = np.concatenate([self._priorities, priorities])
         everywhere = Places.joined([self._places, places])
         order = _by_priority(both, everywhere)
-        if self._distinct:  # of each identity the first in this order
+        if self._distinct:  # only the first of each identity, in this order
             _, first = np.unique(
                 np.concatenate([self._identities, identities])[order], return_index=True
             )

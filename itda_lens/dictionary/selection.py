@@ -1,4 +1,4 @@
-"""The pieces that rules for choosing atoms are made of."""
+"""Building blocks of the rules for choosing atoms."""
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -8,10 +8,10 @@ from tqdm.auto import tqdm
 from itda_lens.pursuit import Coding, PreparedAtoms, SparseCodes
 
 SAME_DIRECTION = 1 - 1e-6
-"""Cosine from which two float32 directions count as the same one: their rounding allows no better."""
+"""From this cosine on, two float32 directions count as one: rounding allows nothing finer."""
 
 FEW = 64
-"""Atoms that need no rounds of pruning to be put in order: a few codes use them all."""
+"""Number of atoms that need no pruning to be put in order: even a few codes use them all."""
 
 
 def normalize_rows(
@@ -27,7 +27,10 @@ def normalize_rows(
 def nearest(
     rows: Float[Tensor, "n d"], others: Float[Tensor, "m d"], signed: bool
 ) -> Float[Tensor, " n"]:
-    """The largest cosine of each unit row to others; of d or -d, if codes are signed. -1 to none."""
+    """The largest cosine of each unit row with any of `others`; -1 if there are none.
+
+    If codes are signed, d and -d count alike.
+    """
     if not len(others):
         return rows.new_full((len(rows),), -1.0)
     similarity = rows @ others.T
@@ -38,13 +41,14 @@ def nearest(
 def nearest_rows(
     atoms: Float[Tensor, "n d"], rows: Float[Tensor, "m d"], signed: bool, block: int = 128
 ) -> Int[Tensor, " n"]:
-    """The index of the row nearest to each atom, or to minus it, if `signed`; a different row for each.
+    """For each atom, the index of the nearest row; no row is given to two atoms.
 
-    Where two atoms are nearest to one direction, the first has it, and the other the nearest that is
-    left once all those are given away.
+    If several atoms are nearest to one direction, the first of them gets its row. Once all such rows are
+    given away, each of the other atoms gets the nearest row that is left.
 
     Args:
-        atoms, rows: of unit norm; at least as many rows as atoms, of different directions.
+        atoms, rows: of unit norm. There must be no fewer rows than atoms, of different directions.
+        signed: whether a row may stand for its negative, as it may in signed codes.
         block: atoms compared with all rows at once.
     """
 
@@ -61,7 +65,7 @@ def nearest_rows(
     taken = torch.zeros_like(free)
     taken[found[first]] = True
     for i in (~first).nonzero().flatten().tolist():
-        # By index, too: a cosine of a row to itself may be rounded to less.
+        # Rows go by index, too: the cosine of a row to itself may be rounded to less.
         left = free & ~taken
         left = left if left.any() else ~taken
         found[i] = similarity(atoms[i : i + 1], rows).masked_fill(~left, -torch.inf).argmax()
@@ -100,7 +104,7 @@ def first_of_direction(
         similarity = rows @ rows.T
         clashes = (similarity.abs() if signed else similarity) >= limit[:, None]
         clashes = clashes.tril(diagonal=-1)
-        # In numpy: a step on so few numbers would be nearly all overhead in torch.
+        # In numpy, since steps on small arrays are nearly all overhead in torch.
         clashing, kept_here = clashes.cpu().numpy(), keep.cpu().numpy()
         for i in clashing.any(axis=-1).nonzero()[0]:
             kept_here[i] &= not (clashing[i] & kept_here).any()
@@ -120,7 +124,7 @@ def energy_by_atom(codes: SparseCodes, n_atoms: int) -> Float[Tensor, " n"]:
 
 
 def _by_energy(codes: SparseCodes, n_atoms: int) -> Int[Tensor, " n"]:
-    """Atoms in the order of their energy, the largest first; equal ones by index."""
+    """Indices of the atoms by falling energy; equal ones by index."""
     return energy_by_atom(codes, n_atoms).argsort(descending=True, stable=True)
 
 
@@ -135,9 +139,9 @@ def prune_by_energy(
 ) -> Int[Tensor, " n_keep"]:
     """Indices, ascending, of the candidates that carry the most energy in the codes of `x`.
 
-    Rounds: code `x` by the pursuit of `coding`, drop the fraction `drop` of the candidates that carry
-    the least (never below `n_keep`), again. What a dropped atom carried falls to its neighbours, so
-    several small rounds choose better than one large one.
+    Each round codes `x` by the pursuit of `coding` and drops the fraction `drop` of the candidates that
+    carry least, until `n_keep` are left. Neighbours take over the energy of a dropped atom, so several
+    small rounds choose better than one large one.
     """
     kept, _ = _prune(x, PreparedAtoms(candidates, coding), n_keep, drop, progress)
     return kept
@@ -146,9 +150,9 @@ def prune_by_energy(
 def order_by_energy(
     x: Float[Tensor, "n d"], atoms: Float[Tensor, "m d"], coding: Coding, *, drop: float
 ) -> Int[Tensor, " m"]:
-    """Indices of `atoms`, the most important first: the first of them are what pruning would leave.
+    """Indices of `atoms`, the most important first: a prefix holds the atoms that pruning would leave.
 
-    The first `FEW` are among themselves in the order of their energy.
+    The first `FEW` of them are in the order of their energy.
     """
     prepared = PreparedAtoms(atoms, coding)
     few, dropped = _prune(x, prepared, min(FEW, len(atoms)), drop, progress=False)
@@ -160,7 +164,7 @@ def order_by_energy(
 def _prune(
     x: Tensor, candidates: PreparedAtoms, n_keep: int, drop: float, progress: bool
 ) -> tuple[Tensor, list[Tensor]]:
-    """What is left, ascending, and what each round dropped, those of most energy first."""
+    """The indices that are left, ascending, and those that each round dropped, by falling energy."""
     kept = torch.arange(len(candidates), device=candidates.atoms.device)
     dropped = []
     with tqdm(

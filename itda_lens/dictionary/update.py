@@ -1,4 +1,4 @@
-"""Least-squares update of chosen atoms: no longer real activations, but near them and better."""
+"""Least-squares update of atoms: they stay near real activations, and reconstruct better."""
 
 from collections.abc import Callable, Iterable
 
@@ -10,21 +10,22 @@ from tqdm.auto import tqdm
 from itda_lens.pursuit import Coding, PreparedAtoms, SparseCodes
 
 PAST_WEIGHT = 0.5
-"""What the codes of one round weigh in the next: they are of atoms that have moved, but cost nothing.
-Those of earlier rounds count no more: a third part gains nothing."""
+"""Weight of one round's codes in the next round. They belong to atoms that have moved since, but cost
+nothing. Earlier rounds get no weight: a third sample gains nothing."""
 
 CG_STEPS = 2
-"""Steps of conjugate gradients per round; more gain nothing, since codes change with the atoms."""
+"""Steps of conjugate gradients per round. More steps gain nothing, since codes change with the atoms."""
 
 COLUMNS = 192
-"""Columns of the atoms solved for at once: rows of their table are read in any order, and so many of
-4,096 atoms are 3 MB. Fewer columns cost more in reading codes."""
+"""Columns of the atoms that are solved for at once. Their rows are read in any order, so they should fit
+a cache: for 4,096 atoms these columns take 3 MB. With fewer columns, codes would be read more often."""
 
 RIDGE = 0.03
-"""Pull towards the atoms as they are, in multiples of an average atom's energy: rare atoms move less."""
+"""Strength of the pull towards the atoms as they are, in multiples of an average atom's energy. With it,
+rare atoms move less."""
 
 DEFAULT_LEAST_COSINE = 0.9
-"""How near atoms stay to the activations that their labels name; docs/quality.md has its price."""
+"""Least cosine of a moved atom to the activation that its label names; docs/quality.md has its price."""
 
 
 def update_atoms(
@@ -35,20 +36,27 @@ def update_atoms(
     least_cosine: float,
     progress: bool,
 ) -> Float[Tensor, "n d"]:
-    """Unit atoms that reconstruct activations better: for each part, code it, then solve for the atoms.
+    """Move unit atoms so that they reconstruct activations better.
 
-    The method of optimal directions (Engan, Aase & Husoy, 1999) on codes of matching pursuit, a round a
-    part, by conjugate gradients from the atoms as they are: memory for two parts, their codes and a few
-    copies of the atoms, none for atoms by atoms. As in online dictionary learning (Mairal et al., 2009)
-    codes of the round before still count, by `PAST_WEIGHT`: rare atoms are fitted to more activations.
-    An atom that no code uses stays as it is, bit for bit; none gets farther from where it began than
-    `least_cosine`.
+    Each round codes one part of the activations with the atoms as they are, then solves for new atoms by
+    least squares: the method of optimal directions (Engan, Aase & Husoy, 1999), on codes of matching
+    pursuit. Conjugate gradients begin at the atoms as they are. Memory holds two parts, their codes and
+    a few copies of the atoms, but no matrix of atoms by atoms.
+
+    Codes of the round before still count, with weight `PAST_WEIGHT`, as in online dictionary learning
+    (Mairal et al., 2009). So rare atoms are fitted to more activations. An atom that no code uses stays
+    as it is, bit for bit.
 
     Args:
-        parts: activations, centred; other ones in each round fit the atoms to none of them too closely.
+        parts: centred activations, one part for each round. Different parts keep the atoms from fitting
+            one of them too closely.
         atoms: rows of unit norm.
         coding: how activations are coded in each round.
-        least_cosine: of each atom to the atom as it was, 0 to 1; 1 lets none move.
+        least_cosine: the least cosine that a moved atom may have to the atom as it was, 0 to 1. With 1,
+            no atom moves.
+
+    Returns:
+        The moved atoms, of unit norm.
     """
     if least_cosine == 1:
         return atoms
@@ -67,7 +75,7 @@ def update_atoms(
 def _joined(
     past: Tensor, past_codes: SparseCodes, x: Tensor, codes: SparseCodes
 ) -> tuple[Tensor, SparseCodes]:
-    """All rows and their codes, those of the past scaled so that their squares weigh `PAST_WEIGHT`."""
+    """Rows and codes of two rounds; those of the past are scaled to the weight `PAST_WEIGHT`."""
     fading = PAST_WEIGHT**0.5
     values = torch.cat([fading * past_codes.values, codes.values])
     return (
@@ -79,8 +87,8 @@ def _joined(
 def hold_near(
     atoms: Float[Tensor, "n d"], origin: Float[Tensor, "n d"], least_cosine: float
 ) -> Float[Tensor, "n d"]:
-    """Unit atoms, those of a smaller cosine to their origin moved to the nearest point that has it."""
-    # In float64: the cosine of what has hardly moved differs from 1 by less than float32 can tell.
+    """Move atoms with too small a cosine to their origin to the nearest point where it is enough."""
+    # In float64, since float32 cannot tell the cosine of an atom that has hardly moved from 1.
     start, end = origin.double(), atoms.double()
     cosine = (start * end).sum(dim=-1, keepdim=True) / start.norm(dim=-1, keepdim=True)
     away = torch.nn.functional.normalize(end - cosine * start, dim=-1)
@@ -92,10 +100,10 @@ def hold_near(
 def least_squares_atoms(
     x: Float[Tensor, "m d"], codes: SparseCodes, atoms: Float[Tensor, "n d"], steps: int = CG_STEPS
 ) -> Float[Tensor, "n d"]:
-    """`steps` steps from `atoms` to the D that minimises |x - C D|^2 + ridge |D - atoms|^2.
+    """Take `steps` steps from `atoms` to the D that minimises |x - C D|^2 + ridge |D - atoms|^2.
 
-    C is the sparse matrix of `codes`; columns of D are solved for side by side, as many as stay in a
-    cache, with the diagonal of the normal equations as preconditioner.
+    C is the sparse matrix of `codes`. Columns of D do not depend on each other, and groups of them that
+    fit a cache are solved for at once. The diagonal of the normal equations is the preconditioner.
     """
     transposed = _Transposed(codes, len(atoms))
     energy = transposed.energy()
@@ -121,7 +129,7 @@ def _conjugate_gradients(
     diagonal: Float[Tensor, "n 1"],
     steps: int,
 ) -> Float[Tensor, "n c"]:
-    """`steps` steps from zero to the solution of `apply(z) = residual`, each column by itself."""
+    """Take `steps` steps from zero to the solution of `apply(z) = residual`, each column by itself."""
     change = torch.zeros_like(residual)
     direction = residual / diagonal
     size = (residual * direction).sum(dim=0)

@@ -1,4 +1,4 @@
-"""How many atoms a code has on average, by the threshold at which pursuits stop."""
+"""Calibration: the threshold of pursuits at which codes have a wanted number of nonzeros on average."""
 
 import math
 from collections.abc import Callable
@@ -16,39 +16,42 @@ from itda_lens.pursuit.gram import GRAM_BUDGET_BYTES, GramMatrix, gram_dtype, gr
 from itda_lens.pursuit.prepared import PreparedAtoms
 
 CLOSE_ENOUGH = 0.005
-"""Relative distance from the mean L0 asked for, about, at which calibration stops: of some thousands of
-rows the mean is not known better."""
+"""Calibration stops at about this relative distance between the mean L0 and the `l0` asked for. A few
+thousand rows do not tell the mean better."""
 
 FIRST_ROWS = 256
-"""Rows, about, on which the search begins."""
+"""About how many rows the search for a threshold begins on."""
 
 FIRST_CLOSE = 0.03
-"""What `CLOSE_ENOUGH` is for so few."""
+"""The search on the first few rows stops at this relative distance between the mean L0 and `l0`."""
 
 NEAR = 0.025
-"""Relative distance from which one more step is trusted to be close enough: a steepness that is off by a
-fifth then misses by half a per cent."""
+"""At this relative distance from `l0` or nearer, one more step is trusted without a test. If the
+measured steepness is off by a fifth, that step misses `l0` by half a per cent."""
 
 ORDINARY = 1.5
-"""Factor from `STEEPNESS` up to which a measured steepness is one to trust."""
+"""A measured steepness is trusted if it differs from `STEEPNESS` by no more than this factor."""
 
 MANY_ROWS = 1000
-"""Rows from which it is: with few, mean L0 moves in steps."""
+"""A measured steepness is trusted only on at least this number of rows: on fewer, mean L0 moves in
+steps."""
 
 STEPS = 3
-"""Steps tried at most before the threshold is enclosed."""
+"""Most steps that are tried before the search turns to enclosing the threshold."""
 
 FIRST_FACTOR = 1.05
-"""By which thresholds are enclosed first."""
+"""Factor between a threshold that was tried and the first one outwards from it, when the search
+encloses."""
 
 FASTER = 1.5
-"""Exponent by which the factor grows: an L0 that cannot be had is recognised after a dozen trials."""
+"""Each further step outwards raises its factor to this power, when the search encloses. So a dozen
+trials recognise an L0 that cannot be had."""
 
 STEEPNESS = 2.0
-"""Power of the threshold with which mean L0 is taken to fall, for a first guess; SmolLM2 has 1.8."""
+"""First guess of a search: mean L0 falls as this power of the threshold. On SmolLM2 it is 1.8."""
 
 MOST_TRIALS = 60
-"""Thresholds tried at most: mean L0 is a step function, which may jump over what was asked for."""
+"""Most thresholds that are tried. Mean L0 is a step function, which may jump over the `l0` asked for."""
 
 
 @torch.no_grad()
@@ -65,22 +68,22 @@ def calibrate_threshold(
 ) -> float:
     """The threshold of `encode` at which codes of `x` have `l0` nonzeros on average.
 
-    One threshold for all rows spends nonzeros where they remove most error: the rule of Mutual Choice
-    SAEs (Ayonrinde, 2024) and of BatchTopK (Bussmann et al., 2024), in a form in which a row's code
-    does not depend on the rows beside it.
+    One threshold for all rows spends nonzeros where they remove most error. This is the rule of Mutual
+    Choice SAEs (Ayonrinde, 2024) and of BatchTopK (Bussmann et al., 2024), in a form in which a row's
+    code does not depend on the rows beside it.
 
     Args:
-        x: activations, centred as they will be encoded; some thousands of text that atoms are not from.
+        x: a few thousand activations of texts that no atom comes from, centred as they will be encoded.
         l0: mean number of nonzeros wanted, 0 < l0 <= k.
         k: most nonzeros per code; three or four times `l0` loses little.
         atoms, method, signed, rtol, gram: as in `encode`.
 
     Returns:
-        The threshold, in the units of x; 0 where `l0` is `k`, or where no threshold, however small,
-        gives codes of `l0` nonzeros on average.
+        The threshold, in the units of x. It is 0 where `l0` is `k`, or where no threshold, however
+        small, lets codes have `l0` nonzeros on average.
 
     Raises:
-        ValueError: `x` is empty or zero, `l0` or `k` is out of range; what `encode` raises.
+        ValueError: `x` is empty or zero, `l0` or `k` is out of range, or `encode` refuses the input.
     """
     coding = Coding(k, method, signed, rtol)
     return threshold_for_l0(x, PreparedAtoms.with_gram(atoms, coding, gram), l0)
@@ -88,7 +91,10 @@ def calibrate_threshold(
 
 @torch.no_grad()
 def threshold_for_l0(x: Float[Tensor, "n d"], prepared: PreparedAtoms, l0: float) -> float:
-    """`calibrate_threshold` for atoms that are prepared; the threshold of their coding is not looked at.
+    """The threshold at which codes of `x` over prepared atoms have `l0` nonzeros on average.
+
+    `calibrate_threshold` prepares atoms and then does this. The threshold of the atoms' own coding is
+    ignored.
 
     Raises:
         ValueError: as `calibrate_threshold`.
@@ -109,18 +115,19 @@ def calibrate_out_of_fold(
     signed: bool = True,
     rtol: float = DEFAULT_RTOL,
 ) -> float:
-    """The threshold of `calibrate_threshold`, with each row coded without the atoms of its own fold.
+    """The threshold for `l0` nonzeros on average, found without the atoms of each row's own fold.
 
-    So `x` may be of the text that atoms are from. Codes of such text have fewer nonzeros than codes of
-    other text; not so where folds are of whole texts, by cross-validation (Stone, 1974).
+    Unlike in `calibrate_threshold`, `x` may be of the text that atoms come from. Codes of such text have
+    fewer nonzeros than codes of other text. That is put right by cross-validation (Stone, 1974): each
+    row is coded with the atoms of other folds only. Each text must lie whole in one fold.
 
     Args:
         x, atoms, l0, k, method, signed, rtol: as in `calibrate_threshold`.
-        folds: of each row; any integers.
-        atom_folds: of each atom. An atom in a fold without rows serves every row.
+        folds: the fold of each row; any integers.
+        atom_folds: the fold of each atom. An atom in a fold without rows serves every row.
 
     Raises:
-        ValueError: a fold has all atoms; what `calibrate_threshold` raises.
+        ValueError: one fold has all atoms; or as `calibrate_threshold`.
     """
     coding = Coding(k, method, signed, rtol)
     coding.check_atoms(len(atoms))
@@ -131,7 +138,7 @@ def calibrate_out_of_fold(
     if gram_fits(len(atoms), gram_dtype(atoms, method, signed), budget):
         prepared = PreparedAtoms(atoms, coding)
     else:
-        prepared = PreparedAtoms.with_gram(atoms, coding, None)  # one for each fold is too large too
+        prepared = PreparedAtoms.with_gram(atoms, coding, None)  # those of the folds are too large too
     parts = []
     for fold in used:
         start, stop = torch.searchsorted(atom_folds, atom_folds.new_tensor([fold, fold + 1])).tolist()
@@ -175,7 +182,7 @@ def _calibrate(parts: list[_Part], l0: float, k: int) -> float:
         trust = n / step >= MANY_ROWS
         return _find(partial(mean_l0, step), l0, start, least, enough, trust)
 
-    # First on few rows, then near what they say.
+    # First on few rows; then on all rows, from the threshold that the few gave.
     step = max(1, n // FIRST_ROWS)
     least = 1e-6 * scale
     start = min(max(least, _guess(codes(step, math.ceil(l0)))), scale)
@@ -189,7 +196,7 @@ def check_l0(l0: float, k: int) -> None:
 
 
 def _guess(codes: list[SparseCodes]) -> float:
-    """From codes of a fixed length: the least coefficient of an ordinary row."""
+    """A first threshold, from codes of a fixed length: the median over rows of the least coefficient."""
     sizes = [part.values.abs() for part in codes]
     least = [size.masked_fill(size == 0, torch.inf).amin(dim=-1) for size in sizes]
     return torch.cat(least).median().item()
@@ -203,12 +210,14 @@ def _find(
     enough: float,
     trust: bool,
 ) -> float:
-    """Where `mean_l0`, which falls with the threshold, is `l0`, looked for from `start`; 0 if it is
-    lower at `least` still.
+    """Search from `start` for the threshold at which `mean_l0` is `l0`.
 
-    A few steps first: near l0 mean L0 falls about as a power of the threshold. With `trust`, once that
-    power is known from two thresholds, and an ordinary one, the last step is not tried; where L0 jumps,
-    or falls no more, `_enclose` goes on.
+    `mean_l0` falls as the threshold grows; near `l0` it falls about as a power of the threshold. So a
+    few steps are tried first. With `trust`, once two thresholds have shown that power and it is an
+    ordinary one, the last step is not tested. If L0 jumps or falls no more, `_enclose` goes on.
+
+    Returns:
+        The threshold; 0 if even at `least` the mean is lower than `l0`.
     """
     threshold, before = start, math.nan
     steepness, ordinary = STEEPNESS, False
@@ -241,8 +250,14 @@ def _enclose(
     least: float,
     enough: float,
 ) -> float:
-    """The same, surely: thresholds from those of `trials` (which holds the mean L0 of some) outwards, in
-    growing steps, until two of them enclose it; then by interpolation of logarithms."""
+    """Search for the threshold at which `mean_l0` is `l0`, also where mean L0 jumps.
+
+    The search moves outwards from the thresholds in `trials`, which holds the mean L0 of those tried
+    already. It takes growing steps until two thresholds enclose `l0`, then interpolates logarithms.
+
+    Returns:
+        The threshold tried whose mean is nearest to `l0`; 0 if even at `least` the mean is lower.
+    """
     low = max((tried for tried, found in trials.items() if found >= l0), default=min(trials))
     high = min((tried for tried in trials if tried > low), default=low)
     factor = FIRST_FACTOR

@@ -7,7 +7,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 CANCELLATION = 1e-4
-"""Share of a row's energy under which what is left of it is computed, not tracked."""
+"""Once a residual has less than this share of its row's energy, its energy is computed from the
+residual, since tracking it by subtraction has become inexact."""
 
 
 class SparseCodes(NamedTuple):
@@ -29,12 +30,12 @@ class SparseCodes(NamedTuple):
         return (self.values != 0).sum(dim=-1)
 
     def to_dense(self, d_sae: int) -> Float[Tensor, "*batch d_sae"]:
-        """The same codes as one row of `d_sae` coefficients each; differentiable in `values`."""
+        """The codes as dense rows of `d_sae` coefficients; differentiable in `values`."""
         dense = self.values.new_zeros(*self.values.shape[:-1], d_sae)
         return dense.scatter_add(-1, self.indices, self.values)
 
     def mirrored(self, n: int) -> "SparseCodes":
-        """The same codes over the atoms `[D, -D]`, n of them in D, with no negative coefficient."""
+        """The codes over the atoms `[D, -D]`, with n atoms in D: no coefficient is negative there."""
         return SparseCodes(self.indices + n * (self.values < 0), self.values.abs())
 
     def decode(self, atoms: Float[Tensor, "d_sae d_in"]) -> Float[Tensor, "*batch d_in"]:
@@ -50,10 +51,10 @@ def checked_energy(
     picks: Int[Tensor, "b t"],
     coefficients: Float[Tensor, "b t"],
 ) -> Float[Tensor, " b"]:
-    """Squared residual norms, tracked by subtraction, computed anew where that has become inexact.
+    """Squared norms of residuals: tracked by subtraction, but computed where that became inexact.
 
-    Subtracting squares in the dtype of x leaves an error of some 1e-6 of `start` in float32. Rows with
-    less than a hundred times that left are few, and their residual is formed.
+    Subtracting squares in the dtype of x leaves an error of some 1e-6 of `start` in float32. Only few
+    rows come within a hundred times that error, so their residuals are formed.
     """
     inexact = energy < CANCELLATION * start
     if inexact.any():

@@ -10,11 +10,12 @@ import numpy as np
 from itda_lens.pursuit.methods import PURSUITS, pursuit_named
 
 Method = Literal["mp", "omp", "ols"]
-"""The names of `PURSUITS`."""
+"""The names of the pursuits in `PURSUITS`."""
 
 DEFAULT_RTOL = 1e-3
 """A row stops once |residual| <= rtol * |x|. An activation that is itself an atom leaves a residual of
-rounding errors, which must not become coefficients; what is given up is at most 1e-6 of the energy."""
+rounding errors, which must not become coefficients. Stopping there gives up at most 1e-6 of the
+energy."""
 
 
 @dataclass(frozen=True)
@@ -29,24 +30,26 @@ class Coding:
     """Most nonzeros of a code, at least 1."""
 
     method: Method = "ols"
-    """"mp", matching pursuit (Mallat & Zhang, 1993): `k` steps, which may pick an atom again. "omp",
-    orthogonal matching pursuit (Pati et al., 1993): solves for all coefficients again at each step;
-    better codes, slower. "ols", orthogonal least squares (Chen, Billings & Luo, 1989): picks the atom
-    with which the solved error is least, goes on for a quarter more than `k` picks, and drops those
-    again without which least is lost; better still, slower still."""
+    """"mp", matching pursuit (Mallat & Zhang, 1993), takes `k` steps, and may pick an atom again. "omp",
+    orthogonal matching pursuit (Pati et al., 1993), solves for all coefficients again at each step; its
+    codes are better, and it is slower. "ols", orthogonal least squares (Chen, Billings & Luo, 1989),
+    picks the atom that leaves the least error once all coefficients are solved for. It makes a quarter
+    more than `k` picks, then drops those that matter least; its codes are better still, and it is slower
+    still."""
 
     signed: bool = True
-    """Whether coefficients may be negative. "ols" has no form without signs."""
+    """Whether coefficients may be negative. "ols" has no form for non-negative ones."""
 
     rtol: float = DEFAULT_RTOL
-    """A row stops once |residual| <= rtol |x|, 0 <= rtol < 1; 0 never stops early."""
+    """A row stops once |residual| <= rtol |x|. At least 0, which never stops early, and below 1."""
 
     threshold: float = 0.0
-    """A row stops before it picks an atom whose correlation with the residual is smaller; at least 0, in
-    the units of the activations. Rows that need few atoms then take few. The next pick of MP removes
-    the square of its correlation, that of OMP at least that square. Under "ols" every atom of a code
-    removes at least the square of `threshold`; a row goes on for atoms that remove somewhat less, of
-    which some may be worth it once others are dropped. See `calibrate_threshold`."""
+    """A row stops before it picks an atom whose correlation with the residual is smaller. At least 0, in
+    the units of the activations. Rows that need few atoms then take few. The next pick of MP removes the
+    square of its correlation from the squared error, and that of OMP removes at least that square. Under
+    "ols" every atom of a code removes at least the square of `threshold`. There a row also tries atoms
+    that remove somewhat less, since some of these may be worth it once others are dropped. See
+    `calibrate_threshold`."""
 
     def __post_init__(self) -> None:
         def convert(name: str, kinds: tuple[type, ...], kind: type, allowed: str) -> Any:
@@ -81,10 +84,10 @@ class Coding:
 
 
 def check_sign(method: str, signed: bool) -> None:
-    """Refuse a pursuit that has no form without signs where one is asked for.
+    """Refuse non-negative codes for a pursuit that has no form for them.
 
     Raises:
-        ValueError: this is such a pursuit, and `signed` is False.
+        ValueError: `signed` is False, and the pursuit has only a signed form.
     """
     if not signed and not pursuit_named(method).nonnegative:
         able = " or ".join(repr(name) for name, pursuit in PURSUITS.items() if pursuit.nonnegative)

@@ -1,4 +1,4 @@
-"""The pursuits by compiled loops: CPU only, with a Gram matrix, or some of its rows, in fixed point."""
+"""The pursuits as compiled loops, for CPUs, with a Gram matrix (or some rows of it) in fixed point."""
 
 import os
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -17,7 +17,7 @@ from itda_lens.pursuit.methods import PURSUITS
 from itda_lens.pursuit.precision import float32_products
 
 CORRELATION_BYTES = 32 * 1024**2
-"""Memory for the correlations of the rows that are worked on at once."""
+"""Bytes for the correlations of the rows that are worked on at once."""
 
 
 @cache
@@ -45,13 +45,13 @@ def search(
     gram: Int16[Tensor, "n n"] | GramRows,
     coding: Coding,
 ) -> tuple[Int[Tensor, "b k"], Float[Tensor, "b k"]]:
-    """The picks and coefficients of the torch form of this pursuit, exact to float64 rounding.
+    """Run a compiled pursuit: picks and coefficients of its torch form, exact to float64 rounding.
 
     It runs in `torch.get_num_threads()` threads. `PURSUITS` must have a loop for `coding`.
 
     Returns:
         picks: the atom of each slot, -1 where it is unused.
-        coefficients: of each slot, 0 where it is unused; in the dtype of x.
+        coefficients: the coefficient of each slot, 0 where it is unused; in the dtype of x.
     """
     n = len(atoms)
     picks = x.new_empty(len(x), coding.k, dtype=torch.long)

@@ -5,17 +5,17 @@ from jaxtyping import Float
 from torch import Tensor
 
 BLOCK = 4096
-"""Rows looked at more closely at a time."""
+"""Rows that are searched at a time, once a sum has shown that a number is not finite."""
 
 LARGEST = 1e150
-"""Size from which numbers are refused: the squared norm of a row must be finite in float64. Only float64
-can hold larger ones."""
+"""Numbers of this size or more are refused, so that the squared norm of a row is finite in float64. Only
+float64 can hold such numbers."""
 
 
 def first_nonfinite_row(x: Float[Tensor, "n d"]) -> int | None:
     """The first row with a NaN or an infinite number; None if there is none."""
     x = x.detach()
-    # One such number makes the sum of its row one too. So does overflow, hence the second look.
+    # One such number makes its row's sum NaN or infinite. So does overflow, hence the second look.
     for suspects in (~torch.isfinite(x.sum(dim=-1))).nonzero().flatten().split(BLOCK):
         bad = suspects[~torch.isfinite(x[suspects]).all(dim=-1)]
         if len(bad):

@@ -11,7 +11,7 @@ from torch import Tensor
 from itda_lens.pursuit.precision import FLOAT32_UNIT, float32_products, product_error
 
 PRODUCT_ROWS = 256
-"""Rows that exist in float32 at a time."""
+"""Rows that are computed in float32 at a time, before they are rounded."""
 
 _compiling = threading.Lock()
 """Held while the kernels are imported: numba's decorators are not meant to race."""
@@ -44,7 +44,8 @@ def fixed_point(
     Rounding moves each by at most 1.6e-5 from its float32 product.
 
     Args:
-        out: written to, and returned; by default a new matrix of as many rows as `a`.
+        out: the matrix to write to, which is returned; default: a new one with a row for each row of
+            `a`.
         where: the row of `out` for each row of `a`; in order by default.
     """
     if out is None:
@@ -73,7 +74,7 @@ def fixed_point_gram(atoms: Float[Tensor, "n d"]) -> Int16[Tensor, "n n"]:
 def _quantize(
     products: Float[Tensor, "m n"], where: Int[Tensor, " m"], out: Int16[Tensor, "c n"]
 ) -> None:
-    """Products of unit vectors in fixed point, into these rows."""
+    """Write products of unit vectors, in fixed point, into these rows."""
     loops = compiled_loops()
     if products.device.type == "cpu":
         loops.quantize(products.numpy(), where.numpy(), out.numpy())

@@ -16,14 +16,14 @@ from itda_lens.pursuit.precision import float32_products
 log = logging.getLogger(__name__)
 
 WIDEST = 16_384
-"""Most numbers of an activation: a program holds its residual in registers."""
+"""The largest width of activations: a program holds a residual in registers."""
 
 WARPS = 8
 LANES = 4 * 32 * WARPS
-"""Correlations looked at at once: four for each thread, 16 bytes in float32."""
+"""Correlations that a program looks at together: four for each thread, 16 bytes in float32."""
 
 TILE = 4096
-"""Numbers of atoms at once, about, where correlations are computed anew."""
+"""About how many numbers of atoms are read together where correlations are computed again."""
 
 
 def serves(device: torch.device) -> bool:
@@ -42,8 +42,8 @@ def available(device: torch.device, d: int, dtype: torch.dtype) -> bool:
 def _works(device: torch.device, d: int, dtype: torch.dtype) -> bool:
     """Try the kernel on a small problem of this kind: drivers and versions of Triton vary.
 
-    Against the torch form, with more atoms than lanes, a duplicate, and a row that is nearly an atom,
-    for which correlations have to be computed anew.
+    The result is compared with that of the torch form. The problem has more atoms than lanes, a
+    duplicate, and a row that is nearly an atom, for which correlations have to be computed again.
     """
     try:
         generator = torch.Generator().manual_seed(0)
@@ -78,13 +78,13 @@ def search(
     rtol: float,
     threshold: float,
 ) -> tuple[Int[Tensor, "b k"], Float[Tensor, "b k"]]:
-    """What `matching.search` does, with picks exact to float64 rounding.
+    """Matching pursuit, as in `matching.search`, with picks exact to float64 rounding.
 
-    Memory beside the Gram matrix: the correlations, 4 bytes for each row and atom.
+    Beside the Gram matrix, memory holds the correlations: 4 bytes for each row and atom.
 
     Returns:
         picks: the atom of each step, -1 once the row has stopped.
-        coefficients: of each step, 0 once the row has stopped; in the dtype of x.
+        coefficients: the coefficient of each step, 0 once the row has stopped; in the dtype of x.
     """
     from itda_lens.pursuit import triton_kernels
 

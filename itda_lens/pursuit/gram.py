@@ -12,26 +12,30 @@ from itda_lens.pursuit.methods import pursuit_named
 from itda_lens.pursuit.precision import at_least_float32, full_precision
 
 GRAM_BUDGET_BYTES = 2 * 1024**3
-"""Default budget of whole matrices: 32,768 atoms in fixed point, 23,170 in float32. A constant, not a
-share of the memory that happens to be free: the torch forms of pursuit round differently with and
-without a Gram matrix, and the same inputs must give the same bits."""
+"""Default memory for a whole matrix, in bytes: enough for 32,768 atoms in fixed point, or 23,170 in
+float32. It is a constant, not a share of the memory that happens to be free: the torch forms of pursuit
+round differently with and without a Gram matrix, and equal inputs must give equal bits."""
 
 GPU_SHARE = 1 / 3
-"""Share of a GPU's free memory that a matrix in fixed point may take there, if that is more: one of
-65,536 atoms takes 8 GiB."""
+"""Share of a GPU's free memory that a fixed-point matrix may take there, if that is more than
+`GRAM_BUDGET_BYTES`. A matrix of 65,536 atoms takes 8 GiB."""
 
 ROWS_SHARE = 1 / 3
-"""Share of the memory available that rows of a larger matrix may take; codes do not depend on it."""
+"""Share of the available memory that `GramRows` may take for a larger matrix. Codes do not depend on
+it."""
 
 MOST_ROWS_BYTES = 8 * 1024**3
-"""Most memory of such a table: a container may allow less than the machine says is available."""
+"""Most bytes that `GramRows` takes by default: a container may allow less than the machine reports."""
 
 GramMatrix = Float[Tensor, "n n"] | Int16[Tensor, "n n"] | GramRows
-"""Floating point, for the torch forms; int16 fixed point, or rows of it, for the compiled ones."""
+"""A Gram matrix: floating point for the torch forms; int16 fixed point, or rows of it, for the compiled
+ones."""
 
 
 def gram_dtype(atoms: Float[Tensor, "n d"], method: str = "mp", signed: bool = True) -> torch.dtype:
-    """int16 where a compiled form of this pursuit can run; otherwise the atoms' dtype, at least float32.
+    """The dtype of a Gram matrix for this pursuit: int16 where a compiled form of it can run.
+
+    Otherwise it is the dtype of the atoms, but at least float32.
 
     Raises:
         ValueError: there is no pursuit `method`.
@@ -52,7 +56,7 @@ def gram_fits(n_atoms: int, dtype: torch.dtype, budget_bytes: int = GRAM_BUDGET_
 def inner_products(
     a: Float[Tensor, "m d"], b: Float[Tensor, "n d"], dtype: torch.dtype
 ) -> Float[Tensor, "m n"] | Int16[Tensor, "m n"]:
-    """`a @ b.T`: rows of a Gram matrix of this dtype (int16: see `fixed_point`)."""
+    """`a @ b.T`, as rows of a Gram matrix of this dtype; for int16 see `fixed_point`."""
     if dtype == torch.int16:
         return fixed_point(a, b)
     with full_precision(a.device):
@@ -66,19 +70,20 @@ def gram_matrix(
     method: str = "mp",
     signed: bool = True,
 ) -> GramMatrix | None:
-    """`atoms @ atoms.T` for this pursuit, or what serves instead where it is larger than allowed.
+    """`atoms @ atoms.T` for this pursuit, or a substitute if it is larger than its budget.
 
-    With the Gram matrix a pursuit step costs one row of it per activation (memory-bound), under OMP one
-    for each atom held; without it, one product of the residuals with all atoms (arithmetic-bound). Both
-    give the same codes up to rounding; pass the result on as the `gram` argument of `encode`.
+    With the Gram matrix, a pursuit step reads one of its rows for each activation (under OMP one for
+    each atom held), and memory limits the speed. Without it, a step multiplies residuals with all atoms,
+    and arithmetic limits the speed. Both give the same codes up to rounding. Pass the result on as the
+    `gram` argument of `encode`.
 
     Args:
-        budget_bytes: memory for it; by default `GRAM_BUDGET_BYTES`, on a GPU a third of its free
-            memory, and for `GramRows` a third of the memory available (up to 8 GiB), if that is more.
+        budget_bytes: memory for the result; default: `GRAM_BUDGET_BYTES`, or, if that is more, a third
+            of a GPU's free memory and, for `GramRows`, a third of the available memory (up to 8 GiB).
 
     Returns:
-        Over the budget: for pursuits compiled for a CPU a `GramRows`, whose codes are the same bit for
-        bit; for the others None.
+        The matrix. If it is over the budget: a `GramRows` for pursuits that are compiled for a CPU, with
+        codes that are equal bit for bit; None for the others.
     """
     dtype = gram_dtype(atoms, method, signed)
     whole = _whole_budget(atoms.device, dtype) if budget_bytes is None else budget_bytes

@@ -12,13 +12,13 @@ from itda_lens.pursuit.fixed_point import fixed_point
 class GramRows:
     """Rows of the Gram matrix of `atoms` in fixed point, computed when a pursuit first needs them.
 
-    As many as fit into a budget are kept; where it is full, those that were not used for longest make
-    room. A row costs one product with all atoms. Real activations use some atoms much more than others,
-    so that most rows, once there, are used again. Codes do not depend on which rows are there. One
-    pursuit, of any number of threads, uses a table at a time (`lock`).
+    Rows are kept within a budget. Once it is full, the rows that were not used for longest make room. A
+    row costs one product with all atoms. Real activations use some atoms much more than others, so most
+    rows are used again once they are there. Codes do not depend on which rows are kept. One pursuit, of
+    any number of threads, uses a table at a time (`lock`).
 
     Attributes:
-        shape: of the whole matrix.
+        shape: shape of the whole matrix.
         rows: int16 [capacity, n]; memory is taken as rows are filled.
         slots: int64 [n], where each atom's row is; -1 if nowhere.
         used: int64 [capacity], the last turn in which a row was used; 0 for an empty one.

@@ -61,7 +61,7 @@ class _Cache(FunctionCache):
 
 @cache
 def _tell(done: str, path: str) -> None:
-    """Once for all functions."""
+    """Warn of the cache, once for all functions."""
     log.warning("numba's cache in %s cannot be %s; the pursuits are compiled anew", path, done)
 
 
@@ -77,14 +77,15 @@ def jit(function: Any) -> Any:
 # --- Gram matrices in fixed point, and sums of their rows by integer arithmetic
 
 GRAM_SCALE = 32767
-"""What 1 is in the fixed-point Gram matrix."""
+"""The integer that stands for 1 in the fixed-point Gram matrix."""
 
 TILE = 64
 """Columns whose sums are in registers at once."""
 
 LARGEST_SCALE = 60_000.0
-"""What 1 may be, at most, in fixed-point coefficients: a sum, at most 1, must stay under 2**31 / 32767 =
-65,538, with a margin for rounding. Partial sums may overflow, since integers wrap round."""
+"""The largest integer that may stand for 1 in fixed-point coefficients. A sum, at most 1, must stay
+under 2**31 / 32767 = 65,538, with a margin for rounding. Partial sums may overflow, since integers wrap
+round."""
 
 _LANES = 8
 """32-bit numbers in a vector of AVX2; longer vectors gained nothing."""
@@ -103,8 +104,8 @@ def quantize(products, where, out):
 def pack_row(packed, slot, gram, row, n):
     """Copy `n` columns of a row of the Gram matrix into `packed` [n_blocks, pairs, block].
 
-    Each 32-bit number holds two neighbouring slots, the even one in its lower half: what a processor
-    multiplies and adds in one instruction. An odd slot must come after its even one.
+    Each 32-bit number holds two neighbouring slots, the even one in its lower half: a processor
+    multiplies and adds such pairs in one instruction. An odd slot must come after its even one.
     """
     size = packed.shape[2]
     for b in range(packed.shape[0]):
@@ -122,7 +123,7 @@ def pack_row(packed, slot, gram, row, n):
 def pack_coefficients(c, n, scale, out):
     """The first `n` coefficients, times `scale`, as fixed-point pairs into `out`.
 
-    Returns what 1 is in them, and the norm of what rounding changed.
+    Returns the integer that stands for 1 in them, and the norm of the rounding errors.
     """
     largest = 0.0
     for i in range(n):
@@ -144,7 +145,7 @@ def pack_coefficients(c, n, scale, out):
 def _packed_sums(
     typingctx: Any, sums: Any, packed: Any, coefficients: Any, n_pairs: Any
 ) -> tuple[Any, Any]:
-    """`packed_sums`, which loops in numba's language do not compile to the instruction for."""
+    """`packed_sums`, for one processor instruction to which loops in numba's language do not compile."""
     vector = ir.VectorType(ir.IntType(32), _LANES)
     halves = ir.VectorType(ir.IntType(16), 2 * _LANES)
     integer = ir.IntType(32)
@@ -227,7 +228,8 @@ ROUNDING = 2.4e-7
 """Bound on four roundings of a number below 1 to float32: those of an update of a correlation."""
 
 CANCELLED = 1e-8
-"""Share of a row's energy under which what is left of it is computed, not tracked, in float64."""
+"""Once a residual has less than this share of its row's energy, its energy is computed, not tracked, in
+float64."""
 
 MAGNITUDE = np.int32(0x7FFFFFFF)
 """Bits of a float without its sign."""
@@ -316,7 +318,8 @@ def in_question(bits, mask, tops, least, taken, n_taken, found):
 
 @jit
 def pick(found, n_found, mask, residual, atoms):
-    """Of the atoms `found`, the first of largest correlation with the residual, or -1; and its own."""
+    """The first atom of `found` with the largest correlation with the residual, or -1; and that
+    correlation."""
     best, atom = 0.0, -1
     for i in range(n_found):
         value = dot(residual, atoms, found[i])
@@ -506,8 +509,8 @@ def _beside(atom, atoms, x, row, held, inverse, c, n, new, cross, m):
         c: coefficients of the least-squares fit of row `row` of x.
         new: receives the atom in float64.
         cross: scratch.
-        m: receives coefficients of what of it is orthogonal to the held ones, as a sum over these and
-            itself.
+        m: receives the part of the atom that is orthogonal to the held ones, as coefficients of these
+            and of itself.
 
     Returns:
         its correlation with the residual, and its squared distance from the span of those held.
@@ -582,11 +585,11 @@ def _difference(out, a, b, c):
 # --- Orthogonal least squares (Chen, Billings & Luo, 1989), with a backward pass
 
 TAKEN = 1e36
-"""In place of the squared distance from the span of an atom that can no longer be picked."""
+"""Stands in place of the squared distance from the span, for an atom that can no longer be picked."""
 
 FEW_IN_QUESTION = 2
-"""More of them are first cut down by exact correlations: one inner product each and the residual, where
-looking at an atom takes one with each atom held."""
+"""If more atoms than this are in question, exact correlations first reduce them: that takes one inner
+product each and the residual, while looking at an atom takes one with each atom held."""
 
 
 @jit
@@ -605,7 +608,7 @@ def least_squares_rows(
 
     Args:
         most: atoms held at once, at most.
-        threshold: dropped are atoms that explain less than its square, and those beyond k.
+        threshold: atoms that explain less than its square are dropped again, and so are those beyond k.
         ahead: a row stops before it picks an atom that explains less than this squared.
         tolerance: squared distance from the span up to which an atom is not picked.
     """
@@ -750,14 +753,14 @@ def _by_exact_correlation(
 
 @jit
 def _at_most(correlation, distance, error, error_p, tolerance):
-    """Upper bound on what an atom explains that may be picked, all in float32."""
+    """Upper bound on how much an atom explains, if it may be picked; all in float32."""
     most = _f4(abs(correlation) + error)
     return _f4(most * most / max(_f4(distance - error_p), tolerance))
 
 
 @jit
 def _rescore(scores, correlations, distances, error, error_p, tolerance, tops):
-    """Upper bounds on what each atom explains."""
+    """Upper bounds on how much each atom explains."""
     e, p, floor = _f4(error), _f4(error_p), _f4(tolerance)
     for i in range(scores.shape[0]):
         scores[i] = _at_most(correlations[i], distances[i], e, p, floor)
@@ -797,7 +800,8 @@ def _first_top(bits, tops):
 def _drop_least(inverse, c, n, threshold, support, picks, coefficients):
     """Drop held atoms, the one without which least is lost first; write down what is left.
 
-    Those beyond as many as `picks` has room for, and those that explain less than `threshold` squared.
+    Atoms are dropped while there are more than `picks` has room for, or one explains less than
+    `threshold` squared.
     """
     products = np.zeros((n, n))  # inverse of the matrix of inner products
     for t in range(n):

@@ -10,15 +10,15 @@ from itda_lens.pursuit.codes import checked_energy, gather_sum
 from itda_lens.pursuit.orthogonal import cross_gram
 
 SURPLUS = 0.25
-"""Atoms held beyond k before the backward pass, as a share of k."""
+"""Atoms that the forward pass holds beyond k, as a share of k; the backward pass drops them again."""
 
 AHEAD = 0.85
-"""Where a threshold ends the forward pass, as a share of that of the backward pass."""
+"""Threshold of the forward pass, as a share of that of the backward pass."""
 
 LEAST_DISTANCE = 1e-2
-"""Squared distance from the span of the support from which an atom may be picked: as near as that is an
-atom with a cosine of 0.995 to a held one. Nearer ones explain much only by huge coefficients that
-cancel, and leave bounds on rounding errors so wide that the compiled form slows down."""
+"""Least squared distance from the span of the support at which an atom may be picked. An atom with a
+cosine of 0.995 to a held one is at this distance. Nearer atoms explain much only by huge coefficients
+that cancel. They also leave bounds on rounding errors so wide that the compiled form slows down."""
 
 
 def most_held(k: int, n: int, d: int) -> int:
@@ -35,15 +35,17 @@ def search(
     rtol: float,
     threshold: float,
 ) -> tuple[Int[Tensor, "b k"], Float[Tensor, "b k"]]:
-    """Pick atoms forward, each the one that leaves least; then drop those without which least is lost.
+    """Pick atoms forward, each the one that leaves the least error; then drop those that matter least.
 
     Forward: orthogonal least squares (Chen, Billings & Luo, 1989). All coefficients are solved for again
-    after each pick, and the pick is the one for which the error is then least: of <r, d>^2 / p the
-    largest, where p is the squared distance of d from the span of the atoms held. OMP looks at <r, d>
-    alone. A row stops before it picks an atom that explains less than `AHEAD * threshold`, squared, or
-    when it holds `most_held` atoms. Backward: drop the atom without which least is lost, c^2 / P for the
-    coefficient c and the diagonal P of the inverse of the inner products held, while there are more than
-    `k` or it explains less than `threshold` squared. `signed` must be set.
+    after each pick, and the pick is the atom that then leaves the least error. It is the one of largest
+    <r, d>^2 / p, where p is the squared distance of d from the span of the atoms held; OMP looks at <r,
+    d> alone. A row stops before it picks an atom that explains less than `AHEAD * threshold`, squared,
+    or when it holds `most_held` atoms.
+
+    Backward: dropping an atom costs c^2 / P, for its coefficient c and its entry P on the diagonal of
+    the inverse of the inner products held. The cheapest atom is dropped while there are more than `k`,
+    or while it explains less than `threshold` squared. `signed` must be set.
 
     Returns:
         picks: the atom of each slot, -1 where the slot is unused.
@@ -123,8 +125,11 @@ def _drop_least(
 
 
 def _scale(norms: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
-    """Powers of two, about the inverses of these norms (float64). Squares of numbers scaled by them
-    neither overflow nor vanish in float32, and no result differs by a bit for any other reason."""
+    """Powers of two near the inverses of these norms, in float64.
+
+    Squares of numbers scaled by them neither overflow nor vanish in float32. Beyond that, the scale does
+    not change a bit of any result.
+    """
     mantissa, _ = torch.frexp(norms)
     exact = torch.where(norms > 0, mantissa / norms, 1.0)
     return exact.clamp(2.0**-126, 2.0**126)

@@ -19,8 +19,8 @@ def search(
     """Pick up to `k` atoms per row, greedily; an atom may be picked again.
 
     Each step takes j = argmax |<r, d_j>| (without the modulus, and only while positive, if not
-    `signed`), c = <r, d_j>, r -= c d_j. With `gram` the correlations <r, d_j> are updated by its
-    rows and the residual is never formed. A row stops before a |c| below `threshold`.
+    `signed`), c = <r, d_j>, r -= c d_j. With `gram` the correlations <r, d_j> are updated by its rows
+    and the residual is never formed. A row stops before it takes a step with |c| below `threshold`.
 
     Returns:
         picks: the atom of each step, -1 once the row has stopped.

@@ -1,4 +1,4 @@
-"""The pursuits that there are: one row each. A further one is a row more, and its functions."""
+"""The table of pursuits, one row each. To add a pursuit, write its functions and add a row."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from itda_lens.pursuit.coding import Coding
 
 Search = Callable[..., tuple[Tensor, Tensor]]
-"""(x, atoms, gram, k, signed, rtol, threshold) -> (picks, coefficients), of one chunk of rows."""
+"""A pursuit of one chunk of rows: (x, atoms, gram, k, signed, rtol, threshold) -> (picks,
+coefficients)."""
 
 
 @dataclass(frozen=True)
@@ -21,11 +22,11 @@ class Loop:
     """A compiled loop for CPUs."""
 
     name: str
-    """Of the function in `kernels.py`."""
+    """Name of the function in `kernels.py`."""
 
     settings: Callable[["Coding", int, torch.dtype], tuple[Any, ...]]
-    """Its arguments between the table of Gram rows and the error bounds: of a coding, the most atoms
-    that a row holds at once, and the dtype of the atoms."""
+    """(coding, most atoms that a row holds at once, dtype of the atoms) -> arguments of the loop. They
+    stand between the table of Gram rows and the error bounds."""
 
     nonnegative: bool = False
     """Whether it serves codes without signs too."""
@@ -51,8 +52,8 @@ class Pursuit:
     """The form for GPUs, with and without signs, with a Gram matrix in int16."""
 
     most_held: Callable[[int, int, int], int] = lambda k, n, d: k
-    """(k, number of atoms, width) -> atoms that a row holds at once, at most: so many rows of the Gram
-    matrix it needs."""
+    """(k, number of atoms, width) -> the most atoms that a row holds at once, and so the rows of the
+    Gram matrix that it needs."""
 
     def has_loop(self, signed: bool) -> bool:
         """Whether there is a compiled loop for codes with or without signs."""

@@ -22,7 +22,7 @@ _inside: dict[str, int] = {}
 """How many blocks of `full_precision` are open, by the setting that they need."""
 
 _restore: dict[str, Callable[[], None]] = {}
-"""How to give a setting its former value, while one is open."""
+"""Functions that give an open setting its former value, by setting."""
 
 
 def check_floats(name: str, tensor: object) -> None:
@@ -41,7 +41,7 @@ def check_floats(name: str, tensor: object) -> None:
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
-    """In which pursuits compute with numbers of this dtype."""
+    """The dtype in which pursuits compute with numbers of this dtype."""
     return torch.promote_types(dtype, torch.float32)
 
 
@@ -75,7 +75,7 @@ def product_error(d: int) -> float:
 
 
 def _after_fork() -> None:
-    """Let the child begin as if none of the threads that it does not have had been at work."""
+    """Reset the settings in a forked process, since it lacks the threads that were at work."""
     global _switching
     _switching = threading.Lock()
     for restore in _restore.values():
@@ -108,7 +108,10 @@ def _strict_products(device: torch.device) -> Iterator[None]:
 
 
 def _switch(backend: Any) -> Callable[[], None]:
-    """Not by the older functions: they raise an error once anyone has used these settings."""
+    """Demand full precision of `backend`; returns a function that gives back the former setting.
+
+    Torch's older functions do not serve here: they raise an error once anyone has used these settings.
+    """
     allowed = backend.fp32_precision
     backend.fp32_precision = "none"
     inherited = backend.fp32_precision == allowed  # from a wider setting, and must go on so

@@ -18,11 +18,11 @@ from itda_lens.pursuit.methods import PURSUITS
 from itda_lens.pursuit.precision import at_least_float32, check_floats, full_precision
 
 ROWS_PER_CHUNK = {"compiled": 1024, "gram": 64, "gemm": 1024}
-"""Rows worked on at once on a CPU: with a Gram matrix in torch, so few that their correlations stay in
-cache; otherwise enough for the matrix product to run at full speed."""
+"""Rows worked on at once on a CPU. With a Gram matrix in torch, they are few enough for their
+correlations to stay in cache. Otherwise they are enough for the matrix product to run at full speed."""
 
 CUDA_ROWS_PER_CHUNK = 4096
-"""On a GPU: enough to fill it; bounds the memory for correlations."""
+"""Rows worked on at once on a GPU: enough to fill it. The number bounds the memory for correlations."""
 
 
 class PreparedAtoms:
@@ -31,8 +31,8 @@ class PreparedAtoms:
     Attributes:
         atoms: rows of unit norm.
         coding: the settings of the pursuit.
-        gram: what `gram_matrix` gives for them, or None: which of its forms it is changes how fast
-            codes are found, and the last bits of those that torch's forms find.
+        gram: the result of `gram_matrix` for them. Its form decides how fast codes are found. It also
+            decides the last bits of codes that torch's forms find.
     """
 
     atoms: Float[Tensor, "n d"]
@@ -58,7 +58,7 @@ class PreparedAtoms:
 
     @classmethod
     def with_gram(cls, atoms: Float[Tensor, "n d"], coding: Coding, gram: GramMatrix | None) -> Self:
-        """The same with a Gram matrix of these atoms that is there already; None for torch's GEMM form.
+        """Prepare atoms whose Gram matrix is known already; None selects torch's GEMM form.
 
         Raises:
             ValueError: as the class, or `gram` does not fit the atoms or does not serve the coding.
@@ -81,7 +81,7 @@ class PreparedAtoms:
         return len(self.atoms)
 
     def with_coding(self, coding: Coding) -> "PreparedAtoms":
-        """These atoms with other settings; the Gram matrix is computed again only for another pursuit.
+        """The atoms with another coding; the Gram matrix is computed again only for another pursuit.
 
         Raises:
             ValueError: there are fewer atoms than `coding.k`.
@@ -91,10 +91,10 @@ class PreparedAtoms:
         return self._with(self.atoms, coding, self.gram)
 
     def keeping(self, indices: Int[Tensor, " m"]) -> "PreparedAtoms":
-        """Some of the atoms, in the order of `indices`, with the part of the Gram matrix that is theirs.
+        """Some of the atoms, in the order of `indices`, with their part of the Gram matrix.
 
-        `coding.k` becomes the number of atoms kept where it was more. Where the Gram matrix was too
-        large for its budget, that of fewer atoms is tried again.
+        If `coding.k` is more than the number of atoms kept, it becomes that number. If the Gram matrix
+        was too large for its budget, that of the kept atoms is tried again.
 
         Raises:
             ValueError: `indices` is empty.
@@ -167,25 +167,26 @@ def encode(
 ) -> SparseCodes:
     """Sparse codes of `x` over unit-norm `atoms`, at most `k` nonzeros a row, in one call.
 
-    Each row depends on itself alone. Ties go to the atom of lowest index. Two equal atoms never share
-    a code under "omp" and "ols" and need not under "mp", and the lower index wins where their
-    correlations are equal bit for bit. Codes of bf16 and fp16 are those of the same numbers in
-    float32, and returned in it. Autocast and the settings that allow TF32 or bfloat16 in products of
-    float32 change nothing; a backward pass follows the settings at its own time.
+    Each row depends on itself alone. Ties go to the atom of lowest index. Two equal atoms never share a
+    code under "omp" and "ols" and need not under "mp", and the lower index wins where their correlations
+    are equal bit for bit. Inputs in bf16 and fp16 are coded in float32, and their codes are float32.
+    Autocast and the settings that allow TF32 or bfloat16 in products of float32 change nothing; a
+    backward pass follows the settings that hold when it runs.
 
-    Differentiable in `x` and `atoms` given the support; values are the same bits whether gradients are
-    asked for or not. They take the norms of atoms for 1: where atoms change, normalise them first, as
-    part of the function that is differentiated.
+    Codes are differentiable in `x` and `atoms`, given the support. Their values are the same bits
+    whether gradients are asked for or not. Gradients assume atoms of norm 1: if the atoms change,
+    normalise them inside the function that is differentiated.
 
     Args:
         x: activations, centred by the caller if at all; 1-D to n-D, dense, of float16, bfloat16, float32
             or float64.
         atoms: dictionary, rows of unit norm.
         k, method, signed, rtol, threshold: fields of `Coding`.
-        gram: `gram_matrix(atoms, method=method, signed=signed)`. In int16 it selects the compiled
-            forms; on a CPU their result for a row does not depend, bit for bit, on the rows beside it,
-            nor on how many rows of the Gram matrix fit into memory. In floating point it selects torch's
-            Gram form; None, torch's GEMM form; in the last bits these depend on the rows beside a row.
+        gram: `gram_matrix(atoms, method=method, signed=signed)`. A matrix in int16 selects the compiled
+            forms. On a CPU their result for a row does not depend, bit for bit, on the rows beside it or
+            on how many rows of the Gram matrix fit into memory. A matrix in floating point selects
+            torch's Gram form, and None its GEMM form. The last bits of their results depend on the rows
+            beside a row.
 
     Raises:
         ValueError: shapes do not fit, a setting is out of range, the pursuit is not for `signed`, or x
@@ -202,7 +203,7 @@ def encode(
 def _encode_chunk(
     x: Float[Tensor, "b d"], atoms: Float[Tensor, "n d"], gram: GramMatrix | None, coding: Coding
 ) -> SparseCodes:
-    """Search without gradients; then, where gradients are wanted, those of the coefficients."""
+    """Search without gradients; then, where gradients are wanted, add those of the coefficients."""
     pursuit = PURSUITS[coding.method]
     settings = (coding.k, coding.signed, coding.rtol, coding.threshold)
     with torch.no_grad():

@@ -72,7 +72,7 @@ def matching_rows(
         picks: int64 [b, k], filled with -1; receives the atom of each step.
         coefficients: float64 [b, k], filled with 0.
         rtol, threshold, error_0: of float64, one number each, like error_g: Triton would pass Python's
-            numbers in float32. For what they mean see `kernels.matching_rows`.
+            numbers in float32. `kernels.matching_rows` explains their meaning.
         GRAM_SCALE, REFRESH, ROUNDING: see `kernels`.
         BLOCK: correlations looked at at once.
         BLOCK_D: a power of two, at least d.

@@ -10,8 +10,9 @@ class Cutting:
     Attributes:
         context_size: tokens per context, the BOS token included, at least 2; longer texts are cut.
         prepend_bos: whether each context begins with the BOS token; None: if the tokenizer has one.
-        keep_special_tokens: whether position 0 and special tokens count. They do not by default, since
-            position 0 draws attention whatever token is there: its activation tells nothing of the text.
+        keep_special_tokens: whether position 0 and special tokens count. By default they do not:
+            position 0 draws attention whatever token is there, so its activation tells nothing of the
+            text.
 
     Raises:
         ValueError: `context_size` is below 2.

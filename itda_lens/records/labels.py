@@ -19,13 +19,13 @@ class Label:
 
     Attributes:
         row: index of the text in the texts that the dictionary was built from.
-        chunk: which consecutive context of that text.
+        chunk: number of the context within that text.
         position: token index in that context as the model saw it; the BOS token, if any, is 0.
         chars: the token's characters in the text, (start, end); None if unknown.
         token: the token's text; None if unknown.
         context: some of the text around the token, the token itself in [[ ]]; None if unknown.
-        cosine: cosine of the atom to the activation that it came from, minus `b_dec`; 1 for an atom
-            that was never updated, negative for the mirror image of one (`ITDA.nonnegative`).
+        cosine: cosine of the atom to the activation that it came from, minus `b_dec`; 1 for an atom that
+            was never updated, negative for the mirror image of one (`ITDA.nonnegative`).
     """
 
     row: int

@@ -1,4 +1,4 @@
-"""Where the rows of a stream came from, in columns: a million tokens must not make a million objects."""
+"""The places of the rows of a stream, in columns: a million tokens must not make a million objects."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence

@@ -8,16 +8,16 @@ from typing import Any, Protocol
 from itda_lens.records.cutting import Cutting
 
 BUILD_KEY = "itda_build"
-"""The entry of a dictionary's metadata that holds what SAELens has no entry for."""
+"""The entry of a dictionary's metadata that holds everything for which SAELens has no entry."""
 
 _PACKAGES = ("itda-lens", "torch", "transformers", "transformer-lens", "sae-lens")
 
 _HOSTS = ("model_name", "model_class_name", "hook_name", "context_size", "prepend_bos", "dataset_path")
-"""Entries that SAELens and its tools know. They stand beside `BUILD_KEY`, and count before it."""
+"""Entries that SAELens and its tools know. They stand beside `BUILD_KEY`, and are believed before it."""
 
 
 class Metadata(Protocol):
-    """Of SAELens's `SAEMetadata` what is used here; a dict has it too."""
+    """The methods of SAELens's `SAEMetadata` that are used here; a dict has them too."""
 
     def get(self, key: str, /) -> Any: ...
     def __setitem__(self, key: str, value: Any, /) -> None: ...
@@ -27,11 +27,11 @@ class Metadata(Protocol):
 class Provenance:
     """Where the activations of a dictionary came from, and how its atoms were chosen.
 
-    None stands for what is not recorded: a dictionary that was fitted to bare activations knows of no
-    model, and an SAE of another library says little.
+    A field that is not recorded is None. A dictionary that was fitted to bare activations knows of no
+    model, and an SAE of another library records little.
 
     Attributes:
-        model_name: what SAELens's tools call the model, and load it by.
+        model_name: the name by which SAELens's tools know and load the model.
         model_class_name: the class that SAELens loads it with.
         hook_name: the hook point.
         model: the folder or hub name that the model can be loaded from again.
@@ -77,9 +77,9 @@ class Provenance:
 
     @classmethod
     def of(cls, metadata: Metadata) -> "Provenance":
-        """What the metadata of a dictionary, or of any SAE of SAELens, records.
+        """The provenance that the metadata of a dictionary, or of any SAE of SAELens, records.
 
-        Files of version 0.1 are read too: there the settings of the recipe stood among the others.
+        Files of version 0.1 are read too, in which the settings of the recipe stood among the others.
         """
         record = dict(metadata.get(BUILD_KEY) or {})
         known = {
@@ -138,7 +138,7 @@ _RECIPE_OF_0_1 = (
 
 
 def agreed(several: Sequence[Provenance], *names: str) -> Provenance:
-    """The values of these fields in which all that record one agree; the other fields are not recorded.
+    """The values of some fields, in which all records that have them agree; other fields stay None.
 
     Raises:
         ValueError: two disagree; the message names the field and the values.

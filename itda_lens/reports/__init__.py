@@ -1,4 +1,4 @@
-"""What users look at: tables in the terminal, plots in files."""
+"""Results for people: tables in the terminal, plots in files."""
 
 from itda_lens.reports.benchmarks import bench_table, pareto_plot
 from itda_lens.reports.comparisons import (

@@ -21,7 +21,8 @@ def bench_table(results: Sequence[Result], title: str = "SAEBench") -> Table:
     """One row a dictionary, one column a figure.
 
     Where signed codes and the non-negative view were both evaluated and differ in the last digit shown,
-    a cell holds both, signed first. "-" means not run, "failed" run and without a result.
+    a cell holds both, signed first. "-" means that an evaluation was not run, and "failed" that it gave
+    no result.
     """
     table = Table(title=shown(title, TITLE), box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("dictionary", overflow="fold")
@@ -40,7 +41,7 @@ def pareto_plot(results: Sequence[Result], path: str | Path) -> Path:
     """Each figure over L0, a line for each family of dictionaries, as an image file.
 
     A family is the dictionaries whose names differ in their k only ("topk-k20" and "topk-k40"). L0 is
-    what the evaluation "saelens" measured.
+    the one that the evaluation "saelens" measured.
 
     Raises:
         ValueError: no dictionary has an L0 and a further figure.
@@ -87,7 +88,7 @@ def pareto_plot(results: Sequence[Result], path: str | Path) -> Path:
 
 
 def family_of(name: str) -> str:
-    """The name without its k: "topk-k20-layer5" is of "topk-layer5", "task1" of its own."""
+    """The name without its k: "topk-k20-layer5" belongs to "topk-layer5", and "task1" to itself."""
     return re.sub(r"(?:^|[-_])k=?\d+(?=[-_]|$)", "", name).strip("-_") or name
 
 

@@ -39,7 +39,7 @@ def comparison_table(comparison: Comparison) -> Table | None:
 
 
 def layers_table(layers: LayerComparison) -> Table:
-    """The most similar layer of the second model for each of the first; of one model, of the others."""
+    """For each layer of the first model, the most similar one of the second (or of its own others)."""
     table = _table(f"{layers.a} → {layers.b}")
     one_model = layers.a == layers.b
     table.add_column("layer", overflow="fold")

@@ -15,8 +15,8 @@ from itda_lens.sae import ITDA
 def neuronpedia_id(itda: ITDA, source_set: str = "itda") -> str:
     """The id "MODEL/SOURCE" of a dictionary: the metadata's `neuronpedia_id` where it is set.
 
-    Otherwise one made as Neuronpedia makes them, such as "gpt2/6-res-itda"; no page of that name need
-    exist. SAELens's links to Neuronpedia take `itda.cfg.metadata.neuronpedia_id`.
+    Otherwise the id is made as Neuronpedia makes them, such as "gpt2/6-res-itda"; no page of that name
+    need exist. SAELens's links to Neuronpedia take `itda.cfg.metadata.neuronpedia_id`.
 
     Raises:
         ValueError: the metadata names no model or no hook point with a layer.
@@ -42,7 +42,7 @@ def neuronpedia_features(
 ) -> Iterator[dict[str, Any]]:
     """One record an atom: modelId, layer, index, frac_nonzero, and its label as the explanation.
 
-    What Neuronpedia's own records have beside that (activations, logits) is not there.
+    Neuronpedia's own records also hold activations and logits; these records do not.
 
     Args:
         feature_density: share of tokens at which each atom fires; `frac_nonzero` is None without it.

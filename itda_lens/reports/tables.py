@@ -133,7 +133,7 @@ def quote(label: Label) -> Text:
     before, token, after = (
         part.replace("\n", "⏎").replace("\t", " ") for part in _around(label, label.context)
     )
-    # A narrow column: the end of what is before the token, the start of what follows it. The marks
+    # A narrow column has the end of the text before the token, and the start of the text after. Marks
     # around the token are for terminals and logs without bold.
     return Text.assemble(
         (printable(before[-QUOTED_BEFORE:]), "dim"),
@@ -143,7 +143,7 @@ def quote(label: Label) -> Text:
 
 
 def _around(label: Label, context: str) -> tuple[str, str, str]:
-    """What a label quotes before its token, the token, and what follows it.
+    """The text that a label quotes before its token, the token, and the text after it.
 
     The text itself may hold the marks, so that "[[token]]" can stand in it several times. The token's
     own comes after the `CONTEXT_CHARS` characters that labels quote, or after fewer where a text begins.

@@ -19,13 +19,14 @@ ARCHITECTURES = frozenset(
 """SAEs that code one activation at a time and give it back. Others, such as transcoders, do not."""
 
 NORMALIZED_BY_ITSELF = ("none", "constant_norm_rescale", "layer_norm")
-"""Values of `normalize_activations` that an SAE sees to as it runs."""
+"""Values of `normalize_activations` that an SAE applies itself as it runs."""
 
 ROWS = 4096
 """Activations encoded at once, unless the caller says otherwise."""
 
 DENSE = 2**26
-"""Numbers that the dense codes of one slice may hold, 256 MB in float32: a wide SAE takes fewer rows."""
+"""Most numbers that the dense codes of one slice may hold: 256 MB in float32. A wide SAE takes fewer
+rows."""
 
 _RESHAPING = ("reshape_fn_in", "reshape_fn_out", "d_head", "hook_z_reshaping_mode")
 
@@ -35,7 +36,7 @@ class Coded(NamedTuple):
 
     Attributes:
         x: the activations, in their own dtype; heads are flattened into one row.
-        codes: as of `sparse_codes`.
+        codes: as `sparse_codes` gives them.
         reconstruction: in the SAE's dtype.
     """
 
@@ -45,7 +46,7 @@ class Coded(NamedTuple):
 
 
 def check_codable(saes: Sequence[SAE[Any]]) -> None:
-    """Refuse SAEs that cannot be measured: to be told of them before work begins.
+    """Refuse SAEs that cannot be measured, before work begins.
 
     Raises:
         ValueError: one is not of `ARCHITECTURES`, is still in training, or expects activations that were
@@ -78,7 +79,7 @@ def coded(sae: SAE[Any], x: Float[Tensor, "n *d_in"], batch_size: int | None = N
             hold more than `DENSE` numbers.
 
     Yields:
-        The slices; of no activations, one slice without rows.
+        The slices; one slice without rows if there are no activations.
 
     Raises:
         ValueError: the SAE cannot be measured (`check_codable`), batch_size is below 1, or `x` has the
@@ -106,9 +107,9 @@ def sparse_codes(
 ) -> SparseCodes:
     """Codes of activations as (indices, values), on the SAE's device.
 
-    An ITDA has `cfg.k` slots a row, filled in the order of its pursuit. Another SAE has as many slots as
-    its fullest row needs (none, if no latent fires), the largest coefficients first, in the SAE's dtype.
-    Unused slots have value 0 and index 0.
+    An ITDA has `cfg.k` slots a row, filled in the order of its pursuit. Another SAE has the number of
+    slots that its fullest row needs (none, if no latent fires), the largest coefficients first, in the
+    SAE's dtype. Unused slots have value 0 and index 0.
 
     Args:
         sae, x, batch_size: as in `coded`.
@@ -128,7 +129,7 @@ def sparse_codes(
 def reconstructed(
     sae: SAE[Any], x: Float[Tensor, "n *d_in"], batch_size: int | None = None
 ) -> Float[Tensor, "n *d_in"]:
-    """What an SAE gives back of activations, in the shape and on the device of `x`, in the SAE's dtype.
+    """An SAE's reconstruction of activations, in the shape and on the device of `x`, in the SAE's dtype.
 
     Args:
         sae, x, batch_size: as in `coded`.
@@ -146,7 +147,7 @@ def _coded(sae: SAE[Any], rows: Float[Tensor, "rows d_in"]) -> Coded:
             codes = sae.encode_sparse(rows)
             return Coded(rows, codes, sae.decode_sparse(codes))
         dense = sae.encode(rows)
-        # From the dense code and at once: only `decode` knows how an SAE scales its latents, and one
+        # Decoded from the dense code, at once: only `decode` knows how an SAE scales latents, and one
         # that normalises its input remembers the norms of the last slice only.
         return Coded(rows, _nonzeros(dense), sae.decode(dense))
 

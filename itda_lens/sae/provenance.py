@@ -1,4 +1,4 @@
-"""What the metadata of SAEs records."""
+"""Provenance and hook points, read from the metadata of SAEs."""
 
 from typing import Any
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from itda_lens.records import replacing
 
 EPSILON = 1e-10
-"""What SAELens's trainer adds to a density before it takes the logarithm: dead features read -10."""
+"""Added to a density before its logarithm is taken, as by SAELens's trainer: dead features read -10."""
 
 
 def load_sparsity(folder: str | Path) -> Float[Tensor, " d_sae"] | None:

@@ -1,4 +1,7 @@
-"""SAEBench and SAELens's evaluations on dictionaries; the names of `architectures`, which stood here."""
+"""The evaluations of SAEBench and SAELens, run on dictionaries.
+
+The names of `architectures` can be imported from here too, since they once stood here.
+"""
 
 from itda_lens.architectures import (
     Baseline,

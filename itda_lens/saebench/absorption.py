@@ -1,4 +1,4 @@
-"""SAEBench's absorption, on as many words of the vocabulary as a machine manages."""
+"""SAEBench's absorption evaluation, on a random part of the vocabulary if all of it takes too long."""
 
 import random
 from typing import Any
@@ -13,7 +13,7 @@ from sae_lens import SAE
 
 @dataclass
 class AbsorptionConfig(AbsorptionEvalConfig):
-    """SAEBench's configuration, and what it lacks: without it every word costs a prompt of ten examples.
+    """SAEBench's configuration with a limit on words: each word costs a prompt of ten examples.
 
     Attributes:
         words: how many words of the model's vocabulary, drawn at random; None takes them all.
@@ -25,8 +25,11 @@ class AbsorptionConfig(AbsorptionEvalConfig):
 def run_eval(
     config: AbsorptionConfig, saes: list[tuple[str, SAE[Any]]], device: str, output_path: str
 ) -> None:
-    """Run SAEBench's evaluation. Prompts are drawn from `config.random_seed`, which SAEBench reads only
-    in its own command (evals/absorption/main.py:345): the same ones for every dictionary."""
+    """Run SAEBench's evaluation, with the same prompts for every dictionary.
+
+    Prompts are drawn from `config.random_seed`, which SAEBench reads only in its own command
+    (evals/absorption/main.py:345).
+    """
     # Here, and not above: the user's process reads the configuration only.
     from sae_bench.evals.absorption import (  # pyright: ignore[reportMissingImports]
         common,
@@ -36,7 +39,7 @@ def run_eval(
     )
 
     def get_alpha_tokens(*args: Any, **options: Any) -> list[str]:
-        """What SAEBench calls just before it draws prompts: for the probes, and for each dictionary."""
+        """The words for prompts. SAEBench asks for them for the probes, and for each dictionary."""
         random.seed(config.random_seed)
         # Sorted: the order of a tokenizer's vocabulary may differ between processes.
         found = sorted(vocab.get_alpha_tokens(*args, **options))

@@ -1,4 +1,4 @@
-"""What is wrong or missing, found before any work begins."""
+"""Checks that find wrong settings and missing data before any work begins."""
 
 import importlib.util
 import os

@@ -1,4 +1,4 @@
-"""The evaluations that `bench` can run: where SAEBench keeps each, what it needs, what it measures."""
+"""The evaluations that `bench` can run: where SAEBench keeps each, its settings and its figures."""
 
 import importlib
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ class Metric:
     """One figure of an evaluation's result file.
 
     Attributes:
-        name: what tables call it.
+        name: its name in tables.
         path: keys that lead to it in the JSON file, below the evaluation's metrics.
         higher_is_better: False for error rates; None where neither is better.
     """
@@ -28,15 +28,15 @@ class Evaluation:
     """One evaluation of SAEBench, or SAELens's own.
 
     Attributes:
-        name: what `--evals` calls it.
+        name: its name for `--evals`.
         module: the module that runs it; its configuration is in `eval_config` beside it.
         config: name of the configuration class.
         metrics: the figures that tables show, the first one first.
         sign_matters: whether a signed dictionary is worth evaluating as its non-negative view too: the
             evaluation tests `> 0`, ranks by value or gives each latent one meaning.
         datasets_setting: the field of the configuration that names its labelled data sets.
-        texts_setting: the field that names its plain text, for evaluations that any text does for.
-        settings: what differs from SAEBench's defaults.
+        texts_setting: the field that names its plain text, for evaluations that can use any text.
+        settings: our settings where they differ from SAEBench's defaults.
     """
 
     name: str

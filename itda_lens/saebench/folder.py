@@ -15,10 +15,11 @@ from itda_lens.saebench.subjects import NONNEGATIVE, Subject
 from itda_lens.sources import iterate_texts
 
 BASELINES = "baselines"
-"""Where in an output folder baselines may be."""
+"""The subfolder of an output folder that holds baselines."""
 
 MANIFEST = "bench.json"
-"""What an output folder was made from, so that results of other dictionaries do not mix in."""
+"""The file that records the dictionaries, model, data and settings of an output folder, so that results
+of others do not mix in."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class OutputFolder:
         return result_file(self.results(evaluation), name).exists()
 
     def clear_leftovers(self, evaluation: str) -> None:
-        """Remove what an interrupted run left: SAEBench takes half a file, or that of another
+        """Remove leftovers of an interrupted run: SAEBench takes half a file, or that of another
         dictionary of the same name, for a finished one."""
         for leftover in (self.work / "artifacts", self.work / "results" / evaluation):
             shutil.rmtree(leftover, ignore_errors=True)
@@ -83,7 +84,8 @@ class OutputFolder:
     def check(
         self, subjects: Sequence[Subject], configs: Mapping[str, Mapping[str, Any]], model: str
     ) -> None:
-        """Refuse a folder of other things, or of other dictionaries, models, data or settings.
+        """Refuse a folder that holds other things, or results of other dictionaries, models, data or
+        settings.
 
         Raises:
             ValueError: it is one.
@@ -114,7 +116,7 @@ class OutputFolder:
         own: Texts | None,
         model: str,
     ) -> None:
-        """Make the folder, once it was checked, and record what its results are of."""
+        """Make the folder, once it was checked, and record the origin of its results."""
         self.work.mkdir(parents=True, exist_ok=True)
         (self.path / "logs").mkdir(exist_ok=True)
         for evaluation in configs:

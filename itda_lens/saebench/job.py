@@ -1,4 +1,4 @@
-"""What the process that runs an evaluation is told, and what it tells back: JSON files."""
+"""Messages to and from the process that runs an evaluation, as JSON files."""
 
 import json
 from dataclasses import asdict, dataclass

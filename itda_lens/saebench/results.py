@@ -20,8 +20,8 @@ class Result:
         codes: which form of its codes was evaluated.
         metrics: figures by the names of `Evaluation.metrics`; NaN where the file has none.
         file: SAEBench's result file; None where there is none.
-        failure: why there is none.
-        hook_name, d_sae: of the dictionary, if known.
+        failure: why there is no result file.
+        hook_name, d_sae: hook point and number of atoms of the dictionary, if known.
     """
 
     dictionary: str

@@ -60,11 +60,11 @@ def bench(
 ) -> list[Result]:
     """Run evaluations of SAEBench 0.6 on dictionaries and any other SAELens SAEs, side by side.
 
-    Each evaluation runs in a process of its own, inside `out`: nothing is written elsewhere, but for
-    what the hub's libraries download into their caches. A result is SAEBench's own JSON file,
-    `out/EVALUATION/NAME_custom_sae_eval_results.json`; one that is there already is not computed again,
-    so that a run that was interrupted goes on where it stopped. What SAEBench printed is in `out/logs`.
-    Failures of one dictionary do not stop the others; they are in the results.
+    Each evaluation runs in a process of its own, inside `out`. Nothing is written elsewhere, except that
+    the hub's libraries download into their caches. A result is SAEBench's own JSON file,
+    `out/EVALUATION/NAME_custom_sae_eval_results.json`. A result that is there already is not computed
+    again, so that a run that was interrupted goes on where it stopped. What SAEBench printed is in
+    `out/logs`. Failures of one dictionary do not stop the others; they are in the results.
 
     Args:
         saes: folders of SAEs, or "release:sae_id" of SAELens's list; or a mapping from names to them.
@@ -73,7 +73,7 @@ def bench(
         texts: text for the evaluations on plain text (saelens, core, autointerp, mdl): a file, strings,
             or the name of a data set; default: the data sets that SAEBench names.
         data: folder with data sets under their names, such as `data/LabHC/bias_in_bios`.
-        model: name or folder of the model; default: what the dictionaries say.
+        model: name or folder of the model; default: the one that the dictionaries name.
         codes: which codes of signed ITDAs to evaluate where the sign matters: both, or one.
         settings: settings by evaluation, over SAEBench's defaults.
         device: default: a GPU if there is one.
@@ -83,12 +83,12 @@ def bench(
             "train" of a data set, and its field "text".
         baselines: baselines to build beside the ITDAs among `saes`, in `out/baselines`: "random", "pca",
             "topk", "batchtopk"; see `build_baselines`.
-        train_texts: what to build them from: for a fair comparison what the ITDAs were built from.
+        train_texts: texts to build baselines from; for a fair comparison, those of the ITDAs.
         progress: show a progress bar.
 
     Raises:
         ValueError: an unknown evaluation, setting or model, a dictionary that does not fit the model,
-            SAEBench not installed, data or hardware that an evaluation needs missing, an `out` that
+            SAEBench not installed, data or hardware missing that an evaluation needs, an `out` that
             holds results of other dictionaries or settings.
         FileNotFoundError: a folder that is not there.
         OSError: `out` cannot be written.
@@ -185,7 +185,7 @@ def _model_of(subjects: Sequence[Subject], model: str | Path | None) -> tuple[st
 def _entries(
     subjects: Sequence[Subject], evaluation: Evaluation, codes: CodesOption
 ) -> list[tuple[Entry, Subject]]:
-    """What to evaluate, and whose form each entry is."""
+    """The entries to evaluate, each with the subject that it is a form of."""
     entries = []
     for subject in subjects:
         splits = subject.signed and evaluation.sign_matters
@@ -198,7 +198,7 @@ def _entries(
 
 
 def _run(job: Job, folder: OutputFolder, progress: bool) -> dict[str, str]:
-    """Run a job in a process of its own; why dictionaries failed, by the names of their entries."""
+    """Run a job in a process of its own; returns the reasons for failures, by the names of entries."""
     folder.clear_leftovers(job.evaluation)
     job_file = folder.work / f"{job.evaluation}.job.json"
     job.save(job_file)

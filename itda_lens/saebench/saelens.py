@@ -16,7 +16,7 @@ from itda_lens.saebench.job import result_file
 
 @dataclass
 class SAELensEvalConfig:
-    """What to measure, and on how much.
+    """Settings of SAELens's evaluation: which figures to measure, and on how much text.
 
     Attributes:
         model_name: TransformerLens's name of the model.

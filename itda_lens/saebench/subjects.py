@@ -1,4 +1,4 @@
-"""The dictionaries to evaluate: what their folders say of them."""
+"""The dictionaries to evaluate, as their folders describe them."""
 
 import hashlib
 import json
@@ -12,7 +12,7 @@ from itda_lens.records import Provenance
 from itda_lens.sae import dictionaries_in
 
 NONNEGATIVE = "+nonnegative"
-"""What the names of result files of non-negative views end in."""
+"""Suffix of the names of non-negative views in result files."""
 
 
 @dataclass(frozen=True)
@@ -20,9 +20,10 @@ class Subject:
     """One dictionary or SAE.
 
     Attributes:
-        name: what tables and result files call it.
+        name: its name in tables and result files.
         source: its folder, or "release:sae_id" of one that SAELens knows.
-        architecture: SAELens's name of its architecture; None before a download, as all that follows.
+        architecture: SAELens's name of its architecture. This and the fields below are not known before
+            a download.
         d_in, d_sae, hook_name, model_name: as its config says.
         model_source: folder or name that its model can be loaded from, if the config says so.
         signed: whether its codes may be negative and it has a non-negative view.
@@ -46,11 +47,12 @@ def subjects_of(saes: Sequence[str | Path] | Mapping[str, str | Path]) -> list[S
 
     Args:
         saes: folders of SAELens SAEs, ITDAs among them, or "release:sae_id"; a mapping names them.
-            Otherwise a folder goes by as many of its last parts as tell it from the others.
+            Without names, a folder is named by its last parts, enough of them to tell it from the
+            others.
 
     Raises:
         FileNotFoundError: a folder that is not there or holds no SAE.
-        ValueError: none, a damaged config, or two of one name.
+        ValueError: there is no SAE, a config is damaged, or two have one name.
     """
     if isinstance(saes, Mapping):
         named = [

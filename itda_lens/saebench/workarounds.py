@@ -1,7 +1,7 @@
-"""What has to be put right in SAEBench 0.6.0 and its libraries, all in one place.
+"""Workarounds for SAEBench 0.6.0 and its libraries, all in one place.
 
-Applied in the process that runs an evaluation (`worker`), and nowhere else. Each names the line that it
-works around.
+They are applied in the process that runs an evaluation (`worker`), and nowhere else. Each names the line
+that it works around.
 """
 
 import functools
@@ -19,12 +19,15 @@ ENVIRONMENT = {
     # where train and test sets differ in size. The variable is read when jaxtyping is imported.
     "JAXTYPING_DISABLE": "1",
 }
-"""For the environment of the process, before anything is imported."""
+"""Environment variables of the process, set before anything is imported."""
 
 
 def load_models_once() -> None:
-    """Every `run_eval` loads the model again (evals/core/main.py:1034, evals/absorption/main.py:62 and
-    the others), and we call it once a dictionary, so that one failure does not end the others."""
+    """Keep a model once it is loaded, for the SAEs that follow.
+
+    Every `run_eval` loads the model again (evals/core/main.py:1034, evals/absorption/main.py:62 and the
+    others), and we call it once a dictionary, so that one failure does not end the others.
+    """
     from transformer_lens import HookedTransformer
 
     original = HookedTransformer.from_pretrained_no_processing
@@ -37,8 +40,11 @@ def load_models_once() -> None:
 
 
 def keep_absorption_in(folder: Path) -> None:
-    """evals/absorption/common.py:33 puts probes and tables into site-packages/artifacts, and the modules
-    of the evaluation bind that folder as the default of their parameters."""
+    """Keep the files of the absorption evaluation in `folder`.
+
+    evals/absorption/common.py:33 puts probes and tables into site-packages/artifacts, and the modules of
+    the evaluation bind that folder as the default of their parameters.
+    """
     package = "sae_bench.evals.absorption"
     common = importlib.import_module(f"{package}.common")
     old = common.RESULTS_DIR
@@ -57,8 +63,11 @@ def keep_absorption_in(folder: Path) -> None:
 
 
 def stop_at_the_last_hook() -> None:
-    """evals/absorption/probing.py:357 runs the whole model, unembedding included, for one hook point of
-    one layer, on every word of the vocabulary; nobody reads what comes after."""
+    """Stop forward passes after the last layer whose activations are asked for.
+
+    evals/absorption/probing.py:357 runs the whole model, unembedding included, for one hook point of one
+    layer, on every word of the vocabulary. Nobody reads the rest.
+    """
     from transformer_lens import HookedTransformer
 
     original = HookedTransformer.run_with_cache
@@ -76,7 +85,10 @@ def stop_at_the_last_hook() -> None:
 
 
 class LastError(logging.Handler):
-    """evals/core/main.py:1046 and :1137 log what went wrong and go on: keep it, to raise it."""
+    """Keeps the last error that SAEBench logs, so that it can be raised.
+
+    evals/core/main.py:1046 and :1137 log an error and go on.
+    """
 
     def __init__(self) -> None:
         super().__init__(level=logging.ERROR)

@@ -14,7 +14,7 @@ from itda_lens.sources.texts import describe_texts, iterate_texts, names_data_se
 from itda_lens.sources.transformer_lens_models import TransformerLensModel
 
 LanguageModel = ReadableModel
-"""The name that `ReadableModel` had before."""
+"""The earlier name of `ReadableModel`."""
 
 
 def hook_is_per_head(hook_name: str) -> bool:

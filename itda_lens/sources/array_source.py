@@ -58,7 +58,7 @@ class ArraySource:
                 yield Rows(self._places[part], {self.hooks[0]: rows})
 
     def provenance(self, hook: str) -> Provenance:
-        """What the user knows of the rows, and their number."""
+        """The provenance that the user gave, and the number of rows."""
         known = self._provenance
         return replace(known, batch_size=self._batch_size, n_tokens=self.n_rows)
 

@@ -1,4 +1,4 @@
-"""What models of every library share: a forward hook on the module that a name stands for.
+"""The common part of models of every library: a forward hook on the module that a name stands for.
 
 TransformerLens's hook points and Hugging Face's layers are both `torch.nn.Module`s that a forward pass
 calls, so one mechanism serves all. A library's class says which module a name stands for, how to run the
@@ -81,7 +81,7 @@ class HookedModel(ABC):
 
     @abstractmethod
     def _logits_of(self, output: Any) -> Tensor | None:
-        """The logits in what `_run` gives; None if there are none."""
+        """The logits in the output of `_run`; None if there are none."""
 
     @abstractmethod
     def _embedding(self) -> nn.Module | None:

@@ -15,11 +15,11 @@ class Layout(Protocol):
     """How a library lays activations out in memory, and how it shows them."""
 
     def convert(self, activation: Tensor) -> Tensor:
-        """As the library shows them: [batch, seq, ...]."""
+        """The activation as the library shows it: [batch, seq, ...]."""
         ...
 
     def revert(self, activation: Tensor) -> Tensor:
-        """As the model goes on with them."""
+        """The activation as the model goes on with it."""
         ...
 
 
@@ -37,8 +37,10 @@ class Site(NamedTuple):
 
 @contextmanager
 def attached(functions: Iterable[tuple[Site, Replace]]) -> Iterator[None]:
-    """Put the first tensor of what passes at each site through a function; all hooks are removed at the
-    end, also after an error."""
+    """Put the first tensor that passes at each site through a function.
+
+    All hooks are removed at the end, also after an error.
+    """
     with ExitStack() as stack:
         for (module, side, layout), function in functions:
             if layout is not None:

@@ -20,7 +20,7 @@ class HuggingFaceModel(HookedModel):
     """Hook points are names of modules (their output). `blocks.N.hook_resid_pre` and
     `blocks.N.hook_resid_post` stand for the N-th layer's input and output, as in TransformerLens.
 
-    Of a model with an encoder and a decoder, tokens go through the encoder alone.
+    In a model with an encoder and a decoder, tokens go through the encoder alone.
     """
 
     @classmethod

@@ -17,7 +17,8 @@ from itda_lens.sources.source import Rows, check_finite, full_precision
 from itda_lens.sources.texts import describe_texts, iterate_texts
 
 FINGERPRINT_TEXTS = 8
-"""Texts, the first ones, whose hash tells texts apart. How many are read depends on the settings."""
+"""Number of texts, from the first on, whose hash tells texts apart. It is fixed, since the number of
+texts that are read depends on the settings."""
 
 
 class ModelSource:
@@ -113,7 +114,7 @@ class ModelSource:
             )
 
     def provenance(self, hook: str) -> Provenance:
-        """The model, the texts and how they were cut; once all is read, how much was."""
+        """The model, the texts and how they were cut; after reading, also how much was read."""
         fingerprint = hashlib.sha256()
         for _ in _hashed(self._beginning, fingerprint):
             pass
@@ -151,7 +152,7 @@ def hook_list(hooks: str | Sequence[str]) -> list[str]:
 
     Raises:
         TypeError: not a string, nor a sequence of them.
-        ValueError: none, or one twice.
+        ValueError: there is none, or one stands there twice.
     """
     names = [hooks] if isinstance(hooks, str) else hooks
     if not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):

@@ -41,7 +41,8 @@ def language_model(
             (`from_pretrained_no_processing`) or "huggingface".
         device: where to load a name to; default: the loader's choice (a GPU if there is one).
         dtype: in which precision to load a name.
-        source: where metadata should say that a loaded model comes from; default: the model's own word.
+        source: the origin that metadata should record for a loaded model; default: the one that the
+            model names.
 
     Raises:
         ValueError: there is no such model, tokenizer or device, or the tokenizer is not known.

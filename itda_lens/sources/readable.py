@@ -1,4 +1,4 @@
-"""What the rest of the library asks of a language model."""
+"""The interface through which the rest of the library uses a language model."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager

@@ -1,4 +1,4 @@
-"""The seam between activations and whoever uses them."""
+"""The interface between sources of activations and the code that uses them."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple, Protocol
@@ -51,7 +51,7 @@ class ActivationSource(Protocol):
         ...
 
     def provenance(self, hook: str) -> Provenance:
-        """What is known of the rows at a hook point; complete once all have been read."""
+        """The known facts about the rows at a hook point; complete once all have been read."""
         ...
 
 
@@ -88,7 +88,7 @@ def gathered(source: ActivationSource, progress: bool = False) -> dict[str, Acti
 
 
 def full_precision(x: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
-    """The rows in float32, or float64 if they are: what pursuits and samples work in."""
+    """The rows in float32, or in float64 if they have it: pursuits and samples work in these."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 

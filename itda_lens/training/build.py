@@ -115,7 +115,8 @@ def collect(
     """The activations that `build` would look at, held in memory, for `fit` and for baselines.
 
     Args:
-        max_tokens: how many, default all; memory is d_in * 4 bytes for each and per hook point.
+        max_tokens: the most tokens to read; default: all. Memory is d_in * 4 bytes for each token and
+            hook point.
         model, texts, hook_names, and the other arguments: as in `build`.
 
     Raises:

@@ -40,45 +40,45 @@ def fit(
     The same arguments give the same dictionary, bit for bit, on a CPU.
 
     Args:
-        activations: one activation a row, any floating dtype. Rows that should not count (padding,
-            BOS) must be left out by the caller; `build` does that by itself.
+        activations: one activation a row, any floating dtype. Rows that should not count (padding, BOS)
+            must be left out by the caller; `build` does that by itself.
         d_sae: atoms. For preset "paper": the most atoms, or None to let `loss_threshold` decide.
         k: most nonzeros per code.
-        preset: "best" centres by the mean, drops near-duplicates and keeps those of a uniform sample
-            of the rows that carry the most energy; "thorough" takes about ten times as long to replace
-            these by better ones, the rows nearest to where eight rounds of least squares move them;
-            "paper" is the greedy rule of Leask et al. (2025).
+        preset: "best" centres by the mean, drops near-duplicates and keeps those of a uniform sample of
+            the rows that carry the most energy; "thorough" then moves these by eight rounds of least
+            squares and replaces each by the row nearest to it, which is better and takes about ten times
+            as long; "paper" is the greedy rule of Leask et al. (2025).
         rule: instead of `preset`: the name of a rule (`itda_lens.dictionary.RULES`), or a rule of your
             own, such as `EnergyRule(near_duplicate=0.95)`.
         labels: where each row came from, `Label`s or (row, chunk, position) triples; default: row i is
-            labelled row=i, chunk=0, position=0. Samples are drawn by these places: pass on the labels
-            of `collect` as they are, and the dictionary is that of `build` on the same texts.
-        seed: of the samples that are drawn.
-        method: "mp", "omp" or "ols", see `pursuit.Coding`; default: "mp" for "paper", otherwise
-            "ols" ("omp" for non-negative codes).
+            labelled row=i, chunk=0, position=0. Samples are drawn by these places. If you pass on the
+            labels of `collect` as they are, you get the dictionary that `build` makes from these texts.
+        seed: seed of the samples that are drawn.
+        method: "mp", "omp" or "ols", see `pursuit.Coding`; default: "mp" for "paper", otherwise "ols"
+            ("omp" for non-negative codes).
         signed: whether coefficients may be negative.
         loss_threshold: relative squared error over which "paper" admits an activation; default 0.2.
-        l0: mean nonzeros per code of other text. A code then has as few nonzeros as its activation
-            needs, at most k. The threshold that sees to it is calibrated on some of the rows, each coded
-            without the atoms of its own text and of its fold (texts are told by `labels`; without these,
-            neighbouring rows count as one text). Give k three or four times `l0`. Default: k nonzeros in
-            every code.
+        l0: mean nonzeros per code, on texts that no atom comes from. Each code then has the nonzeros
+            that its activation needs, at most k. A threshold decides this. It is calibrated on some of
+            the rows, each coded without the atoms of its own text and of other texts in its fold. Texts
+            are told apart by `labels`; without labels, neighbouring rows count as one text. Give k three
+            or four times `l0`. Default: k nonzeros in every code.
         update: move the atoms by two rounds of least squares ("thorough": eight). They reconstruct far
             better, and are no longer activations themselves: each keeps its label with its cosine to
             that activation.
-        least_cosine: the least that an update may leave of that cosine, 0 to 1; 1 moves no atom.
-            Default 0.9.
-        rtol: a code ends once |residual| <= rtol |x|, x less the mean. The default, 0.001, only keeps
-            coefficients from coding rounding errors; 0.3, say, ends codes at 9 % of the energy. Which
-            atoms are chosen, and how they are updated, does not depend on it.
+        least_cosine: the least that an update may leave of that cosine, 0 to 1; 1 moves no atom. Default
+            0.9.
+        rtol: a code ends once |residual| <= rtol |x|, where x is an activation less the mean. The
+            default, 0.001, only keeps rounding errors from being coded; 0.3 would end codes at 9 % of
+            the energy. Which atoms are chosen, and how they are updated, does not depend on it.
         batch_size: rows looked at together. Only the paper's rule depends on it.
         metadata: entries for `cfg.metadata`, such as model_name, hook_name, context_size and
             prepend_bos.
         progress: show a progress bar.
 
     Raises:
-        ValueError: a setting is out of range; no activations, NaN or infinite ones, or fewer distinct
-            ones than d_sae; labels of the wrong number.
+        ValueError: a setting is out of range; there are no activations, NaN or infinite ones, or fewer
+            distinct ones than d_sae; the number of labels is wrong.
         TypeError: `activations` is no floating-point tensor, or a label is none.
     """
     recipe = recipe_of(

@@ -21,7 +21,7 @@ class Recipe:
         coding: how the dictionary will encode; `coding.threshold` is calibrated where `l0` is given.
         rule: how atoms are chosen.
         l0: mean nonzeros per code, met by a threshold; None gives every code `coding.k`.
-        seed: of the samples that the rule and the calibration draw.
+        seed: seed of the samples that the rule and the calibration draw.
         preset: the name of the rule, for the record; None for a rule of one's own.
 
     Raises:
@@ -52,7 +52,7 @@ class Recipe:
         return self.coding.k if self.l0 is None else max(1, round(self.l0))
 
     def request(self, **stream: Any) -> Request:
-        """What a rule is asked for; `stream` holds d_in, dtype and device."""
+        """The request to a rule; `stream` holds d_in, dtype and device."""
         return Request(
             d_sae=self.d_sae, k=self.chosen_for, signed=self.coding.signed, seed=self.seed, **stream
         )
@@ -70,7 +70,7 @@ def _plain(rule: Rule) -> dict[str, Any]:
     """The fields of a rule as JSON gives them back.
 
     Raises:
-        ValueError: it has none, or one that JSON does not hold.
+        ValueError: the rule has no fields, or JSON cannot hold one of them.
     """
     try:
         return json.loads(json.dumps(asdict(rule)))
@@ -95,10 +95,10 @@ def recipe_of(
     least_cosine: float | None = None,
     rtol: float = DEFAULT_RTOL,
 ) -> Recipe:
-    """The recipe of loose settings, as `fit` and `build` take them; see there.
+    """The recipe of loose settings, which `fit` and `build` take and describe.
 
     Raises:
-        ValueError: a setting is out of range, or is none of the rule's.
+        ValueError: a setting is out of range, or the rule has no such setting.
     """
     if rule is None:
         rule = preset
@@ -138,7 +138,7 @@ def recipe_of(
 
 
 def encoder_for(rule: Rule, signed: bool) -> Method:
-    """The encoder of a rule's preset: the best there is for such codes, or the paper's."""
+    """The encoder that goes with a rule: the paper's for its own rule, else the best for such codes."""
     if isinstance(rule, GreedyRule):
         return "mp"
     return "ols" if signed else "omp"

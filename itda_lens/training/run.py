@@ -17,13 +17,16 @@ from itda_lens.training.recipe import Recipe
 logger = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_FVU = 5.0
-"""The progress bar measures its FVU no more often: each is a small pursuit for every hook."""
+"""Least time between two measurements of the progress bar's FVU: each is a small pursuit for every
+hook."""
 
 CALIBRATION_ROWS = 2048
-"""Activations to calibrate a threshold on: their mean L0 is off by a 45th of its standard deviation."""
+"""Activations on which a threshold is calibrated. The error of their mean L0 is a 45th of the standard
+deviation of L0."""
 
 CALIBRATION_SEED = 3
-"""Added to the seed of a recipe, for a sample that shares no priorities with those of a rule."""
+"""Added to a recipe's seed, so that the calibration's sample shares no priorities with those of a
+rule."""
 
 
 def build_from(
@@ -42,7 +45,7 @@ def build_from(
         The dictionaries by hook name, in the order of `source.hooks`.
 
     Raises:
-        ValueError: no rows, NaN or infinite ones, or fewer distinct ones than `recipe.d_sae`.
+        ValueError: there are no rows, NaN or infinite ones, or fewer distinct ones than `recipe.d_sae`.
     """
     check_enough(recipe, source.n_rows)
     with torch.no_grad():
@@ -72,7 +75,7 @@ def check_enough(recipe: Recipe, n_rows: int | None) -> None:
 class _Point:
     """The run at one hook point: the rule's selector, and the rows that a threshold is calibrated on.
 
-    These belong to the run, not to the rule: so every rule works with a mean L0.
+    The rows belong to the run, not to the rule, so that every rule works with a mean L0.
     """
 
     def __init__(self, recipe: Recipe, x: torch.Tensor) -> None:
