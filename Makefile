@@ -1,5 +1,6 @@
-# Two commands do everything on a fresh machine with Python and make:
+# Three commands do everything on a fresh machine with Python and make:
 #   make demo    a real model, real text, two dictionaries, one sentence taken apart
+#   make quick   ruff, the type checker and the fast tests, in under two minutes: while you work
 #   make test    ruff, the type checker, the tests (real model included), the notebook, the docs;
 #                then the host libraries' contracts again, with the oldest SAELens and with SAEBench
 # Options: PYTHON=python3.12, TORCH=torch==2.14.0 (any pip requirement), VENV=another/folder,
@@ -25,10 +26,13 @@ HOSTS_TESTS := tests/test_contracts_saelens.py tests/test_contracts_transformerl
 
 PARALLEL := --numprocesses $(WORKERS) --dist loadfile
 
-.PHONY: demo test bench check format docs clean
+.PHONY: demo quick test bench check format docs clean
 
 demo: $(STAMP)
 	$(BIN)/itda demo --overwrite
+
+quick: check
+	$(BIN)/python -m pytest $(PARALLEL) -m "not real and not saebench and not slow"
 
 test: check $(HOSTS_STAMP)
 	$(BIN)/python -m pytest $(PARALLEL)
@@ -41,7 +45,7 @@ bench: $(HOSTS_STAMP)
 check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/basedpyright
+	$(BIN)/basedpyright --pythonpath $(BIN)/python
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

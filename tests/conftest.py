@@ -65,6 +65,71 @@ TINY = dict(
 
 WORDS = "the a cat dog sat ran on in mat log and or big small red blue said that it was . ,".split()
 
+SLOW = {
+    "test_analysis.py": {
+        "test_a_perfect_dictionary_scores_perfectly",
+        "test_figures_equal_saelens",
+        "test_other_saes_are_measured_beside",
+    },
+    "test_cli.py": {
+        "test_a_signal_leaves_nothing_half_written",
+        "test_a_terminal_that_knows_ascii_only",
+    },
+    "test_dictionary.py": {
+        "test_any_order_and_any_parts",
+        "test_any_order_batches_and_parts",
+        "test_earlier_rounds_count_by_their_weight",
+    },
+    "test_gpu.py": {
+        "test_dictionaries_run_on_it",
+        "test_picks_are_those_of_a_float64_pursuit",
+        "test_the_kernel_compiles_to_machine_code_without_a_gpu",
+        "test_the_kernel_is_tried_for_each_kind_of_problem",
+    },
+    "test_models.py": {"test_all_hooks_give_what_transformer_lens_gives"},
+    "test_package.py": {"test_sae_lens_loads_an_itda_whichever_is_imported_first"},
+    "test_pursuit.py": {
+        "test_a_forked_process_encodes_too",
+        "test_calibration_meets_the_mean",
+        "test_calibration_out_of_fold_codes_no_row_by_its_own_fold",
+        "test_codes_do_not_depend_on_how_many_gram_rows_fit",
+        "test_gradients_given_the_support",
+        "test_kernels_on_a_processor_without_vector_instructions_for_pairs_of_integers",
+        "test_non_contiguous_rows_and_many_chunks",
+        "test_numba_may_be_told_not_to_compile",
+        "test_ols_equals_the_slow_loop",
+        "test_omp_equals_scikit_learn",
+        "test_threshold_ends_a_row_before_the_first_small_correlation",
+    },
+    "test_sae.py": {
+        "test_a_fresh_process_needs_only_the_import",
+        "test_gradients_given_the_support",
+        "test_no_edit_of_the_weights_is_missed",
+    },
+    "test_saebench.py": {
+        "test_a_dictionary_that_fails_does_not_stop_the_others",
+        "test_an_interrupt_keeps_what_is_done",
+        "test_command",
+        "test_figures_names_and_folders",
+        "test_goes_on_and_refuses_to_mix",
+    },
+    "test_site.py": {
+        "test_a_bad_link_fails_the_build",
+        "test_a_page_missing_from_the_navigation_fails_the_build",
+        "test_the_site_builds_without_a_warning",
+    },
+}
+"""Tests of two seconds or more, all cases of a test together, by file. `make quick` leaves them out.
+
+`pytest --durations=20 tests/test_x.py` finds them, when run twice: the first run compiles.
+"""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if isinstance(item, pytest.Function) and item.originalname in SLOW.get(item.path.name, ()):
+            item.add_marker(pytest.mark.slow)
+
 
 @pytest.fixture(autouse=True)
 def seeded():

@@ -58,6 +58,16 @@ class TestPlaces:
             np.array([self.TEXT] * n, dtype=object), np.full(n, text_digest(self.TEXT), np.uint64),
         )  # fmt: skip
 
+    def test_at_is_of_without_objects(self):
+        row, chunk, position = np.repeat(np.arange(3), 4), np.tile([0, 1], 6), np.arange(12) % 4
+        triples = list(zip(row.tolist(), chunk.tolist(), position.tolist(), strict=True))
+        places, same = Places.at(row, chunk, position), Places.of(triples)
+        assert places == same
+        assert list(places) == [Label(*triple) for triple in triples]
+        assert (places.identity == same.identity).all()
+        assert len(set(places.identity.tolist())) == 12
+        assert list(Places.at(np.array([4, 2]))) == [Label(4), Label(2)]
+
     def test_labels_are_made_on_demand(self):
         places = self.tokens()
         label = places[17]

@@ -6,8 +6,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from itda_lens.records import Cutting
-from itda_lens.sources import Tokenization, iterate_texts
+from itda_lens import fit
+from itda_lens.records import Cutting, Places, Provenance
+from itda_lens.sources import Rows, Tokenization, iterate_texts
+from itda_lens.training import build_from, recipe_of
 
 
 class TestTexts:
@@ -120,3 +122,56 @@ class TestContexts:
         assert not Tokenization(without).prepend_bos
         with pytest.raises(ValueError, match="no BOS token"):
             Tokenization(without, Cutting(prepend_bos=True))
+
+
+class TestRows:
+    PLACES = Places.of([(3, 0, 1), (3, 0, 2)])
+
+    def test_are_in_full_precision(self):
+        for dtype, expected in ((torch.bfloat16, torch.float32), (torch.float64, torch.float64)):
+            rows = Rows.of(self.PLACES, {"a": torch.ones(2, 4, dtype=dtype), "b": torch.ones(2, 5)})
+            assert rows.places is self.PLACES
+            assert rows.values["a"].dtype == expected
+            assert rows.values["b"].shape == (2, 5)
+
+    @pytest.mark.parametrize("shape", [(3, 4), (1, 4), (2,), (2, 4, 1)])
+    def test_one_for_each_place(self, shape):
+        with pytest.raises(ValueError, match=r"rows at 'b' must have shape \[2, width\], .*got \("):
+            Rows.of(self.PLACES, {"a": torch.ones(2, 4), "b": torch.ones(shape)})
+
+    @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+    def test_are_finite(self, bad):
+        x = torch.ones(2, 4)
+        x[1, 2] = bad
+        with pytest.raises(ValueError, match="infinite activation at 'b', text 3, chunk 0, position 2"):
+            Rows.of(self.PLACES, {"a": torch.ones(2, 4), "b": x})
+
+
+class Fixed:
+    """A source that gives these rows."""
+
+    n_rows = None
+
+    def __init__(self, hooks, *rows):
+        self.hooks, self._rows = hooks, rows
+
+    def rows(self, skip=0):
+        return iter(self._rows)
+
+    def provenance(self, hook):
+        return Provenance(hook_name=hook)
+
+
+class TestSourcesOfOnesOwn:
+    def test_dictionaries_are_in_the_order_of_the_hooks(self):
+        values = {hook: torch.randn(9, 4) for hook in ("b", "a")}
+        source = Fixed(["a", "b"], Rows.of(Places.numbered(0, 9), values))
+        made = build_from(source, recipe_of(d_sae=4, k=2), progress=False)
+        assert list(made) == ["a", "b"]
+        for hook, x in values.items():
+            assert torch.equal(made[hook].W_dec, fit(x, d_sae=4, k=2).W_dec)
+
+    @pytest.mark.parametrize("rows", [[], [Rows.of(Places.numbered(0, 9), {"a": torch.ones(9, 4)})]])
+    def test_no_rows(self, rows):
+        with pytest.raises(ValueError, match="must give at least one row, got none at .*'b'"):
+            build_from(Fixed(["a", "b"], *rows), recipe_of(d_sae=4, k=2), progress=False)

@@ -49,6 +49,24 @@ class Places(Sequence[Label]):
         return cls(columns, np.full(stop - start, None, dtype=object))
 
     @classmethod
+    def at(
+        cls,
+        row: Int[np.ndarray, " n"],
+        chunk: Int[np.ndarray, " n"] | int = 0,
+        position: Int[np.ndarray, " n"] | int = 0,
+    ) -> "Places":
+        """Rows that came from no text: `of` these triples, without an object for each row.
+
+        Args:
+            row: the number of the item (image, file, recording) that each row came from.
+            chunk, position: where in the item. Each triple must come once in a stream.
+        """
+        columns = _empty(len(row))
+        columns["row"], columns["chunk"], columns["position"] = row, chunk, position
+        columns["identity"] = mix64(_identity_without_text(columns))
+        return cls(columns, np.full(len(row), None, dtype=object))
+
+    @classmethod
     def of(cls, labels: "Sequence[Label | tuple[int, int, int]]") -> "Places":
         """The places that these labels name; places themselves stay as they are.
 

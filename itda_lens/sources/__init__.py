@@ -4,9 +4,10 @@ from itda_lens.records import HookPoint
 from itda_lens.sources.array_source import ArraySource
 from itda_lens.sources.contexts import Context, ContextBatch, Tokenization
 from itda_lens.sources.hooked import HookedModel
+from itda_lens.sources.hooks import Site, unknown_hook
 from itda_lens.sources.hugging_face_models import HuggingFaceModel
 from itda_lens.sources.model_source import ModelSource, hook_list, tokenization_for
-from itda_lens.sources.models import language_model
+from itda_lens.sources.models import LIBRARIES, language_model
 from itda_lens.sources.naming import register_with_transformer_lens
 from itda_lens.sources.readable import Loader, ReadableModel, Replace
 from itda_lens.sources.source import Activations, ActivationSource, Rows, gathered
@@ -23,6 +24,7 @@ def hook_is_per_head(hook_name: str) -> bool:
 
 
 __all__ = [
+    "LIBRARIES",
     "ActivationSource",
     "Activations",
     "ArraySource",
@@ -37,6 +39,7 @@ __all__ = [
     "ReadableModel",
     "Replace",
     "Rows",
+    "Site",
     "Tokenization",
     "TransformerLensModel",
     "describe_texts",
@@ -48,4 +51,5 @@ __all__ = [
     "names_data_set",
     "register_with_transformer_lens",
     "tokenization_for",
+    "unknown_hook",
 ]

@@ -13,7 +13,7 @@ from itda_lens.records import Cutting, Provenance
 from itda_lens.sources.contexts import Tokenization
 from itda_lens.sources.models import language_model
 from itda_lens.sources.readable import Loader, ReadableModel
-from itda_lens.sources.source import Rows, check_finite, full_precision
+from itda_lens.sources.source import Rows
 from itda_lens.sources.texts import describe_texts, iterate_texts
 
 FINGERPRINT_TEXTS = 8
@@ -96,14 +96,10 @@ class ModelSource:
             n = min(int(ahead.max()), self.n_rows or int(ahead.max()))
             if keep.any():
                 batch = dataclasses.replace(batch, keep=keep)
-                places, values = batch.places(), {}
                 found = self.model.capture(batch.tokens, batch.attention_mask, list(self.hooks))
-                for name, activation in found.items():
-                    x = full_precision(activation[keep.to(activation.device)])
-                    check_finite(x, name, places)
-                    values[name] = x
+                rows = Rows.of(batch.places(), {name: x[keep.to(x.device)] for name, x in found.items()})
                 self._n_tokens, self._read = n, read.hexdigest()  # whoever reads may stop here
-                yield Rows(places, values)
+                yield rows
             if n == self.n_rows:
                 break
         self._n_tokens, self._read = n, read.hexdigest()

@@ -23,6 +23,31 @@ class Rows(NamedTuple):
     places: Places
     values: Mapping[str, Float[Tensor, "n width"]]
 
+    @classmethod
+    def of(cls, places: Places, values: Mapping[str, Float[Tensor, "n width"]]) -> "Rows":
+        """Rows as every source must give them: in float32 or float64, one for each place, and finite.
+
+        Args:
+            places: where each row came from.
+            values: the rows at each hook point, in any floating dtype.
+
+        Raises:
+            ValueError: a hook point has another number of rows than there are places, or a row has NaN
+                or infinite values; the message names the hook point and the place.
+        """
+        checked = {}
+        for hook, activations in values.items():
+            if activations.ndim != 2 or len(activations) != len(places):
+                raise ValueError(
+                    f"the rows at {hook!r} must have shape [{len(places)}, width], one for each place, "
+                    f"got {tuple(activations.shape)}"
+                )
+            checked[hook] = x = full_precision(activations)
+            bad = first_nonfinite_row(x)
+            if bad is not None:
+                raise ValueError(f"NaN or infinite activation at {hook!r}, {places[bad]}")
+        return cls(places, checked)
+
 
 class ActivationSource(Protocol):
     """Where activations come from: a stream of rows that is the same each time it is read.
@@ -90,10 +115,3 @@ def gathered(source: ActivationSource, progress: bool = False) -> dict[str, Acti
 def full_precision(x: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
     """The rows in float32, or in float64 if they have it: pursuits and samples work in these."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def check_finite(x: Float[Tensor, "n d"], name: str, places: Places) -> None:
-    """Raise ValueError, with the place of the first, where a row has NaN or infinite values."""
-    bad = first_nonfinite_row(x)
-    if bad is not None:
-        raise ValueError(f"NaN or infinite activation at {name!r}, {places[bad]}")

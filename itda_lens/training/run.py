@@ -50,7 +50,9 @@ def build_from(
     check_enough(recipe, source.n_rows)
     with torch.no_grad():
         points = _read(source, recipe, progress)
-        chosen = {hook: point.finish(progress) for hook, point in points.items()}
+        if missing := [hook for hook in source.hooks if hook not in points]:
+            raise ValueError(f"the source must give at least one row, got none at {missing}")
+        chosen = {hook: points[hook].finish(progress) for hook in source.hooks}
     made = {}
     for hook, (dictionary, threshold) in chosen.items():
         logger.info("%s: %d atoms chosen", hook, len(dictionary.atoms))
