@@ -1,6 +1,7 @@
 """Texts and contexts: what counts, and where it came from."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -8,7 +9,14 @@ import torch
 
 from itda_lens import fit
 from itda_lens.records import Cutting, Places, Provenance
-from itda_lens.sources import Rows, Tokenization, iterate_texts
+from itda_lens.sources import (
+    ArraySource,
+    ModelSource,
+    Rows,
+    Tokenization,
+    gathered,
+    iterate_texts,
+)
 from itda_lens.training import build_from, recipe_of
 
 
@@ -175,3 +183,74 @@ class TestSourcesOfOnesOwn:
     def test_no_rows(self, rows):
         with pytest.raises(ValueError, match="must give at least one row, got none at .*'b'"):
             build_from(Fixed(["a", "b"], *rows), recipe_of(d_sae=4, k=2), progress=False)
+
+
+class TestSources:
+    HOOKS = ("blocks.0.hook_resid_post", "blocks.2.hook_resid_post")
+
+    def model_source(self, tiny, texts, **options):
+        cutting = Cutting(16)
+        return ModelSource(tiny, texts[:30], list(self.HOOKS), cutting, batch_size=4, **options)
+
+    def array_source(self, tiny, texts, **options):
+        x = torch.randn(137, 8, generator=torch.Generator().manual_seed(0))
+        return ArraySource(x, batch_size=10, **options)
+
+    @pytest.mark.parametrize("kind", ["model_source", "array_source"])
+    @pytest.mark.parametrize("skip", [0, 1, 9, 10, 73, 136])
+    def test_reading_goes_on_where_it_stopped(self, tiny, texts, kind, skip):
+        make = getattr(self, kind)
+        options = {"max_tokens": 137} if kind == "model_source" else {}
+        source = make(tiny, texts, **options)
+        whole = gathered(source)
+        left = list(make(tiny, texts, **options).rows(skip))
+        assert source.n_rows == 137
+        assert Places.joined([rows.places for rows in left]) == next(iter(whole.values())).labels[skip:]
+        for hook in source.hooks:
+            found = torch.cat([rows.values[hook] for rows in left])
+            assert torch.equal(found, whole[hook].values[skip:])
+
+    def test_all_can_be_skipped(self, tiny, texts):
+        assert list(self.array_source(tiny, texts).rows(137)) == []
+        assert list(self.model_source(tiny, texts, max_tokens=50).rows(50)) == []
+
+    def test_can_be_read_again(self, tiny, texts):
+        source = self.model_source(tiny, texts, max_tokens=60)
+        first, second = gathered(source), gathered(source)
+        for hook in self.HOOKS:
+            assert torch.equal(first[hook].values, second[hook].values)
+
+    def test_provenance_is_complete_once_all_is_read(self, tiny, texts):
+        source = self.model_source(tiny, texts)
+        before = source.provenance(self.HOOKS[0])
+        assert before.n_tokens is None
+        assert before.cutting == Cutting(16, True, False)
+        n = len(gathered(source)[self.HOOKS[0]].labels)
+        after = source.provenance(self.HOOKS[0])
+        assert after.n_tokens == n
+        assert after.texts_read_sha256 != before.texts_read_sha256
+        assert after.texts_fingerprint == before.texts_fingerprint
+
+    def test_the_dictionary_of_both_is_one(self, tiny, texts):
+        recipe = recipe_of(d_sae=20, k=6, l0=3, update=True)
+        built = build_from(self.model_source(tiny, texts), recipe, progress=False)
+        for hook, (values, labels) in gathered(self.model_source(tiny, texts)).items():
+            itda = build_from(ArraySource(values, labels), recipe, progress=False)["activations"]
+            assert torch.equal(itda.W_dec, built[hook].W_dec)
+            assert torch.equal(itda.b_dec, built[hook].b_dec)
+            assert itda.cfg.threshold == built[hook].cfg.threshold
+            assert itda.labels == built[hook].labels
+
+    @pytest.mark.parametrize("hooks", [6, [6], None, {"a"}])
+    def test_hooks_that_are_no_names(self, tiny, texts, hooks):
+        with pytest.raises(TypeError, match="hook_names must be a hook name or a list of them, got"):
+            ModelSource(tiny, texts, hooks)
+
+    def test_a_context_may_say_what_counts(self, tokenizer):
+        """As chats will: the model's own turns, and no others."""
+        tokenization = Tokenization(tokenizer)
+        (context,) = tokenization.contexts(["the cat sat on the mat"])
+        counts = [i in (2, 3) for i in range(len(context.ids))]
+        batch = tokenization.batch([replace(context, counts=counts)])
+        assert [label.token for label in batch.places()] == ["cat", "sat"]
+        assert batch.attention_mask.all()

@@ -2,6 +2,7 @@
 
 import warnings
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float, Int
@@ -11,7 +12,7 @@ from itda_lens.dictionary.rows import RowStore
 from itda_lens.dictionary.rule import Dictionary, Request
 from itda_lens.dictionary.selection import SAME_DIRECTION, first_of_direction, normalize_rows
 from itda_lens.dictionary.variance import RunningFVU
-from itda_lens.pursuit import encode, gram_dtype, gram_fits, inner_products
+from itda_lens.pursuit import Method, encode, gram_dtype, gram_fits, inner_products
 from itda_lens.records import Label, Places
 
 DEFAULT_LOSS_THRESHOLD = 0.2
@@ -37,6 +38,9 @@ class GreedyRule:
     Raises:
         ValueError: `loss_threshold` is not between 0 and 1.
     """
+
+    chooses_size: ClassVar[bool] = True
+    encoder: ClassVar[Method] = "mp"
 
     loss_threshold: float = DEFAULT_LOSS_THRESHOLD
 

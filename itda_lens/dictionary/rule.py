@@ -122,6 +122,11 @@ class Rule(Protocol):
     """A rule for choosing atoms: a frozen dataclass whose fields are its settings.
 
     A dictionary's metadata records the fields, so they must be plain data for JSON.
+
+    Two class attributes may say more of a rule; it need not have them:
+
+    - `chooses_size`: True if the rule can decide the number of atoms itself (`d_sae=None`).
+    - `encoder`: the pursuit that dictionaries of this rule encode by, unless the user names another.
     """
 
     __dataclass_fields__: ClassVar[dict[str, Any]]

@@ -52,7 +52,7 @@ class ArraySource:
     def rows(self, skip: int = 0) -> Iterator[Rows]:
         """The rows, `batch_size` at a time; see `ActivationSource.rows`."""
         for start in range(0, self.n_rows, self._batch_size):
-            part = slice(max(start, skip), start + self._batch_size)
+            part = slice(max(start, skip), min(start + self._batch_size, self.n_rows))
             if part.start < part.stop:
                 rows = full_precision(self._activations[part])
                 yield Rows(self._places[part], {self.hooks[0]: rows})

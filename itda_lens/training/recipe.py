@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
 
-from itda_lens.dictionary import RULES, GreedyRule, Request, Rule
+from itda_lens.dictionary import RULES, Request, Rule
 from itda_lens.pursuit import DEFAULT_RTOL, Coding, Method, check_l0
 
 Preset = Literal["best", "thorough", "paper"]
@@ -130,7 +130,7 @@ def recipe_of(
                 f"{setting} is no setting of {f'preset={name!r}' if name else type(rule).__name__}"
             )
     rule = replace(rule, **given) if given else rule  # pyright: ignore[reportArgumentType]
-    if d_sae is None and not isinstance(rule, GreedyRule):
+    if d_sae is None and not getattr(rule, "chooses_size", False):
         raise ValueError(f"d_sae must be given for {f'preset={name!r}' if name else 'this rule'}")
     if method is None:
         method = encoder_for(rule, signed)
@@ -138,7 +138,5 @@ def recipe_of(
 
 
 def encoder_for(rule: Rule, signed: bool) -> Method:
-    """The encoder that goes with a rule: the paper's for its own rule, else the best for such codes."""
-    if isinstance(rule, GreedyRule):
-        return "mp"
-    return "ols" if signed else "omp"
+    """The encoder that goes with a rule: the one that it names, else the best for such codes."""
+    return getattr(rule, "encoder", None) or ("ols" if signed else "omp")
