@@ -12,7 +12,10 @@ import stat
 import subprocess
 import sys
 import threading
+import time
+import warnings
 import zlib
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -790,19 +793,18 @@ class TestOutputFolder:
                     patch.setattr(Path, "rename", lambda self, goal: stopping(self, goal))
 
         if kill:
-            command = "stop in a forked process"
-            child = os.fork()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # Python 3.12 warns of forks where there are threads
+                child = os.fork()
             if child == 0:
                 try:
                     work()
                 finally:
-                    os._exit(0 if command else 1)
+                    os._exit(0)
             os.waitpid(child, 0)
         else:
-            try:
+            with suppress(KeyboardInterrupt):
                 work()
-            except KeyboardInterrupt:
-                pass
             assert [p.name for p in target.iterdir()] in (["theirs"], ["new"])
         # The next one is not blocked, and finds the old or the new in place.
         with output_folder(target, overwrite=True) as folder:
@@ -823,3 +825,77 @@ class TestOutputFolder:
         assert is_dictionary(kept / "a")
         assert f"a run that was killed had finished {kept}" in caplog.text
         assert sorted(p.name for p in tmp_path.iterdir()) == sorted(["out", kept.name])
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_tables_of_gram_rows_are_free_after_a_fork():
+    from itda_lens.pursuit.gram_rows import GramRows, WholeGram
+
+    tables = [GramRows(torch.eye(4), 10_000), WholeGram(torch.zeros(4, 4, dtype=torch.int16))]
+    for table in tables:
+        table.lock.acquire()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Python 3.12 warns of forks where there are threads
+        child = os.fork()
+    if child == 0:
+        free = all(table.lock.acquire(timeout=1) for table in tables)
+        os._exit(0 if free else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+class TestBench:
+    @pytest.mark.skipif(not hasattr(os, "killpg"), reason="process groups")
+    def test_a_kill_leaves_no_process(self):
+        psutil = pytest.importorskip("psutil")
+        worker = (
+            "import os, subprocess, sys; from itda_lens.saebench.worker import _end_with\n"
+            "child = subprocess.Popen(['sleep', '100'])\n"
+            "print(os.getpid(), child.pid, flush=True); _end_with(int(sys.argv[1]))"
+        )
+        runner = (
+            "import os, sys; from itda_lens.saebench.runner import _process\n"
+            f"command = [sys.executable, '-c', {worker!r}, str(os.getpid())]\n"
+            "with _process(command, dict(os.environ), sys.stdout) as process: process.wait()"
+        )
+        command = [sys.executable, "-c", runner]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            pids = [int(pid) for pid in process.stdout.readline().split()]
+            process.kill()
+            process.wait()
+        assert len(pids) == 2
+
+        def alive(pid):
+            try:
+                return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+            except psutil.NoSuchProcess:
+                return False
+
+        end = time.monotonic() + 20
+        while any(map(alive, pids)) and time.monotonic() < end:
+            time.sleep(0.1)
+        assert not any(map(alive, pids))
+
+    @pytest.mark.parametrize("at", range(6))
+    def test_a_stop_while_the_folder_is_made_blocks_nothing(self, tmp_path, monkeypatch, at):
+        from itda_lens.saebench.folder import OutputFolder
+
+        count, mkdir = [], Path.mkdir
+
+        def stopping(self, *args, **kwargs):
+            count.append(None)
+            if len(count) == at + 1:
+                raise KeyboardInterrupt
+            return mkdir(self, *args, **kwargs)
+
+        folder = OutputFolder(tmp_path / "out", None)
+        with monkeypatch.context() as patch, suppress(KeyboardInterrupt):
+            patch.setattr(Path, "mkdir", stopping)
+            folder.prepare([], {"saelens": {}}, None, "model")
+        folder.check([], {"saelens": {}}, "model")
+        folder.prepare([], {"saelens": {}}, None, "model")
+        # What a kill leaves of the record itself is none of another's things either.
+        (tmp_path / "out" / "bench.json").unlink()
+        for inside in ("work", "logs", "saelens"):
+            (tmp_path / "out" / inside).rmdir()
+        (tmp_path / "out" / ".files.0123456789abcdef.itda-tmp").mkdir()
+        folder.check([], {"saelens": {}}, "model")

@@ -196,12 +196,12 @@ def _put(new: Path, target: Path, found: _State | None) -> None:
     _check_is(target, found)
     # Moved away first, and looked at again where nobody else looks for it.
     old = new.with_name(_OLD)
-    os.rename(target, old)
     try:
+        os.rename(target, old)
         _check_is(old, found)
         _claim(new, target)
     except BaseException:
-        if not os.path.lexists(target):
+        if os.path.lexists(old) and not os.path.lexists(target):
             os.rename(old, target)
         raise
     os.rename(old, new.with_name(_DONE))
