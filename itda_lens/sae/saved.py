@@ -34,7 +34,10 @@ REQUIRED = (
 """Fields that change codes. Every version has written them; a default in their place would be a
 guess."""
 
-_OTHERS = ("architecture", "metadata", "neuronpedia_id", "sae_lens_version", "sae_lens_training_version")
+_OTHERS = (
+    "architecture", "metadata", "neuronpedia_id", "sae_lens_version", "sae_lens_training_version",
+    "finetuning_scaling_factor",
+)  # fmt: skip
 """Entries of a configuration that are no fields of it, and that SAELens may add."""
 
 _DIGEST_BYTES = 32
