@@ -638,7 +638,7 @@ class TestFiles:
             tmp_path.joinpath(f"sae_weights.safetensors.{1}.part").unlink()
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr("itda_lens.sae.itda.save_file", full_disk)
+        monkeypatch.setattr("itda_lens.sae.saved.save_file", full_disk)
         itda.W_dec.data.mul_(2)
         with pytest.raises(OSError, match="No space left"):
             itda.save_model(tmp_path)

@@ -6,9 +6,9 @@ from typing import Any
 
 from sae_lens import SAE, TrainingSAE
 from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, SPARSITY_FILENAME
-from safetensors.torch import save_file
 
 from itda_lens.records import replacing
+from itda_lens.sae.saved import write_tensors
 
 
 def save_inference(sae: SAE[Any], folder: str | Path) -> None:
@@ -26,6 +26,6 @@ def save_inference(sae: SAE[Any], folder: str | Path) -> None:
     sae.process_state_dict_for_saving_inference(state)
     config = json.dumps(sae.cfg.get_inference_sae_cfg_dict() | {"metadata": sae.cfg.metadata.to_dict()})
     with replacing(target / SAE_WEIGHTS_FILENAME, target / SAE_CFG_FILENAME) as (weights, cfg):
-        save_file({name: tensor.contiguous() for name, tensor in state.items()}, weights)
+        write_tensors(state, weights)
         cfg.write_text(config)
     (target / SPARSITY_FILENAME).unlink(missing_ok=True)

@@ -1,12 +1,25 @@
 """Tables of the rows of a Gram matrix: all of them, or those that fit into memory."""
 
+import os
 import threading
+import weakref
 
 import torch
 from jaxtyping import Float, Int, Int16
 from torch import Tensor
 
 from itda_lens.pursuit.fixed_point import fixed_point
+
+_tables: "weakref.WeakSet[GramRows | WholeGram]" = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for table in _tables:
+        table.lock = threading.Lock()  # a thread that the child does not have may have held it
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 class GramRows:
@@ -38,6 +51,7 @@ class GramRows:
             self._atom_of = torch.full((capacity,), -1, dtype=torch.long)
         self.turn = 0
         self.lock = threading.Lock()
+        _tables.add(self)
         self._atoms, self._budget_bytes = atoms.detach().float(), budget_bytes
 
     def __len__(self) -> int:
@@ -74,6 +88,7 @@ class WholeGram:
         self.used = torch.zeros(n, dtype=torch.long)
         self.turn = 0
         self.lock = threading.Lock()
+        _tables.add(self)
 
     def __len__(self) -> int:
         return len(self.rows)

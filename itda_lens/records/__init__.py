@@ -1,7 +1,7 @@
 """Plain data of the ground floor: labels, places, provenance, cutting, files that appear whole."""
 
 from itda_lens.records.cutting import Cutting
-from itda_lens.records.files import replacing
+from itda_lens.records.files import is_leftover, replacing
 from itda_lens.records.hashing import mix64, text_digest
 from itda_lens.records.hook_points import HookPoint
 from itda_lens.records.labels import Label, Labels, as_label
@@ -20,6 +20,7 @@ __all__ = [
     "agreed",
     "agreed_cutting",
     "as_label",
+    "is_leftover",
     "mix64",
     "replacing",
     "text_digest",

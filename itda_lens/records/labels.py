@@ -8,9 +8,17 @@ import operator
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import overload
+from typing import Any, overload
 
 _COMPACT_PREFIX = "zlib+base64:"
+
+MOST_BYTES = 64 * 1024, 2048
+"""The longest JSON that stands for labels: so many bytes, and so many more for each label. Labels of
+texts take some 400. A few megabytes of a hostile file would unpack to gigabytes."""
+
+MOST_LABELS = 2**17
+"""The number of labels for which `Labels.from_compact` makes room where it is not told how many they
+are."""
 
 
 @dataclass(frozen=True)
@@ -77,30 +85,71 @@ class Labels(Sequence[Label]):
         return f"Labels({len(self)} labels)"
 
     def to_compact(self) -> str:
-        """One ASCII string that survives JSON, dtype casts and deep copies of a config."""
+        """One ASCII string that survives JSON, dtype casts and deep copies of a config.
+
+        Raises:
+            ValueError: tokens and contexts are longer than `from_compact` reads (`MOST_BYTES`).
+        """
         columns = {name: [getattr(label, name) for label in self._labels] for name in _COLUMNS}
         text = json.dumps(columns, separators=(",", ":"))
+        if len(text) > (most := _most_bytes(len(self))):
+            raise ValueError(
+                f"labels must be shorter: {len(self)} of them take {len(text)} bytes in JSON, at most "
+                f"{most} are allowed"
+            )
         return _COMPACT_PREFIX + base64.b64encode(zlib.compress(text.encode(), 9)).decode()
 
     @classmethod
-    def from_compact(cls, text: str) -> "Labels":
+    def from_compact(cls, text: str, count: int | None = None) -> "Labels":
         """Inverse of `to_compact`.
 
+        Args:
+            text: the string.
+            count: how many labels there must be; default: any number up to `MOST_LABELS`.
+
         Raises:
-            ValueError: the string is damaged or not of this form.
+            ValueError: the string is damaged, not of this form, longer than `to_compact` makes any, or
+                holds another number of labels.
         """
         try:
             if not text.startswith(_COMPACT_PREFIX):
                 raise ValueError(f"does not start with {_COMPACT_PREFIX!r}")
             packed = base64.b64decode(text[len(_COMPACT_PREFIX) :], validate=True)
-            columns = json.loads(zlib.decompress(packed))
+            columns = json.loads(_unpacked(packed, _most_bytes(MOST_LABELS if count is None else count)))
             rows = zip(*(columns[name] for name in _COLUMNS), strict=True)
-            items = (dict(zip(_COLUMNS, row, strict=True)) for row in rows)
-            return cls(
-                [Label(**{**item, "chars": item["chars"] and tuple(item["chars"])}) for item in items]
-            )
-        except (ValueError, KeyError, TypeError, AttributeError, zlib.error, binascii.Error) as error:
+            labels = cls([_read(dict(zip(_COLUMNS, row, strict=True))) for row in rows])
+        except (
+            ValueError, KeyError, TypeError, AttributeError, RecursionError, zlib.error, binascii.Error,
+        ) as error:  # fmt: skip
             raise ValueError(f"damaged labels: {error}") from error
+        if count is not None and len(labels) != count:
+            raise ValueError(f"damaged labels: {len(labels)} of them for {count} atoms")
+        return labels
+
+
+def _most_bytes(count: int) -> int:
+    fixed, each = MOST_BYTES
+    return fixed + each * count
+
+
+def _unpacked(packed: bytes, most: int) -> bytes:
+    decompressor = zlib.decompressobj()
+    unpacked = decompressor.decompress(packed, most)
+    if decompressor.unconsumed_tail:
+        raise ValueError(f"they unpack to more than {most} bytes")
+    if not decompressor.eof:
+        raise ValueError("they end too early")
+    return unpacked
+
+
+def _read(item: dict[str, Any]) -> Label:
+    for name in ("token", "context"):
+        if not isinstance(item[name], str | None):
+            raise ValueError(f"{name} must be a string or null, got {item[name]!r}")
+    chars = item["chars"]
+    if chars is not None and not (isinstance(chars, list) and len(chars) == 2):
+        raise ValueError(f"chars must be two numbers or null, got {chars!r}")
+    return as_label(Label(**{**item, "chars": chars and tuple(chars)}))
 
 
 def as_label(value: object) -> Label:

@@ -3,7 +3,7 @@
 import copy
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from sae_lens import SAE, SAEConfig
-from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, SPARSITY_FILENAME
-from safetensors.torch import save_file
+from sae_lens.constants import DTYPE_MAP, SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, SPARSITY_FILENAME
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -27,6 +26,7 @@ from itda_lens.pursuit import (
 )
 from itda_lens.records import Labels, replacing
 from itda_lens.sae.prepared import Prepared, prepare, same_bits, unit_up_to_rounding
+from itda_lens.sae.saved import WEIGHTS_KEY, check_config, check_digests, digests, write_tensors
 
 LABELS_KEY = "itda_labels"
 """Where the labels live in `cfg.metadata`: SAELens saves, loads and uploads that, and casts no integer
@@ -91,8 +91,31 @@ class ITDAConfig(SAEConfig):
         return "itda"
 
     @override
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any]) -> "ITDAConfig":
+        """The configuration that `to_dict` gave, or that `cfg.json` holds.
+
+        One with an entry "metadata" is a saved one, which must be complete; others may leave fields to
+        their defaults. (`SAE.load_from_disk` does not ask this class: `itda_lens.load` does.)
+
+        Raises:
+            ValueError: a field is missing, unknown, of another type or out of range; it is named.
+        """
+        if "metadata" in config_dict and config_dict["architecture"] == cls.architecture():
+            check_config(config_dict, [field.name for field in fields(cls)])
+        return super().from_dict(config_dict)
+
+    @override
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name in ("apply_b_dec_to_input", "mirrored"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, got {value!r}")
+        for name, allowed in (("dtype", tuple(DTYPE_MAP)), ("reshape_activations", ("none", "hook_z"))):
+            if (value := getattr(self, name)) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+        if not isinstance(self.device, str):
+            raise ValueError(f"device must be a string such as 'cpu' or 'cuda:0', got {self.device!r}")
         for name in ("d_in", "d_sae"):
             value = getattr(self, name)
             if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
@@ -129,6 +152,13 @@ class ITDA(SAE[ITDAConfig]):
         # Neither buffers nor parameters: SAELens builds models on device "meta" and assigns weights.
         self._prepared: Prepared | None = None
         self._labels: tuple[str, Labels] | None = None
+        # Of the files that weights are about to be loaded from: those in memory may be edited.
+        self._saved_digests: dict[str, str] | None = vars(cfg.metadata).pop(WEIGHTS_KEY, None)
+
+    @override
+    @classmethod
+    def get_sae_config_class_for_architecture(cls, architecture: str) -> type[ITDAConfig]:
+        return ITDAConfig
 
     @override
     @torch.inference_mode(False)
@@ -335,10 +365,7 @@ class ITDA(SAE[ITDAConfig]):
         if compact is None:
             raise NoLabelsError("this dictionary carries no labels")
         if self._labels is None or self._labels[0] != compact:
-            labels = Labels.from_compact(compact)
-            if len(labels) != self.cfg.d_sae:
-                raise ValueError(f"damaged labels: {len(labels)} of them for {self.cfg.d_sae} atoms")
-            self._labels = (compact, labels)
+            self._labels = (compact, Labels.from_compact(compact, self.cfg.d_sae))
         return self._labels[1]
 
     def prefix(self, m: int) -> "ITDA":
@@ -441,6 +468,18 @@ class ITDA(SAE[ITDAConfig]):
 
     @override
     def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
+        """Check weights that were read from a file.
+
+        Rows may be of any norm: folding, training and half precision change them, and encoding takes
+        them into account. Weights that were damaged differ from the digests that were saved with them.
+
+        Raises:
+            ValueError: they are not of the save that the configuration is of, do not fit it, or are not
+                finite.
+        """
+        if self._saved_digests is not None:
+            check_digests(state_dict, self._saved_digests)
+            self._saved_digests = None
         expected = {"W_dec": (self.cfg.d_sae, self.cfg.d_in), "b_dec": (self.cfg.d_in,)}
         found = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
         if found != expected:
@@ -459,8 +498,10 @@ class ITDA(SAE[ITDAConfig]):
         """Write `sae_weights.safetensors` and `cfg.json` into the folder `path`, made if need be.
 
         Files of these names are replaced, as by every SAELens SAE, but only once both new ones are
-        complete: an interrupt or a full disk leaves the folder as it was. A `sparsity.safetensors`
-        of the weights that were there is removed.
+        complete: an interrupt or a full disk leaves both as they were. A digest of the weights in
+        `cfg.json` (`itda_weights` in its metadata) tells files of two saves apart when they are loaded,
+        which a kill between the two renames can leave. A `sparsity.safetensors` of the weights that were
+        there is removed.
 
         Returns:
             Paths of the weights and of the config.
@@ -472,12 +513,15 @@ class ITDA(SAE[ITDAConfig]):
         folder.mkdir(parents=True, exist_ok=True)
         state_dict = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
         self.process_state_dict_for_saving(state_dict)
-        config = json.dumps(self.cfg.to_dict())
+        config = self.cfg.to_dict()
+        config["metadata"] = config["metadata"] | {WEIGHTS_KEY: digests(state_dict)}
+        text = json.dumps(config)
         weights, cfg = folder / SAE_WEIGHTS_FILENAME, folder / SAE_CFG_FILENAME
-        with replacing(weights, cfg) as (new_weights, new_cfg):
-            save_file(state_dict, new_weights)
-            new_cfg.write_text(config)
-        (folder / SPARSITY_FILENAME).unlink(missing_ok=True)
+        # The configuration first: with weights of any earlier save its digests tell the mixture.
+        with replacing(cfg, weights) as (new_cfg, new_weights):
+            write_tensors(state_dict, new_weights)
+            new_cfg.write_text(text)
+            (folder / SPARSITY_FILENAME).unlink(missing_ok=True)
         return weights, cfg
 
 

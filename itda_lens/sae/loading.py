@@ -1,55 +1,57 @@
 """Loading a dictionary from a folder or a Hugging Face repository; errors say what is wrong."""
 
 import json
+import time
+from dataclasses import fields
 from pathlib import Path
 
+import torch
 from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
 from sae_lens import SAE
-from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, SPARSITY_FILENAME
-from safetensors import SafetensorError
+from sae_lens.constants import DTYPE_MAP, SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, SPARSITY_FILENAME
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 
-from itda_lens.records import HookPoint
-from itda_lens.sae.itda import ITDA
+from itda_lens.records import HookPoint, is_leftover
+from itda_lens.sae.itda import ITDA, LABELS_KEY, ITDAConfig
+from itda_lens.sae.saved import WEIGHTS_KEY, MixedFilesError, check_config, check_digests
+
+TRIES, PAUSE_SECONDS = 20, 0.02
+"""How often, and how long after one another, files are read that are not of one save: another process
+may be between renaming one and the other."""
 
 
-def load(path_or_repo: str | Path, device: str = "cpu", dtype: str | None = None) -> ITDA:
+def load(
+    path_or_repo: str | Path, device: str | torch.device = "cpu", dtype: str | torch.dtype | None = None
+) -> ITDA:
     """Load an ITDA.
+
+    Where the configuration holds digests of the weights, as `ITDA.save_model` writes them, the weights
+    are compared with them. Files that another process is just replacing are read again.
 
     Args:
         path_or_repo: a folder with `cfg.json` and `sae_weights.safetensors`; or, where no such folder
             exists, `org/name/folder/of/the/dictionary` on the Hugging Face hub (the only case in
             which the network is used).
         device: where to put it.
-        dtype: as which SAELens dtype name ("float32", "bfloat16", ...); default: as it was saved, and
-            float32 from the hub.
+        dtype: as which SAELens dtype name ("float32", "bfloat16", ...) or torch dtype; default: as it
+            was saved, and float32 from the hub.
 
     Raises:
         FileNotFoundError: no such folder or repository, or files are missing from it.
-        ValueError: the config or the weights are damaged, do not fit each other, or are not an ITDA's.
+        ValueError: the config or the weights are damaged, do not fit each other, are not of one save, or
+            are not an ITDA's; the message names the file. Or device or dtype is not one.
     """
+    device_name, dtype_name = _device(device), _dtype(dtype)
     folder = Path(path_or_repo)
     if not folder.exists():
-        parts = str(path_or_repo).split("/")
-        if isinstance(path_or_repo, str) and len(parts) >= 3 and all(parts):
-            release, sae_id = "/".join(parts[:2]), "/".join(parts[2:])
-            try:
-                sae = SAE.from_pretrained(release, sae_id, device=device, dtype=dtype or "float32")
-            except (EntryNotFoundError, RepositoryNotFoundError) as error:
-                reason = str(error).strip().split("\n")[0]
-                raise FileNotFoundError(
-                    f"no dictionary {path_or_repo!r} on the hub: {reason}"
-                ) from error
-            return _checked(sae, path_or_repo)
-        raise FileNotFoundError(
-            f"no folder {str(path_or_repo)!r} (a dictionary on the hub is named org/name/folder)"
-        )
-    _check_files(folder)
-    try:
-        return _checked(SAE.load_from_disk(folder, device=device, dtype=dtype), folder)
-    except SafetensorError as error:
-        raise ValueError(f"{folder / SAE_WEIGHTS_FILENAME} is truncated or damaged: {error}") from error
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{folder / SAE_CFG_FILENAME} is not a complete config: {error!r}") from error
+        return _from_hub(path_or_repo, device_name, dtype_name)
+    for _ in range(TRIES - 1):
+        try:
+            return _from_folder(folder, device_name, dtype_name)
+        except MixedFilesError:
+            time.sleep(PAUSE_SECONDS)
+    return _from_folder(folder, device_name, dtype_name)
 
 
 def dictionaries_in(folder: Path) -> list[Path]:
@@ -61,29 +63,122 @@ def dictionaries_in(folder: Path) -> list[Path]:
 
 
 def is_dictionary(folder: Path) -> bool:
-    """Whether the folder holds an ITDA and nothing else."""
-    names = {SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME}
-    if not folder.is_dir() or {file.name for file in folder.iterdir()} - {SPARSITY_FILENAME} != names:
+    """Whether the folder holds an ITDA and nothing else, but for what a killed run left."""
+    if not folder.is_dir():
+        return False
+    found = {file.name for file in folder.iterdir() if not is_leftover(file)}
+    if found - {SPARSITY_FILENAME} != {SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME}:
         return False
     try:
         return json.loads((folder / SAE_CFG_FILENAME).read_text())["architecture"] == "itda"
-    except (ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False
 
 
-def _check_files(folder: Path) -> None:
-    for name in (SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME):
-        if not (folder / name).is_file():
+def _from_folder(folder: Path, device: str, dtype: str | None) -> ITDA:
+    config, weights = folder / SAE_CFG_FILENAME, folder / SAE_WEIGHTS_FILENAME
+    for file in (config, weights):
+        if not file.is_file():
             inside = dictionaries_in(folder) if folder.is_dir() else []
             hint = f"; it holds dictionaries: {', '.join(str(f) for f in inside)}" if inside else ""
-            raise FileNotFoundError(f"no {name} in {folder}{hint}")
+            raise FileNotFoundError(f"no {file.name} in {folder}{hint}")
+    _check_config_file(config)
     try:
-        config = json.loads((folder / SAE_CFG_FILENAME).read_text())
+        _check_floating(weights)
+        # Cast afterwards: weights that were rounded could not be compared with their digests.
+        itda = _checked(SAE.load_from_disk(folder, device=device), folder)
+    except SafetensorError as error:
+        raise ValueError(f"{weights} is truncated or damaged: {error}") from error
+    except MixedFilesError as error:
+        raise MixedFilesError(
+            f"{weights} and {config} are not of one save: {error}; {_advice(folder)}"
+        ) from error
+    except ValueError as error:
+        raise ValueError(f"{weights} or {config} is damaged: {error}") from error
+    _check_labels(itda, config)
+    return itda if dtype is None else itda.to(dtype=DTYPE_MAP[dtype])
+
+
+def _advice(folder: Path) -> str:
+    """What a kill between two renames leaves: the new configuration, the old weights, and new ones."""
+    for file in folder.glob(f".*/{SAE_WEIGHTS_FILENAME}"):
+        try:
+            recorded = json.loads((folder / SAE_CFG_FILENAME).read_text())["metadata"][WEIGHTS_KEY]
+            check_digests(load_file(file), recorded)
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError):
+            continue
+        return f"the weights of this configuration are in {file}: move them here"
+    return "save the dictionary again, or put back the file that belongs to the other"
+
+
+def _from_hub(name: str | Path, device: str, dtype: str | None) -> ITDA:
+    parts = str(name).split("/")
+    if not isinstance(name, str) or len(parts) < 3 or not all(parts):
+        raise FileNotFoundError(
+            f"no folder {str(name)!r} (a dictionary on the hub is named org/name/folder)"
+        )
+    release, sae_id = "/".join(parts[:2]), "/".join(parts[2:])
+    try:
+        sae = SAE.from_pretrained(release, sae_id, device=device, dtype=dtype or "float32")
+    except (EntryNotFoundError, RepositoryNotFoundError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise FileNotFoundError(f"no dictionary {name!r} on the hub: {reason}") from error
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(f"the dictionary {name!r} on the hub is damaged: {error}") from error
+    return _checked(sae, name)
+
+
+def _check_config_file(file: Path) -> None:
+    try:
+        config = json.loads(file.read_text())
         architecture = config["architecture"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder / SAE_CFG_FILENAME} is truncated or damaged: {error!r}") from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{file} is truncated or damaged: {error!r}") from error
     if architecture != "itda":
-        raise ValueError(f"{folder} holds a {architecture!r} SAE, not an ITDA; load it with SAELens")
+        raise ValueError(
+            f"{file.parent} holds a {architecture!r} SAE, not an ITDA; load it with SAELens"
+        )
+    try:
+        if "metadata" not in config:
+            raise ValueError("the field 'metadata' is missing")
+        check_config(config, [field.name for field in fields(ITDAConfig)])
+        ITDAConfig.from_dict(config)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{file} is not a complete config: {error}") from error
+
+
+def _check_floating(file: Path) -> None:
+    """SAELens casts what it reads, so that integers would pass for atoms."""
+    with safe_open(file, framework="pt") as tensors:
+        for name in tensors.keys():  # noqa: SIM118
+            dtype = tensors.get_slice(name).get_dtype()
+            if dtype not in ("F16", "BF16", "F32", "F64"):
+                raise ValueError(f"{name} must be of 16, 32 or 64 bit floating numbers, got {dtype}")
+
+
+def _check_labels(itda: ITDA, config: Path) -> None:
+    if itda.cfg.metadata[LABELS_KEY] is not None:
+        try:
+            itda.labels  # noqa: B018
+        except ValueError as error:
+            raise ValueError(f"{config}: the field 'metadata.{LABELS_KEY}' holds {error}") from error
+
+
+def _device(device: str | torch.device) -> str:
+    try:
+        return str(torch.device(device))
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"device must be one of torch's, such as 'cpu' or 'cuda', got {device!r}"
+        ) from error
+
+
+def _dtype(dtype: str | torch.dtype | None) -> str | None:
+    name = str(dtype).removeprefix("torch.")
+    if dtype is not None and (not isinstance(dtype, str | torch.dtype) or name not in DTYPE_MAP):
+        names = ", ".join(key for key in DTYPE_MAP if "." not in key)
+        raise ValueError(f"dtype must be one of {names} or None, got {dtype!r}")
+    return None if dtype is None else name
 
 
 def _checked(sae: object, source: object) -> ITDA:

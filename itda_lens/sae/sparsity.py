@@ -1,15 +1,16 @@
 """How often each atom fires, in the file in which SAELens keeps it beside the weights."""
 
+import json
 from pathlib import Path
 
 import torch
 from jaxtyping import Float
-from sae_lens.constants import SPARSITY_FILENAME
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from sae_lens.constants import SAE_CFG_FILENAME, SPARSITY_FILENAME
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from itda_lens.records import replacing
+from itda_lens.sae.saved import WEIGHTS_KEY, write_tensors
 
 EPSILON = 1e-10
 """Added to a density before its logarithm is taken, as by SAELens's trainer: dead features read -10."""
@@ -19,15 +20,20 @@ def load_sparsity(folder: str | Path) -> Float[Tensor, " d_sae"] | None:
     """The feature densities beside a dictionary; None where there is no `sparsity.safetensors`.
 
     Raises:
-        ValueError: the file is damaged.
+        ValueError: the file is damaged, or was measured with other weights than are beside it.
     """
     path = Path(folder) / SPARSITY_FILENAME
     if not path.exists():
         return None
     try:
-        return (10 ** load_file(path)["sparsity"].double() - EPSILON).clamp(min=0)
-    except (SafetensorError, KeyError) as error:
+        with safe_open(path, framework="pt") as tensors:
+            measured = (tensors.metadata() or {}).get(WEIGHTS_KEY)
+            logarithms = tensors.get_tensor("sparsity").double()
+    except SafetensorError as error:
         raise ValueError(f"{path} is truncated or damaged: {error!r}") from error
+    if measured is not None and measured != _weights_of(path.parent):
+        raise ValueError(f"{path} was measured with other weights than {path.parent} holds")
+    return (10**logarithms - EPSILON).clamp(min=0)
 
 
 def save_sparsity(folder: str | Path, feature_density: Float[Tensor, " d_sae"]) -> Path:
@@ -42,7 +48,8 @@ def save_sparsity(folder: str | Path, feature_density: Float[Tensor, " d_sae"]) 
         feature_density: share of tokens at which each atom has a nonzero coefficient.
 
     Returns:
-        Path of the file; its one tensor "sparsity" is `log10(feature_density + 1e-10)`.
+        Path of the file; its one tensor "sparsity" is `log10(feature_density + 1e-10)`. Its header names
+        the weights by the digests in `cfg.json`.
 
     Raises:
         ValueError: densities are not between 0 and 1.
@@ -52,5 +59,19 @@ def save_sparsity(folder: str | Path, feature_density: Float[Tensor, " d_sae"]) 
         raise ValueError("feature_density must be between 0 and 1 for every atom")
     path = Path(folder) / SPARSITY_FILENAME
     with replacing(path) as (temporary,):
-        save_file({"sparsity": torch.log10(feature_density.cpu().float() + EPSILON)}, temporary)
+        logarithms = torch.log10(feature_density.cpu().float() + EPSILON)
+        weights = _weights_of(path.parent)
+        write_tensors(
+            {"sparsity": logarithms}, temporary, None if weights is None else {WEIGHTS_KEY: weights}
+        )
     return path
+
+
+def _weights_of(folder: Path) -> str | None:
+    """The digests of the weights beside, as text; None where the configuration has none."""
+    try:
+        config = json.loads((folder / SAE_CFG_FILENAME).read_text())
+        recorded = config["metadata"][WEIGHTS_KEY]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return json.dumps(recorded, sort_keys=True)

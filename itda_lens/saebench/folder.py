@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from itda_lens.records import replacing
+from itda_lens.records import is_leftover, replacing
 from itda_lens.saebench.evaluations import EVALUATIONS, Evaluation
 from itda_lens.saebench.job import result_file
 from itda_lens.saebench.subjects import NONNEGATIVE, Subject
@@ -91,7 +91,8 @@ class OutputFolder:
             ValueError: it is one.
         """
         inside = self.path.iterdir() if self.path.exists() else ()
-        if not self._manifest.exists() and any(found.name != BASELINES for found in inside):
+        others = [found for found in inside if found.name != BASELINES and not is_leftover(found)]
+        if not self._manifest.exists() and others:
             raise ValueError(
                 f"{self.path} holds other things than results; choose another output folder"
             )
@@ -117,13 +118,15 @@ class OutputFolder:
         model: str,
     ) -> None:
         """Make the folder, once it was checked, and record the origin of its results."""
-        self.work.mkdir(parents=True, exist_ok=True)
-        (self.path / "logs").mkdir(exist_ok=True)
-        for evaluation in configs:
-            (self.path / evaluation).mkdir(exist_ok=True)
+        # The record first: a folder without one, which a kill would leave, is taken for another's.
+        self.path.mkdir(parents=True, exist_ok=True)
         old, new = self._recorded(), self._record(subjects, configs, model)
         with replacing(self._manifest) as (temporary,):
             temporary.write_text(json.dumps({kind: old[kind] | new[kind] for kind in new}, indent=2))
+        self.work.mkdir(exist_ok=True)
+        (self.path / "logs").mkdir(exist_ok=True)
+        for evaluation in configs:
+            (self.path / evaluation).mkdir(exist_ok=True)
         if own is not None:
             target = self.work / own.name / "train.jsonl"
             if not target.exists():

@@ -3,11 +3,12 @@
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -37,6 +38,9 @@ logger = logging.getLogger(__name__)
 CodesOption = Literal["both", "signed", "nonnegative"]
 
 POLL_SECONDS = 0.2
+
+TERMINATE_SECONDS = 10
+"""How long a worker has to end by itself once it was asked to."""
 
 
 def bench(
@@ -203,7 +207,7 @@ def _run(job: Job, folder: OutputFolder, progress: bool) -> dict[str, str]:
     job_file = folder.work / f"{job.evaluation}.job.json"
     job.save(job_file)
     job.outcomes_file.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "itda_lens.saebench.worker", str(job_file)]
+    command = [sys.executable, "-m", "itda_lens.saebench.worker", str(job_file), str(os.getpid())]
     environment = {"HF_DATASETS_CACHE": str(folder.work / "datasets")} | dict(os.environ) | ENVIRONMENT
     log = folder.log(job.evaluation)
     outcomes: dict[str, str | None] = {}
@@ -235,8 +239,14 @@ def _run(job: Job, folder: OutputFolder, progress: bool) -> dict[str, str]:
 
 @contextmanager
 def _process(command: list[str], environment: dict[str, str], output: Any) -> Iterator[Any]:
+    """A process in a session of its own, which ends with this block, and its own processes with it."""
     process = subprocess.Popen(
-        command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
+        command,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
     )
     try:
         yield process
@@ -244,7 +254,14 @@ def _process(command: list[str], environment: dict[str, str], output: Any) -> It
         if process.poll() is None:
             logger.warning("interrupted: what is finished stays; the same call goes on from there")
             process.terminate()
-            process.wait()
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(TERMINATE_SECONDS)
+        if hasattr(os, "killpg"):
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)
+        else:
+            process.kill()
+        process.wait()
 
 
 def _outcomes(file: Path) -> Iterator[tuple[str, str | None]]:

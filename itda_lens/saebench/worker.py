@@ -9,7 +9,10 @@ import importlib
 import json
 import logging
 import os
+import signal
 import sys
+import threading
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -25,9 +28,18 @@ from itda_lens.sources import register_with_transformer_lens
 
 Run = Callable[[Any, str, SAE[Any]], None]
 
+WATCH_SECONDS = 0.5
 
-def main(path: Path) -> None:
-    """Run the job; one line in its outcomes file for each dictionary, as soon as it is done."""
+
+def main(path: Path, parent: int | None = None) -> None:
+    """Run the job; one line in its outcomes file for each dictionary, as soon as it is done.
+
+    Args:
+        path: file of the job.
+        parent: the process that reads the outcomes; once it has ended, this one ends too.
+    """
+    if parent is not None:
+        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     job = Job.load(path)
     os.chdir(job.work)
     if job.model_folder is not None:
@@ -39,10 +51,7 @@ def main(path: Path) -> None:
     run = runner(job)
     scratch = Path(job.work) / "results" / job.evaluation
     scratch.mkdir(parents=True, exist_ok=True)
-    parent = os.getppid()
     for entry in job.entries:
-        if os.getppid() != parent:  # killed; nobody reads what follows
-            return
         errors.message, failure = None, None
         written = None
         try:
@@ -63,6 +72,15 @@ def main(path: Path) -> None:
         outcome = {"name": entry.name, "failure": failure}
         with job.outcomes_file.open("a") as file:
             file.write(json.dumps(outcome) + "\n")
+
+
+def _end_with(parent: int) -> None:
+    """End this process, and those that it started, once the parent was killed: nobody reads the rest."""
+    while os.getppid() == parent:
+        time.sleep(WATCH_SECONDS)
+    if hasattr(os, "getpgrp") and os.getpgrp() == os.getpid():
+        os.killpg(0, signal.SIGKILL)
+    os._exit(1)
 
 
 def load(entry: Entry, job: Job) -> SAE[Any]:
@@ -115,4 +133,4 @@ def runner(job: Job) -> Run:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else None)

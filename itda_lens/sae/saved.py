@@ -1,0 +1,139 @@
+"""What makes the two files of a saved dictionary one: checks of its configuration, digests of its
+weights.
+
+`cfg.json` holds, in its metadata under `WEIGHTS_KEY`, a digest of each tensor of the weights file. Only
+`ITDA.save_model` writes it, and it lives in files only: a dictionary in memory may be edited. So
+whatever else writes a configuration, such as a tool with functions of its own, writes none, and what has
+none is not compared.
+"""
+
+import errno
+import hashlib
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import fields
+from pathlib import Path
+from types import UnionType
+from typing import Any, get_args, get_type_hints
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from itda_lens.records import BUILD_KEY, Provenance
+
+WEIGHTS_KEY = "itda_weights"
+"""The entry of the metadata: for each tensor, "DTYPE:BLAKE2B", such as "float32:91c1…". The digest is
+BLAKE2b, 32 bytes in hexadecimal digits, of the numbers in row-major order, little-endian."""
+
+REQUIRED = (
+    "d_in", "d_sae", "dtype", "apply_b_dec_to_input", "normalize_activations", "reshape_activations",
+    "k", "signed", "method", "rtol", "threshold", "mirrored",
+)  # fmt: skip
+"""Fields that change codes. Every version has written them; a default in their place would be a
+guess."""
+
+_OTHERS = (
+    "architecture", "metadata", "neuronpedia_id", "sae_lens_version", "sae_lens_training_version",
+    "finetuning_scaling_factor",
+)  # fmt: skip
+"""Entries of a configuration that are no fields of it, and that SAELens may add."""
+
+_DIGEST_BYTES = 32
+
+
+class MixedFilesError(ValueError):
+    """Weights and configuration are not of one save."""
+
+
+def digests(state: Mapping[str, Tensor]) -> dict[str, str]:
+    """What `WEIGHTS_KEY` holds for these tensors."""
+    return {name: f"{_name(tensor.dtype)}:{_digest(tensor)}" for name, tensor in state.items()}
+
+
+def check_digests(state: Mapping[str, Tensor], recorded: Mapping[str, str]) -> None:
+    """Compare tensors with the digests that were saved with them.
+
+    Loading may have cast them. A wider dtype is cast back, which is exact; numbers that were rounded to
+    a narrower one cannot be compared, and are let through.
+
+    Raises:
+        MixedFilesError: a tensor is another one than was saved.
+    """
+    for name, entry in recorded.items():
+        dtype_name, _, digest = entry.partition(":")
+        dtype = getattr(torch, dtype_name, None)
+        if name not in state or not isinstance(dtype, torch.dtype):
+            raise MixedFilesError(f"{name} is not of the save that the configuration is of")
+        tensor = state[name]
+        rounded = torch.promote_types(tensor.dtype, dtype) != tensor.dtype
+        if not rounded and _digest(tensor.to(dtype)) != digest:
+            raise MixedFilesError(f"{name} is not of the save that the configuration is of")
+
+
+def check_config(config: Mapping[str, Any], known: Collection[str]) -> None:
+    """Refuse a saved configuration in which a field is missing, unknown or of another type.
+
+    Args:
+        config: the content of a `cfg.json`, or what `ITDAConfig.to_dict` gives.
+        known: the fields of `ITDAConfig`, which itself checks their values.
+
+    Raises:
+        ValueError: the message names the field.
+    """
+    for name in REQUIRED:
+        if name not in config:
+            raise ValueError(f"the field {name!r} is missing")
+    for name in config:
+        if name not in known and name not in _OTHERS:
+            raise ValueError(f"the field {name!r} is unknown: misspelt, or of a newer version")
+    metadata = config["metadata"]
+    _check_type("metadata", metadata, dict)
+    build = metadata.get(BUILD_KEY)
+    _check_type(f"metadata.{BUILD_KEY}", build, dict | None)
+    hints = get_type_hints(Provenance)
+    for field in fields(Provenance):
+        for where, entries in (("metadata", metadata), (f"metadata.{BUILD_KEY}", build or {})):
+            if field.name in entries and field.name != "others":
+                hint = hints[field.name]
+                hint = hint if isinstance(hint, UnionType | type) else dict
+                _check_type(f"{where}.{field.name}", entries[field.name], hint | None)
+    recorded = metadata.get(WEIGHTS_KEY)
+    _check_type(f"metadata.{WEIGHTS_KEY}", recorded, dict | None)
+    for name, entry in (recorded or {}).items():
+        _check_type(f"metadata.{WEIGHTS_KEY}.{name}", entry, str)
+
+
+def write_tensors(
+    state: Mapping[str, Tensor], file: Path, metadata: dict[str, str] | None = None
+) -> None:
+    """safetensors' `save_file`, with errors of the system as such.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in state.items()}, file, metadata=metadata)
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        code = int(number[1]) if number else errno.EIO
+        text = str(error).split("\n")[0].removeprefix("Error while serializing: ")
+        raise OSError(code, text.removeprefix("I/O error: "), str(file)) from error
+
+
+def _check_type(field: str, value: Any, wanted: Any) -> None:
+    allowed = wanted | int if isinstance(0.0, wanted) else wanted
+    wrong_bool = isinstance(value, bool) and bool not in (get_args(wanted) or (wanted,))
+    if not isinstance(value, allowed) or wrong_bool:
+        kind = getattr(wanted, "__name__", str(wanted)).replace("NoneType", "None")
+        raise ValueError(f"the field {field!r} must be of type {kind}, got {value!r}")
+
+
+def _digest(tensor: Tensor) -> str:
+    numbers = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+    return hashlib.blake2b(numbers.data, digest_size=_DIGEST_BYTES).hexdigest()
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
