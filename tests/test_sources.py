@@ -1,13 +1,17 @@
 """Texts and contexts: what counts, and where it came from."""
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from datasets import Dataset, DatasetDict, IterableDatasetDict
 
 from itda_lens.records import Cutting
 from itda_lens.sources import Tokenization, iterate_texts
+
+ROWS = Dataset.from_dict({"text": ["a", "b"]})
 
 
 class TestTexts:
@@ -45,6 +49,25 @@ class TestTexts:
             ("word " * 1000, ValueError, r"to use one text, pass \[text\]"),
             ("two\nlines", ValueError, r"to use one text, pass \[text\]"),
             ("no-such-file.txt", ValueError, "neither a file nor a data set"),
+            ("no such file.txt", ValueError, "neither a file nor a data set"),
+            ("/no/such/file", ValueError, "neither a file nor a data set"),
+            ("~/file", ValueError, "neither a file nor a data set"),
+            ("", ValueError, "neither a file nor a data set"),
+            (Path("data"), ValueError, "neither a file nor a data set"),
+            ({"a", "b"}, TypeError, "got a set; pass a sorted list"),
+            ({"train": ["a"], "test": ["b"]}, ValueError, "got dict; choose .*'train', 'test'"),
+            (
+                DatasetDict(train=Dataset.from_dict({"text": ["a"]})),
+                ValueError,
+                "got DatasetDict; .*'train'",
+            ),
+            (
+                IterableDatasetDict(test=ROWS.to_iterable_dataset()),
+                ValueError,
+                "got IterableDatasetDict; .*'test'",
+            ),
+            (SimpleNamespace(iterrows=list), TypeError, "pass one of its columns"),
+            (["fine", "a \ud800"], ValueError, r"text 1 is no valid text: character 2 is the lone"),
         ],
     )
     def test_bad_texts(self, texts, error, message):
@@ -57,6 +80,59 @@ class TestTexts:
         file.write_text('{"text": "fine"}\n' + line + "\n")
         with pytest.raises(ValueError, match="line 2 of .*a.jsonl"):
             list(iterate_texts(file))
+
+    @pytest.mark.parametrize("name", ["a.JSONL", "a.ndjson", "a.NDJSON", "a.json", "a.Json"])
+    @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+    def test_files_of_many_texts(self, tmp_path, name, mark):
+        rows = [json.dumps({"text": text}) for text in ("ä", "b\u2028c")]
+        listed = name.lower().endswith(".json")
+        file = tmp_path / name
+        file.write_bytes(
+            mark + ("[" + ", ".join(rows) + ', "d"]' if listed else "\r\n".join(rows)).encode()
+        )
+        assert list(iterate_texts(file)) == ["ä", "b\u2028c"] + ["d"] * listed
+
+    def test_a_byte_order_mark_is_no_text(self, tmp_path):
+        (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone")
+        assert list(iterate_texts(tmp_path / "a.txt")) == ["one"]
+
+    @pytest.mark.parametrize(
+        ("name", "content", "message"),
+        [
+            ("a.json", '{"text": "b"}', "must hold a JSON list .*not one an object with 'text'"),
+            ("a.json", '{"text": "b"}\n{"text": "c"}', "must end in .jsonl or .ndjson"),
+            (
+                "a.json",
+                '["b", {"body": "c"}]',
+                "item 1 of .*a.json .* 'text', but an object with 'body'",
+            ),
+            ("a.json", '["b", "\\ud800"]', "item 1 of .*a.json is no valid text"),
+            ("a.jsonl", '{"text": "b"}\n{"text": "\\udfff"}', "line 2 of .*a.jsonl is no valid text"),
+            ("a.jsonl", "[" * 100_000, "line 1 of .*a.jsonl is no JSON object"),
+            ("a.csv", "text\nb", "must be a text file, .jsonl, .ndjson or .json, got .*a.csv"),
+            ("A.PARQUET", "", "must be a text file"),
+        ],
+    )
+    def test_bad_files(self, tmp_path, name, content, message):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(ValueError, match=message):
+            list(iterate_texts(tmp_path / name))
+
+    @pytest.mark.parametrize("rows", [ROWS, ROWS.to_iterable_dataset()])
+    def test_data_sets(self, rows):
+        assert list(iterate_texts(rows)) == ["a", "b"]
+        assert list(iterate_texts(rows["text"])) == ["a", "b"]
+        with pytest.raises(ValueError, match=r"row 0 of .*Dataset has no field 'body', only \['text'\]"):
+            list(iterate_texts(rows, text_field="body"))
+
+    def test_folders(self, tmp_path):
+        (tmp_path / "a.txt").write_text("one\ntwo")
+        for folder in (tmp_path, str(tmp_path)):
+            with pytest.raises(ValueError, match="is a folder without a data set"):
+                list(iterate_texts(folder))
+        ROWS.save_to_disk(tmp_path / "saved")
+        with pytest.raises(ValueError, match="pass datasets.load_from_disk"):
+            list(iterate_texts(tmp_path / "saved"))
 
     def test_binary_file(self, tmp_path):
         file = tmp_path / "a.txt"
