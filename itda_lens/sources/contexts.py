@@ -176,6 +176,8 @@ class Tokenization:
             spaces = self._spaces(ids[i])
             if trimmed and spaces and text[max(0, start - spaces) : start] == " " * spaces:
                 spans[i] = (start - spaces, start)
+            elif trimmed and spaces and i == 0 and text.startswith(" " * spaces):
+                spans[i] = (0, spaces)  # at the start of a text they are cut off at the other end
             elif spaces and not text[start:end].startswith(" "):
                 spans[i] = (start, start)
         return spans
