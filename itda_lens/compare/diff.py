@@ -15,7 +15,7 @@ from torch import Tensor
 from itda_lens.compare.discovery import false_discovery_rates
 from itda_lens.compare.measures import shared_tokens
 from itda_lens.compare.places import Match, Place, places, resolve_match
-from itda_lens.records import Label
+from itda_lens.records import Label, at_least, checked
 from itda_lens.sae import ITDA, check_codable, coded, labels_of, sparse_codes
 from itda_lens.sources import Activations, Loader, iterate_texts, language_model
 from itda_lens.training import check_enough, collect, fit, recipe_of
@@ -58,6 +58,7 @@ class Difference:
     examples: tuple[Label, ...] = ()
 
 
+@checked
 @torch.no_grad()
 def diff(
     a: SAE[Any],
@@ -138,6 +139,7 @@ def diff(
     ]
 
 
+@checked
 def check_diffable(a: SAE[Any], b: SAE[Any], match: Match = "auto") -> Match:
     """What `diff` needs of dictionaries: to be told of bad input before activations are read.
 
@@ -163,6 +165,7 @@ def check_diffable(a: SAE[Any], b: SAE[Any], match: Match = "auto") -> Match:
     return how
 
 
+@checked
 def diff_models(
     a: Any,
     b: Any,
@@ -177,7 +180,7 @@ def diff_models(
     batch_size: int = 16,
     tokenizer: Any = None,
     loader: Loader = "bridge",
-    device: str | None = None,
+    device: str | torch.device | None = None,
     text_field: str = "text",
     split: str = "train",
     progress: bool = True,
@@ -195,6 +198,7 @@ def diff_models(
     Raises:
         ValueError, TypeError: as `build` and `diff`.
     """
+    at_least(1, max_tokens=max_tokens, batch_size=batch_size)
     check_enough(recipe_of(d_sae=d_sae, k=k, seed=seed), max_tokens)  # which looks at them all
     read: list[str] = []  # by the first model: the second reads the same, also of an iterator
     sides: list[tuple[ITDA, Activations]] = []

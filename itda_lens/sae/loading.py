@@ -3,16 +3,18 @@
 import json
 from pathlib import Path
 
+import torch
 from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
 from sae_lens import SAE
 from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, SPARSITY_FILENAME
 from safetensors import SafetensorError
 
-from itda_lens.records import HookPoint
+from itda_lens.records import HookPoint, checked
 from itda_lens.sae.itda import ITDA
 
 
-def load(path_or_repo: str | Path, device: str = "cpu", dtype: str | None = None) -> ITDA:
+@checked
+def load(path_or_repo: str | Path, device: str | torch.device = "cpu", dtype: str | None = None) -> ITDA:
     """Load an ITDA.
 
     Args:
@@ -27,6 +29,7 @@ def load(path_or_repo: str | Path, device: str = "cpu", dtype: str | None = None
         FileNotFoundError: no such folder or repository, or files are missing from it.
         ValueError: the config or the weights are damaged, do not fit each other, or are not an ITDA's.
     """
+    device = str(device)
     folder = Path(path_or_repo)
     if not folder.exists():
         parts = str(path_or_repo).split("/")

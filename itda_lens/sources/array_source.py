@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from itda_lens.pursuit import first_nonfinite_row
-from itda_lens.records import Label, Places, Provenance
+from itda_lens.records import Label, Places, Provenance, at_least, checked
 from itda_lens.sources.source import Rows, full_precision
 
 ONLY_HOOK = "activations"
@@ -30,6 +30,7 @@ class ArraySource:
         TypeError: `activations` is no floating-point tensor, or a label is none.
     """
 
+    @checked
     def __init__(
         self,
         activations: Float[Tensor, "n_tokens d_in"],
@@ -38,7 +39,8 @@ class ArraySource:
         batch_size: int = 4096,
         provenance: Provenance = Provenance(),  # noqa: B008 (immutable)
     ) -> None:
-        _check(activations, batch_size)
+        at_least(1, batch_size=batch_size)
+        check_activations(activations)
         n = len(activations)
         if labels is not None and len(labels) != n:
             raise ValueError(f"labels must be one per row: {len(labels)} labels for {n} rows")
@@ -63,16 +65,17 @@ class ArraySource:
         return replace(known, batch_size=self._batch_size, n_tokens=self.n_rows)
 
 
-def _check(activations: Tensor, batch_size: int) -> None:
-    if not isinstance(activations, Tensor) or not activations.is_floating_point():
-        kind = getattr(activations, "dtype", type(activations).__name__)
-        raise TypeError(f"activations must be a floating-point tensor, got {kind}")
-    if activations.ndim != 2 or activations.shape[1] < 1:
+@checked
+def check_activations(activations: Float[Tensor, "n_tokens d_in"]) -> None:
+    """Refuse activations that nothing can be made from.
+
+    Raises:
+        ValueError: no rows or no numbers in them, or NaN or infinite ones.
+    """
+    if activations.shape[1] < 1:
         raise ValueError(f"activations must have shape [n_tokens, d_in], got {tuple(activations.shape)}")
     if len(activations) == 0:
         raise ValueError("activations must have at least one row, got none")
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     row = first_nonfinite_row(activations)
     if row is not None:
         raise ValueError(f"activations must be finite, but row {row} has NaN or infinite values")

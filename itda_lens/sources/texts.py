@@ -7,6 +7,8 @@ from collections.abc import Iterable, Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any
 
+from itda_lens.records import converted
+
 _ENCODING = "utf-8-sig"
 """UTF-8; a byte-order mark at the start is no part of the text."""
 
@@ -44,6 +46,8 @@ def iterate_texts(
             reads.
         TypeError: an item is not a string, or `texts` is a set or a table.
     """
+    for name, value in (("text_field", text_field), ("split", split)):
+        converted(name, value, str)
     if not isinstance(texts, str | Path):
         return _readable(_from_iterable(texts, text_field))
     if names_data_set(texts):
