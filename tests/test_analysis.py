@@ -185,7 +185,7 @@ def test_decompose_by_another_sae(itda, tiny, hook):
     sae.cfg.metadata = copy.deepcopy(itda.cfg.metadata)
     sae.cfg.metadata.hook_name = hook
     found = decompose(tiny, sae, "the cat sat")
-    batch = next(Tokenization(tiny.tokenizer, 12).batches(["the cat sat"], 1))
+    batch = next(Tokenization(tiny.tokenizer, Cutting(12)).batches(["the cat sat"], 1))
     x = tiny.capture(batch.tokens, batch.attention_mask, [hook])[hook][batch.keep]
     with torch.no_grad():
         heads_of_x = x.reshape(-1, 4, 8) if heads else x

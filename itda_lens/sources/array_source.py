@@ -11,6 +11,12 @@ from itda_lens.pursuit import first_nonfinite_row
 from itda_lens.records import Label, Places, Provenance, at_least, checked
 from itda_lens.sources.source import Rows, full_precision
 
+SIZES = {torch.float64: (1e-140, 1e150)}
+OTHER_SIZES = 1e-15, 1e17
+"""The least and the most that the largest number of some activations may be, for float64 and for what is
+computed with in float32. Between them the squares of its row, and of numbers a thousandth of it, are
+neither infinite nor zero."""
+
 ONLY_HOOK = "activations"
 """The name of an array's one hook point, where its provenance names none."""
 
@@ -44,7 +50,7 @@ class ArraySource:
         n = len(activations)
         if labels is not None and len(labels) != n:
             raise ValueError(f"labels must be one per row: {len(labels)} labels for {n} rows")
-        self._activations = activations
+        self._activations = _summable(activations)
         self._places = Places.numbered(0, n) if labels is None else Places.of(labels)
         self._batch_size, self._provenance = batch_size, provenance
         self.hooks = [provenance.hook_name or ONLY_HOOK]
@@ -70,8 +76,10 @@ def check_activations(activations: Float[Tensor, "n_tokens d_in"]) -> None:
     """Refuse activations that nothing can be made from.
 
     Raises:
-        ValueError: no rows or no numbers in them, or NaN or infinite ones.
+        ValueError: no rows or no numbers in them; NaN or infinite ones; or such large or small ones that
+            their squares overflow or vanish.
     """
+    activations = _summable(activations)
     if activations.shape[1] < 1:
         raise ValueError(f"activations must have shape [n_tokens, d_in], got {tuple(activations.shape)}")
     if len(activations) == 0:
@@ -79,3 +87,16 @@ def check_activations(activations: Float[Tensor, "n_tokens d_in"]) -> None:
     row = first_nonfinite_row(activations)
     if row is not None:
         raise ValueError(f"activations must be finite, but row {row} has NaN or infinite values")
+    sizes = activations.detach().abs().amax(dim=-1)
+    least, most = SIZES.get(activations.dtype, OTHER_SIZES)
+    if (largest := sizes.max().item()) and not least <= largest <= most:
+        raise ValueError(
+            f"activations must be between {least:.0e} and {most:.0e} in size, so that their squares can "
+            f"be computed, but the largest is {largest:.3g}, in row {int(sizes.argmax())}; multiply all "
+            "by one number"
+        )
+
+
+def _summable(x: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
+    """The rows; in float32 if they are float8, with which torch does not compute."""
+    return x.float() if x.element_size() == 1 else x
