@@ -91,7 +91,7 @@ def share_alike(itda: ITDA) -> str:
 
 
 def starts(bench: Bench, contexts: int = 16, k: int = 40) -> None:
-    """Where the rule starts: the beginning of the first batch of some contexts, or a draw from it.
+    """Where the rule starts: the beginning of the first batch, of 16 contexts, or a draw from it.
 
     Also how alike the labels of two draws are.
     """
@@ -101,8 +101,7 @@ def starts(bench: Bench, contexts: int = 16, k: int = 40) -> None:
         drawn = None
         for start, seed in (("first", 0), *(("random", seed) for seed in range(5))):
             rule = GreedyRule(start=start)  # pyright: ignore[reportArgumentType]
-            x = bench.train[:batch]
-            itda = fit(x, d_sae=d_sae, k=k, rule=rule, seed=seed, batch_size=batch)
+            itda = fit(bench.train, d_sae=d_sae, k=k, rule=rule, seed=seed, batch_size=batch)
             own = {label.row for label in itda.labels}
             drawn = own if start == "random" and drawn is None else drawn
             alike = "" if drawn is None else f"{len(own & drawn) / len(own | drawn):.3f}"

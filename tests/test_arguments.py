@@ -1,18 +1,22 @@
 """Every argument of every public function: nonsense is told at once, by the argument's name."""
 
+import dataclasses
 import inspect
 import signal
+from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
+import numpy as np
 import pytest
 import torch
 
 import itda_lens
-from itda_lens import analysis, architectures, compare, sources, training
+from itda_lens import analysis, architectures, compare, fit, sources, training
 from itda_lens.compare import Moments
-from itda_lens.records import Cutting
-from itda_lens.sources import ArraySource, ModelSource
+from itda_lens.records import Cutting, Places, check_fields, checked
+from itda_lens.sources import ArraySource, ModelSource, language_model
 
 NAN, INF = float("nan"), float("inf")
 X = torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
@@ -262,3 +266,108 @@ def is_allowed(name, argument, value) -> bool:
     names = [value] if isinstance(value, str | None) else []
     names += [()] if isinstance(value, list) and not value else [str(value)]
     return any((function, argument, own) in ALLOWED for function in (name, "*") for own in names)
+
+
+FIELDS = {
+    Cutting: dict(
+        context_size=[1, 2.5, "9", True, None], prepend_bos=["no", 1], keep_special_tokens=SWITCH
+    ),
+    training.Recipe: dict(
+        d_sae=POSITIVE, coding=[3, None, "mp"], l0=REAL, seed=WHOLE, preset=[3, True],
+        rule=[3, None, "best"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", FIELDS)
+def test_nonsense_in_a_field_is_told_by_the_name_of_the_field(kind):
+    good = {} if kind is Cutting else vars(training.recipe_of(d_sae=8, k=2))
+    assert set(FIELDS[kind]) == {field.name for field in dataclasses.fields(kind)}
+    for field, values in FIELDS[kind].items():
+        for value in values:
+            with pytest.raises((TypeError, ValueError), match=field):
+                kind(**(good | {field: value}))
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    size: int = 1
+    name: Literal["first", "random"] = "first"
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+def test_fields_of_ones_own():
+    made = Settings(size=np.int16(3))
+    assert type(made.size) is int
+    with pytest.raises(ValueError, match="name must be one of .'first', 'random'., got 'last'"):
+        Settings(name="last")
+    with pytest.raises(TypeError, match="size must be a whole number, got '3'"):
+        Settings(size="3")
+
+
+class TestWhatIsWelcome:
+    def test_numbers_and_booleans_of_numpy(self):
+        own = dict(d_sae=8, k=2, seed=1, l0=1.5, update=True, least_cosine=0.5, rtol=0.01, batch_size=16)
+        theirs = {
+            name: np.bool_(value) if value is True else np.array(value)[()]
+            for name, value in own.items()
+        }
+        assert all(isinstance(value, np.generic) for value in theirs.values())
+        one, other = fit(X, **own), fit(X, **theirs)
+        assert torch.equal(one.W_dec, other.W_dec)
+        assert one.cfg.to_dict() == other.cfg.to_dict()
+
+    def test_a_device_of_torch(self, tiny_folder, tmp_path):
+        device = torch.device("cpu")
+        assert language_model(str(tiny_folder), device=device).device == device
+        fit(X, d_sae=8, k=2).save_model(tmp_path)
+        assert itda_lens.load(tmp_path, device=device).W_dec.device == device
+
+    def test_what_build_returns(self, calls):
+        a, b = (calls["jaccard"][side] for side in "ab")
+        alike = itda_lens.jaccard(a, b)
+        assert itda_lens.jaccard({"x": a}, {"x": b}) == itda_lens.jaccard([a], (b,)) == alike
+        assert itda_lens.jaccard({"x": a}.values(), b) == alike
+
+
+class TestChecked:
+    def test_what_a_function_returns_and_is(self):
+        @checked
+        def add(a: int, /, b: float = 2.0, *more: int, scale: bool = False, **others: int) -> float:
+            """Adds."""
+            return a + b
+
+        assert add(1) == add(np.int64(1), b=2) == 3
+        assert add.__doc__ == "Adds."
+        assert list(inspect.signature(add).parameters) == ["a", "b", "more", "scale", "others"]
+        with pytest.raises(TypeError, match=r"add\(\): missing a required argument: 'a'"):
+            add()
+
+    def test_every_item_of_a_list_is_looked_at(self):
+        @checked
+        def join(names: Sequence[str]) -> str:
+            return "".join(names)
+
+        for at in (0, 500, 999):
+            names: list = ["x"] * 1000
+            names[at] = 3
+            with pytest.raises(TypeError, match=rf"names\[{at}\] must be a string, got 3"):
+                join(names)
+
+    def test_values_are_shortened(self):
+        with pytest.raises(TypeError, match="k must be a whole number, got") as caught:
+            fit(X, d_sae=8, k="3" * 10**6)
+        assert len(str(caught.value)) < 200
+
+    def test_a_million_labels_are_not_made(self):
+        labels = Places.numbered(0, len(X))
+
+        def fail(_):
+            raise AssertionError("a label was made")
+
+        labels.__class__ = type(
+            "Watched", (Places,), {"__iter__": fail, "__getitem__": Places.__getitem__}
+        )
+        assert len(fit(X, d_sae=8, k=2, labels=labels).labels) == 8

@@ -861,10 +861,6 @@ class TestGreedySelector:
         assert counts.min() >= 7  # 20 each on average, standard deviation 4.2
         assert counts.max() <= 33
 
-    def test_an_unknown_start_is_told(self):
-        with pytest.raises(ValueError, match="start must be one of .'first', 'random'.*got 'last'"):
-            GreedyRule(start="last")
-
     def test_crop_and_duplicates(self):
         x = rows(100)
         stream = torch.cat([x, x, -x])
