@@ -114,7 +114,8 @@ def fits(value: Any, hint: Any) -> bool:
     if origin is Literal:
         return any(type(value) is type(one) and value == one for one in inside)
     if _is_tensor(hint):
-        return _is_of_kind(value, hint) and (_shape(hint) is None or value.ndim == len(_shape(hint)))
+        shape = _shape(hint)
+        return _is_of_kind(value, hint) and (shape is None or value.ndim == len(shape))
     if origin is tuple:
         return (
             isinstance(value, Sequence)
@@ -125,8 +126,10 @@ def fits(value: Any, hint: Any) -> bool:
     if origin in (Sequence, Collection):
         if not isinstance(value, origin) or isinstance(value, str | bytes | Mapping):
             return False
-        # Other sequences make their items when they are asked for: a million labels.
-        return not isinstance(value, list | tuple) or all(fits(item, inside[0]) for item in value)
+        if not isinstance(value, list | tuple):  # others make their items when asked: a million labels
+            return True
+        plain = [one for one in _alternatives(inside[0]) if isinstance(one, type)]
+        return all(type(item) in plain or fits(item, inside[0]) for item in value)
     if origin is Mapping:
         return isinstance(value, Mapping) and all(
             fits(key, inside[0]) and fits(item, inside[1]) for key, item in value.items()
@@ -206,13 +209,13 @@ _WORDS = {
 }
 
 
-def _described(hint: Any, several: bool = False) -> str:
+def _described(hint: Any) -> str:
     """An annotation in words."""
     origin, inside = get_origin(hint), get_args(hint)
     if hint in _WORDS:
         return _WORDS[hint]
     if origin is Literal:
-        return f"one of {inside}" if len(inside) > 1 else repr(inside[0])
+        return f"one of {inside}" if len(inside) > 1 else repr(*inside)
     if _is_tensor(hint):
         kinds = "floating-point " if "float32" in hint.dtypes else ""
         return f"a {kinds}tensor"
