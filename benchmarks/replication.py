@@ -1,6 +1,6 @@
 """Preset "paper" against the paper's claims, and mistakes that ruin a replication: docs/replication.md.
 
-    python benchmarks/replication.py [--layer 10] [--tokens 40000]
+    python benchmarks/replication.py [--layer 10] [--tokens 40000] [--starts]
 
 Text: the Python language reference on SmolLM2, as in `itda demo`; FVU and the CE-loss score are of the
 held-out articles, on the tokens that count whatever the dictionary was built from.
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from itda_lens import ITDA, fit
 from itda_lens.analysis import evaluate
+from itda_lens.dictionary import GreedyRule
 from itda_lens.pursuit import Coding
 from itda_lens.sae import assemble
 from itda_lens.samples import reference_prose
@@ -89,6 +90,25 @@ def share_alike(itda: ITDA) -> str:
     return f"{similar.any(dim=-1).float().mean().item():.0%}"
 
 
+def starts(bench: Bench, contexts: int = 16, k: int = 40) -> None:
+    """Where the rule starts: the beginning of the first batch, of 16 contexts, or a draw from it.
+
+    Also how alike the labels of two draws are.
+    """
+    batch = contexts * 127  # tokens that count; the first atoms are of this batch
+    print("\n| atoms | start | FVU | Jaccard of labels with the first draw |\n|---|---|---|---|")
+    for d_sae in (512, 1024):
+        drawn = None
+        for start, seed in (("first", 0), *(("random", seed) for seed in range(5))):
+            rule = GreedyRule(start=start)  # pyright: ignore[reportArgumentType]
+            itda = fit(bench.train, d_sae=d_sae, k=k, rule=rule, seed=seed, batch_size=batch)
+            own = {label.row for label in itda.labels}
+            drawn = own if start == "random" and drawn is None else drawn
+            alike = "" if drawn is None else f"{len(own & drawn) / len(own | drawn):.3f}"
+            fvu, _ = fvu_and_l0(itda, bench.test)
+            print(f"| {d_sae:,} | {start}, seed {seed} | {fvu:.4f} | {alike} |", flush=True)
+
+
 def padded(bench: Bench, tokens: int) -> tuple[Tensor, Tensor]:
     """Activations at every position of short texts padded to 128 tokens, and which are padding."""
     tokenizer: Any = bench.lm.tokenizer
@@ -115,10 +135,15 @@ def main() -> None:
     parser.add_argument("--layer", type=int, default=10)
     parser.add_argument("--tokens", type=int, default=40_000)
     parser.add_argument("--ce-tokens", type=int, default=2048)
+    parser.add_argument("--starts", action="store_true", help="only the effect of where the rule starts")
     options = parser.parse_args()
     bench = Bench(language_model(load()), options.layer, options.tokens, options.ce_tokens)
     x = bench.train
     print(f"layer {options.layer}, {len(x)} tokens to build from, {len(bench.test)} held out")
+
+    if options.starts:
+        starts(bench)
+        return
 
     taus = (0.15, 0.2, 0.3, 0.4, 0.5)
     bench.table(

@@ -856,6 +856,34 @@ class TestGreedySelector:
         first = [label.row for label in found.labels]
         assert first == [7, 11, *[i for i in range(20) if i not in (7, 11)][:14]]
 
+    @pytest.mark.parametrize("start", ["first", "random"])
+    def test_the_start_decides_ties_only(self, start):
+        x = rows(60)
+        stream = torch.cat([x, x[37:38], x[37:38], x[51:52]])
+
+        def starts(seed):
+            selector = GreedyRule(start=start).selector(Request(16, 16, 4, seed=seed))
+            return [label.row for label in feed(selector, stream, batch=100).labels]
+
+        found = starts(0)
+        assert found[:2] == [37, 51]
+        assert found == starts(0)
+        assert (found == starts(1)) == (start == "first")
+        assert (sorted(found[2:]) == list(range(14))) == (start == "first")
+
+    def test_a_random_start_draws_from_everywhere(self):
+        drawn = [
+            label.row
+            for seed in range(200)
+            for label in feed(
+                GreedyRule(start="random").selector(Request(4, 4, 2, seed=seed)), rows(40, 4), 40
+            ).labels
+        ]
+        counts = torch.tensor(drawn).bincount(minlength=40)
+        assert len(drawn) == 800
+        assert counts.min() >= 7  # 20 each on average, standard deviation 4.2
+        assert counts.max() <= 33
+
     def test_crop_and_duplicates(self):
         x = rows(100)
         stream = torch.cat([x, x, -x])

@@ -1,11 +1,25 @@
 """Texts and contexts: what counts, and where it came from."""
 
+import copy
 import json
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import save_random_llama
+from datasets import Dataset, DatasetDict, IterableDatasetDict
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
+from transformers import PreTrainedTokenizerFast
 
 from itda_lens import fit
 from itda_lens.records import Cutting, Places, Provenance
@@ -16,8 +30,11 @@ from itda_lens.sources import (
     Tokenization,
     gathered,
     iterate_texts,
+    language_model,
 )
 from itda_lens.training import build_from, recipe_of
+
+ROWS = Dataset.from_dict({"text": ["a", "b"]})
 
 
 class TestTexts:
@@ -55,6 +72,25 @@ class TestTexts:
             ("word " * 1000, ValueError, r"to use one text, pass \[text\]"),
             ("two\nlines", ValueError, r"to use one text, pass \[text\]"),
             ("no-such-file.txt", ValueError, "neither a file nor a data set"),
+            ("no such file.txt", ValueError, "neither a file nor a data set"),
+            ("/no/such/file", ValueError, "neither a file nor a data set"),
+            ("~/file", ValueError, "neither a file nor a data set"),
+            ("", ValueError, "neither a file nor a data set"),
+            (Path("data"), ValueError, "neither a file nor a data set"),
+            ({"a", "b"}, TypeError, "got a set; pass a sorted list"),
+            ({"train": ["a"], "test": ["b"]}, ValueError, "got dict; choose .*'train', 'test'"),
+            (
+                DatasetDict(train=Dataset.from_dict({"text": ["a"]})),
+                ValueError,
+                "got DatasetDict; .*'train'",
+            ),
+            (
+                IterableDatasetDict(test=ROWS.to_iterable_dataset()),
+                ValueError,
+                "got IterableDatasetDict; .*'test'",
+            ),
+            (SimpleNamespace(iterrows=list), TypeError, "pass one of its columns"),
+            (["fine", "a \ud800"], ValueError, r"text 1 is no valid text: character 2 is the lone"),
         ],
     )
     def test_bad_texts(self, texts, error, message):
@@ -67,6 +103,59 @@ class TestTexts:
         file.write_text('{"text": "fine"}\n' + line + "\n")
         with pytest.raises(ValueError, match="line 2 of .*a.jsonl"):
             list(iterate_texts(file))
+
+    @pytest.mark.parametrize("name", ["a.JSONL", "a.ndjson", "a.NDJSON", "a.json", "a.Json"])
+    @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+    def test_files_of_many_texts(self, tmp_path, name, mark):
+        rows = [json.dumps({"text": text}) for text in ("ä", "b\u2028c")]
+        listed = name.lower().endswith(".json")
+        file = tmp_path / name
+        file.write_bytes(
+            mark + ("[" + ", ".join(rows) + ', "d"]' if listed else "\r\n".join(rows)).encode()
+        )
+        assert list(iterate_texts(file)) == ["ä", "b\u2028c"] + ["d"] * listed
+
+    def test_a_byte_order_mark_is_no_text(self, tmp_path):
+        (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone")
+        assert list(iterate_texts(tmp_path / "a.txt")) == ["one"]
+
+    @pytest.mark.parametrize(
+        ("name", "content", "message"),
+        [
+            ("a.json", '{"text": "b"}', "must hold a JSON list .*not one an object with 'text'"),
+            ("a.json", '{"text": "b"}\n{"text": "c"}', "must end in .jsonl or .ndjson"),
+            (
+                "a.json",
+                '["b", {"body": "c"}]',
+                "item 1 of .*a.json .* 'text', but an object with 'body'",
+            ),
+            ("a.json", '["b", "\\ud800"]', "item 1 of .*a.json is no valid text"),
+            ("a.jsonl", '{"text": "b"}\n{"text": "\\udfff"}', "line 2 of .*a.jsonl is no valid text"),
+            ("a.jsonl", "[" * 100_000, "line 1 of .*a.jsonl is no JSON object"),
+            ("a.csv", "text\nb", "must be a text file, .jsonl, .ndjson or .json, got .*a.csv"),
+            ("A.PARQUET", "", "must be a text file"),
+        ],
+    )
+    def test_bad_files(self, tmp_path, name, content, message):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(ValueError, match=message):
+            list(iterate_texts(tmp_path / name))
+
+    @pytest.mark.parametrize("rows", [ROWS, ROWS.to_iterable_dataset()])
+    def test_data_sets(self, rows):
+        assert list(iterate_texts(rows)) == ["a", "b"]
+        assert list(iterate_texts(rows["text"])) == ["a", "b"]
+        with pytest.raises(ValueError, match=r"row 0 of .*Dataset has no field 'body', only \['text'\]"):
+            list(iterate_texts(rows, text_field="body"))
+
+    def test_folders(self, tmp_path):
+        (tmp_path / "a.txt").write_text("one\ntwo")
+        for folder in (tmp_path, str(tmp_path)):
+            with pytest.raises(ValueError, match="is a folder without a data set"):
+                list(iterate_texts(folder))
+        ROWS.save_to_disk(tmp_path / "saved")
+        with pytest.raises(ValueError, match="pass datasets.load_from_disk"):
+            list(iterate_texts(tmp_path / "saved"))
 
     def test_binary_file(self, tmp_path):
         file = tmp_path / "a.txt"
@@ -254,3 +343,125 @@ class TestSources:
         batch = tokenization.batch([replace(context, counts=counts)])
         assert [label.token for label in batch.places()] == ["cat", "sat"]
         assert batch.attention_mask.all()
+
+
+def trained(model, trainer, normalizer=None, pre_tokenizer=None, post_processor=None):
+    """A tokenizer of its own vocabulary, trained on a line."""
+    inner = Tokenizer(model)
+    for name, part in (("normalizer", normalizer), ("pre_tokenizer", pre_tokenizer)):
+        if part is not None:
+            setattr(inner, name, part)
+    inner.train_from_iterator(["the cat sat on the mat   with a naive dog"] * 3, trainer)
+    if post_processor is not None:
+        inner.post_processor = post_processor
+    return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", unk_token="<unk>")
+
+
+def byte_level(prefix=False, trim=False, normalizer=None):
+    options = dict(
+        special_tokens=["<s>", "<unk>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )  # fmt: skip
+    return trained(
+        models.BPE(), trainers.BpeTrainer(vocab_size=300, **options), normalizer=normalizer,
+        pre_tokenizer=pre_tokenizers.ByteLevel(add_prefix_space=prefix),
+        post_processor=processors.ByteLevel(trim_offsets=trim),
+    )  # fmt: skip
+
+
+def byte_fallback():
+    fallback = [f"<0x{i:02X}>" for i in range(256)]
+    trainer = trainers.BpeTrainer(special_tokens=["<s>", "<unk>", *fallback], show_progress=False)
+    sentence = [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    return trained(
+        models.BPE(byte_fallback=True, unk_token="<unk>"), trainer,
+        normalizer=normalizers.Sequence(sentence),
+    )  # fmt: skip
+
+
+def unigram():
+    options = dict(special_tokens=["<s>", "<unk>"], unk_token="<unk>", show_progress=False)
+    return trained(
+        models.Unigram(), trainers.UnigramTrainer(vocab_size=60, **options),
+        normalizer=normalizers.NFKC(), pre_tokenizer=pre_tokenizers.Metaspace(),
+    )  # fmt: skip
+
+
+def word_piece():
+    trainer = trainers.WordPieceTrainer(special_tokens=["<s>", "<unk>"], show_progress=False)
+    return trained(
+        models.WordPiece(unk_token="<unk>"), trainer, normalizer=normalizers.BertNormalizer(),
+        pre_tokenizer=pre_tokenizers.BertPreTokenizer(),
+    )  # fmt: skip
+
+
+STRANGE = [
+    "Hello  w\u00f6rld \U0001f600\u00e9", " two   spaces ",
+    "\u65e5\u672c cafe\u0301 \ufb01 \u2460\t\n\n x\u00a0y", "\r\n a", "a",
+]  # fmt: skip
+KINDS = {
+    "byte level": byte_level(),
+    "prefix": byte_level(prefix=True),
+    "trims": byte_level(trim=True),
+    "prefix, trims": byte_level(prefix=True, trim=True),
+    "NFC": byte_level(normalizer=normalizers.NFC()),
+    "byte fallback": byte_fallback(),
+    "unigram": unigram(),
+    "word piece": word_piece(),
+}
+
+
+class TestTokenizers:
+    """What labels say, whatever the tokenizer does to a text."""
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_labels_are_what_the_text_has_there(self, kind):
+        tokenizer = KINDS[kind]
+        (batch,) = Tokenization(tokenizer, Cutting(64, False, True)).batches(STRANGE, len(STRANGE))
+        for context, ids in zip(batch.contexts, batch.tokens.tolist(), strict=True):
+            own = [label for label in batch.places() if label.row == context.row]
+            spelt = tokenizer.convert_ids_to_tokens(ids[: len(own)])
+            for label, token in zip(own, spelt, strict=True):
+                assert context.text[slice(*label.chars)] == label.token
+                if token.strip(" \u0120\u2581"):
+                    assert label.token.strip(" "), (label, token)
+                else:  # a space, or no characters: it was added by the tokenizer
+                    assert not label.token.strip(" \u00a0"), (label, token)
+            covered = {i for label in own for i in range(*label.chars)}
+            if "level" in kind or "fallback" in kind:
+                assert covered == set(range(len(context.text)))
+            if kind == "trims":  # it gives tokens of spaces alone no characters
+                assert all(label.token for label in own)
+            places = [label.chars for label in own]
+            assert places == sorted(places)
+
+    def test_a_text_with_a_bos_token_gets_no_second_one(self, tokenizer):
+        cut = Tokenization(tokenizer, Cutting(4))
+        plain, own = (list(cut.contexts([text])) for text in ("the cat sat on", "<bos>the cat sat on"))
+        assert [context.ids for context in own] == [context.ids for context in plain]
+        assert [c.text[slice(*c.spans[1])] for c in own] == ["the", "on"]
+        (without,) = Tokenization(tokenizer, Cutting(8, prepend_bos=False)).contexts(["<bos>the cat"])
+        assert without.ids[0] == tokenizer.bos_token_id  # as the text says
+
+    @pytest.mark.parametrize("loader", ["bridge", "huggingface"])
+    def test_what_the_tokenizer_says_of_bos_decides_not_the_library(self, loader, tokenizer, tmp_path):
+        # A bridge gives a tokenizer without a BOS token the EOS token in its place.
+        inner = tokenizer._tokenizer
+        without = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>", unk_token="<unk>")
+        lm = language_model(save_random_llama(tmp_path / "tiny", without), loader=loader, device="cpu")
+        assert not Tokenization(lm.tokenizer).prepend_bos
+        (context,) = Tokenization(lm.tokenizer).contexts(["the cat"])
+        assert len(context.ids) == 2
+        both = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<eos>", eos_token="<eos>")
+        assert Tokenization(both).prepend_bos  # GPT-2's have one token for both
+
+    def test_tokens_declared_special_do_not_count(self, tokenizer):
+        own = copy.deepcopy(tokenizer)
+        own.add_tokens([AddedToken("<turn>", special=True), AddedToken("plain", special=False)])
+        (batch,) = Tokenization(own).batches(["the <turn> plain cat"], 1)
+        assert [label.token for label in batch.places()] == ["the", "plain", "cat"]
+        assert own.convert_tokens_to_ids("<turn>") not in own.all_special_ids
+
+    def test_a_lone_surrogate_is_told(self, tokenizer):
+        with pytest.raises(ValueError, match="text 1 is no valid text: character 2"):
+            list(Tokenization(tokenizer).contexts(["fine", "a \ud800"]))

@@ -215,6 +215,28 @@ class TestFit:
         itda = fit(x[:3000], d_sae=50, k=12, l0=4, preset=preset)
         assert itda.encode_sparse(x[3000:]).l0().double().mean() == pytest.approx(4, rel=0.08)
 
+    @pytest.mark.parametrize("preset", ["best", "paper"])
+    @pytest.mark.parametrize("scale", [1e-12, 1e12])
+    def test_scales(self, preset, scale):
+        x = activations()
+        plain, scaled = (fit(y, d_sae=20, k=4, preset=preset) for y in (x, x * scale))
+        assert scaled.labels == plain.labels
+        assert scaled.W_dec.isfinite().all()
+        assert torch.allclose(scaled.W_dec, plain.W_dec, atol=1e-5)
+
+    @pytest.mark.parametrize("scale", [1e-43, 1e-30, 1e-22, 1e19, 1e25, 1e37])
+    def test_scales_whose_squares_cannot_be_computed_are_told(self, scale):
+        x = activations()
+        row = int((x.abs() == x.abs().max()).any(dim=-1).nonzero())
+        with pytest.raises(ValueError, match=f"between 1e-15 and 1e\\+17 in size.* in row {row};"):
+            fit(x * scale, d_sae=20, k=4)
+        fit(x.double() * scale, d_sae=20, k=4)
+
+    @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+    def test_float8(self, dtype):
+        x = activations().to(dtype)
+        assert fit(x, d_sae=20, k=4).labels == fit(x.float(), d_sae=20, k=4).labels
+
     @pytest.mark.parametrize(
         ("change", "error", "message"),
         [

@@ -8,7 +8,7 @@ import torch
 from sae_lens import SAE
 
 from itda_lens.analysis.evaluate import tokenization_of
-from itda_lens.records import Label
+from itda_lens.records import Label, checked
 from itda_lens.sae import check_codable, coded, hook_name_of, labels_of
 from itda_lens.sources import Loader, language_model
 
@@ -45,6 +45,7 @@ class TokenDecomposition:
     explained: float
 
 
+@checked
 def decompose(
     model: Any,
     sae: SAE[Any],
@@ -52,7 +53,7 @@ def decompose(
     *,
     tokenizer: Any = None,
     loader: Loader = "bridge",
-    device: str | None = None,
+    device: str | torch.device | None = None,
 ) -> list[TokenDecomposition]:
     """Decompose the activation of each token of `text` (of its first context, if it is long).
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from itda_lens.dictionary import RunningFVU
-from itda_lens.records import agreed_cutting
+from itda_lens.records import agreed_cutting, at_least, checked
 from itda_lens.sae import check_codable, coded, hook_name_of, provenance_of
 from itda_lens.sources import (
     ContextBatch,
@@ -64,6 +64,7 @@ class Evaluation:
     feature_density: Float[Tensor, " d_sae"] = field(repr=False, compare=False)
 
 
+@checked
 def evaluate(
     model: Any,
     dictionaries: SAE[Any] | Sequence[SAE[Any]],
@@ -75,7 +76,7 @@ def evaluate(
     split: str = "train",
     tokenizer: Any = None,
     loader: Loader = "bridge",
-    device: str | None = None,
+    device: str | torch.device | None = None,
     progress: bool = True,
 ) -> list[Evaluation]:
     """Evaluate dictionaries and SAEs, each at its own hook point, on the same texts.
@@ -100,9 +101,7 @@ def evaluate(
     saes = [dictionaries] if isinstance(dictionaries, SAE) else list(dictionaries)
     if not saes:
         raise ValueError("dictionaries must be one or more, got none")
-    for name, value in (("batch_size", batch_size), ("max_tokens", max_tokens)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+    at_least(1, batch_size=batch_size, max_tokens=max_tokens)
     check_codable(saes)
     # Looked at before the model is loaded, so that missing texts are told at once.
     stream = iterate_texts(texts, text_field=text_field, split=split)

@@ -7,10 +7,11 @@ from typing import Any
 from sae_lens import SAE, TrainingSAE
 from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, SPARSITY_FILENAME
 
-from itda_lens.records import replacing
+from itda_lens.records import checked, replacing
 from itda_lens.sae.saved import write_tensors
 
 
+@checked
 def save_inference(sae: SAE[Any], folder: str | Path) -> None:
     """Write a dictionary or a trained SAE, as it is used for inference, into `folder`.
 

@@ -11,11 +11,12 @@ from itda_lens.architectures.pca import principal_components
 from itda_lens.architectures.random_draw import random_atoms
 from itda_lens.architectures.trained import Architecture, train_sae
 from itda_lens.pursuit import Method
-from itda_lens.records import Label
+from itda_lens.records import Label, at_least, checked
 
 Baseline = Literal["random", "pca", Architecture]
 
 
+@checked
 def baseline(
     kind: Baseline,
     activations: Float[Tensor, "n_tokens d_in"],
@@ -33,6 +34,8 @@ def baseline(
     Raises:
         ValueError: a setting is out of range.
     """
+    at_least(1, d_sae=d_sae, epochs=epochs)
+    at_least(0, seed=seed)
     if kind == "random":
         return random_atoms(
             activations, d_sae=d_sae, k=k, method=method, labels=labels, seed=seed, metadata=metadata

@@ -8,9 +8,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from itda_lens.pursuit import Coding
+from itda_lens.records import checked
 from itda_lens.sae import ITDA, assemble
+from itda_lens.sources import check_activations
 
 
+@checked
 def principal_components(
     activations: Float[Tensor, "n_tokens d_in"],
     *,
@@ -24,6 +27,7 @@ def principal_components(
     Raises:
         ValueError: k is more than d_in.
     """
+    check_activations(activations)
     mean = activations.mean(dim=0, dtype=torch.float64).to(activations.dtype)
     centred = activations.double() - mean
     _, vectors = torch.linalg.eigh(centred.T @ centred)

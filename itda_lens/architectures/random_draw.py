@@ -8,10 +8,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from itda_lens.pursuit import Coding, Method
-from itda_lens.records import Label
+from itda_lens.records import Label, at_least, checked
 from itda_lens.sae import ITDA, assemble
+from itda_lens.sources import check_activations
 
 
+@checked
 def random_atoms(
     activations: Float[Tensor, "n_tokens d_in"],
     *,
@@ -27,6 +29,8 @@ def random_atoms(
     Raises:
         ValueError: d_sae is more than there are activations, or k is out of range.
     """
+    check_activations(activations)
+    at_least(0, seed=seed)
     n = len(activations)
     if not 1 <= d_sae <= n:
         raise ValueError(f"d_sae must be between 1 and the {n} activations, got {d_sae}")

@@ -7,11 +7,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_args
 
+import torch
 from sae_lens.constants import SAE_CFG_FILENAME
 
 from itda_lens.architectures.inference import save_inference
 from itda_lens.architectures.kinds import Baseline, baseline
-from itda_lens.records import agreed_cutting
+from itda_lens.records import agreed_cutting, at_least, checked
 from itda_lens.sae import ITDA, provenance_of
 from itda_lens.sources import describe_texts
 from itda_lens.training import collect
@@ -25,6 +26,7 @@ INHERITED = ("model_name", "hook_name", "context_size", "prepend_bos")
 """Entries of metadata that a baseline copies from the dictionary that it rivals."""
 
 
+@checked
 def build_baselines(
     itdas: Sequence[ITDA],
     kinds: Sequence[str],
@@ -38,7 +40,7 @@ def build_baselines(
     batch_size: int = 16,
     text_field: str = "text",
     split: str = "train",
-    device: str | None = None,
+    device: str | torch.device | None = None,
     progress: bool = True,
 ) -> list[Path]:
     """Build the baselines of some dictionaries, one of each kind for each hook point, width and k.
@@ -67,7 +69,9 @@ def build_baselines(
     """
     checked: list[Baseline] = [_kind(name) for name in kinds]
     if not itdas:
-        raise ValueError("baselines need at least one ITDA to rival")
+        raise ValueError("itdas must be one dictionary or more to rival, got none")
+    at_least(1, max_tokens=max_tokens, batch_size=batch_size, epochs=epochs)
+    at_least(0, seed=seed)
     wanted: dict[Path, tuple[Baseline, ITDA, str]] = {}
     for itda in itdas:
         hook = itda.cfg.metadata.hook_name
@@ -121,7 +125,7 @@ def _kind(name: str) -> Baseline:
     for kind in get_args(Baseline):
         if name == kind:
             return kind
-    raise ValueError(f"baselines must be among {', '.join(get_args(Baseline))}; got {name!r}")
+    raise ValueError(f"kinds must be among {', '.join(get_args(Baseline))}; got {name!r}")
 
 
 def _nonzeros(itda: ITDA) -> int:

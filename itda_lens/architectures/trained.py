@@ -1,5 +1,6 @@
 """SAELens's own SAEs, trained by SAELens on the same activations."""
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, get_args
 
@@ -20,6 +21,9 @@ from sae_lens.config import SAETrainerConfig
 from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor
 
+from itda_lens.records import at_least, checked
+from itda_lens.sources import check_activations
+
 Architecture = Literal["topk", "batchtopk", "matryoshka", "matching_pursuit"]
 
 LEARNING_RATE = 3e-3
@@ -29,6 +33,7 @@ NESTED = (8, 4, 2, 1)
 """The widths of a Matryoshka SAE's levels, as divisors of d_sae."""
 
 
+@checked
 def train_sae(
     activations: Float[Tensor, "n_tokens d_in"],
     *,
@@ -63,13 +68,16 @@ def train_sae(
     Raises:
         ValueError: architecture is unknown; k, d_sae or epochs is out of range.
     """
+    check_activations(activations)
     n, d_in = activations.shape
     if architecture not in get_args(Architecture):
         raise ValueError(f"architecture must be one of {get_args(Architecture)}, got {architecture!r}")
     if not 1 <= k <= d_sae:
         raise ValueError(f"k must be between 1 and d_sae={d_sae}, got {k}")
-    if epochs < 1:
-        raise ValueError(f"epochs must be at least 1, got {epochs}")
+    at_least(1, epochs=epochs, batch_size=batch_size)
+    at_least(0, seed=seed)
+    if not 0 < learning_rate < math.inf:
+        raise ValueError(f"learning_rate must be above 0 and finite, got {learning_rate}")
     batch_size = min(batch_size, n)
     steps = epochs * (n // batch_size)
     device = str(activations.device)

@@ -5,12 +5,15 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from itda_lens.records import Cutting, Provenance, agreed
+import torch
+
+from itda_lens.records import Cutting, Provenance, agreed, checked
 from itda_lens.sae import ITDA, hook_name_of, provenance_of
 from itda_lens.sources import Activations, Loader
 from itda_lens.training import collect
 
 
+@checked
 def activations_of(
     itdas: Sequence[ITDA],
     texts: str | Path | Iterable[str],
@@ -22,7 +25,7 @@ def activations_of(
     split: str = "train",
     tokenizer: Any = None,
     loader: Loader | None = None,
-    device: str | None = None,
+    device: str | torch.device | None = None,
     progress: bool = True,
 ) -> list[Activations]:
     """Activations of one model at the hook points of its dictionaries, texts cut as for their build.
@@ -59,6 +62,7 @@ def activations_of(
     return [found[hook] for hook in hooks]
 
 
+@checked
 def recorded_settings(itdas: Sequence[ITDA], model: Any = None) -> Provenance:
     """The model, and how its texts were cut, as the dictionaries record it.
 

@@ -20,6 +20,7 @@ from itda_lens.compare.jaccard import (
 from itda_lens.compare.layers import layer_matching_accuracy, similarity_matrix
 from itda_lens.compare.measures import OF_LABELS, Measure, activation_similarity
 from itda_lens.compare.places import Match, Place, resolve_match
+from itda_lens.records import checked
 from itda_lens.sae import ITDA
 from itda_lens.sources import Activations
 
@@ -64,6 +65,7 @@ class Comparison:
     layers: list[LayerComparison]
 
 
+@checked
 def compare(
     models: Mapping[str, Sequence[ITDA]],
     measure: Measure = "jaccard",
@@ -117,6 +119,7 @@ def compare(
     return Comparison(measure, how, names, similarity, found)
 
 
+@checked
 def check_comparable(
     models: Mapping[str, Sequence[ITDA]], measure: Measure, match: Match = "auto"
 ) -> Match:

@@ -15,7 +15,7 @@ from torch import Tensor
 from itda_lens.compare.discovery import false_discovery_rates
 from itda_lens.compare.measures import shared_tokens
 from itda_lens.compare.places import Match, Place, places, resolve_match
-from itda_lens.records import Label
+from itda_lens.records import Label, at_least, checked
 from itda_lens.sae import ITDA, check_codable, coded, labels_of, sparse_codes
 from itda_lens.sources import Activations, Loader, iterate_texts, language_model
 from itda_lens.training import check_enough, collect, fit, recipe_of
@@ -61,6 +61,7 @@ class Difference:
     examples: tuple[Label, ...] = ()
 
 
+@checked
 @torch.no_grad()
 def diff(
     a: SAE[Any],
@@ -143,6 +144,7 @@ def diff(
     ]
 
 
+@checked
 def check_diffable(a: SAE[Any], b: SAE[Any], match: Match = "auto") -> Match:
     """Check two dictionaries for `diff`, so that bad input is found before activations are read.
 
@@ -168,6 +170,7 @@ def check_diffable(a: SAE[Any], b: SAE[Any], match: Match = "auto") -> Match:
     return how
 
 
+@checked
 def diff_models(
     a: Any,
     b: Any,
@@ -182,7 +185,7 @@ def diff_models(
     batch_size: int = 16,
     tokenizer: Any = None,
     loader: Loader = "bridge",
-    device: str | None = None,
+    device: str | torch.device | None = None,
     text_field: str = "text",
     split: str = "train",
     progress: bool = True,
@@ -201,6 +204,7 @@ def diff_models(
     Raises:
         ValueError, TypeError: as `build` and `diff`.
     """
+    at_least(1, max_tokens=max_tokens, batch_size=batch_size)
     check_enough(recipe_of(d_sae=d_sae, k=k, seed=seed), max_tokens)  # checks all of them
     read: list[str] = []  # texts of the first model, for the second: an iterator gives them once
     sides: list[tuple[ITDA, Activations]] = []

@@ -1,6 +1,6 @@
 """Label similarity: of dictionaries, and of models by the unions over their layers."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,10 +10,16 @@ from torch import Tensor
 
 from itda_lens.compare.places import Match, Place, n_shared, places, resolve_match
 from itda_lens.dictionary import energy_by_atom
+from itda_lens.records import checked
 from itda_lens.sae import ITDA, coded
 
 
-def jaccard(a: ITDA | Sequence[ITDA], b: ITDA | Sequence[ITDA], match: Match = "auto") -> float:
+@checked
+def jaccard(
+    a: ITDA | Collection[ITDA] | Mapping[str, ITDA],
+    b: ITDA | Collection[ITDA] | Mapping[str, ITDA],
+    match: Match = "auto",
+) -> float:
     """|A n B| / |A u B| of the sets of labels (Leask et al. 2025).
 
     Needs no map between the two models' spaces: it compares which tokens were chosen as atoms. Both
@@ -36,9 +42,10 @@ def jaccard(a: ITDA | Sequence[ITDA], b: ITDA | Sequence[ITDA], match: Match = "
     return jaccard_of_sets(place_set(left, how), place_set(right, how), how)
 
 
+@checked
 def weighted_jaccard(
-    a: ITDA | Sequence[ITDA],
-    b: ITDA | Sequence[ITDA],
+    a: ITDA | Collection[ITDA] | Mapping[str, ITDA],
+    b: ITDA | Collection[ITDA] | Mapping[str, ITDA],
     usage_a: Float[Tensor, " d_sae"] | Sequence[Float[Tensor, " d_sae"]],
     usage_b: Float[Tensor, " d_sae"] | Sequence[Float[Tensor, " d_sae"]],
     match: Match = "auto",
@@ -71,6 +78,7 @@ def weighted_jaccard(
     return jaccard_of_shares(u, v)
 
 
+@checked
 @torch.no_grad()
 def usage(
     sae: SAE[Any], x: Float[Tensor, "n d_in"], batch_size: int | None = None
@@ -141,7 +149,7 @@ def jaccard_of_shares(u: dict[Place, float], v: dict[Place, float]) -> float:
     return least / _positive(sum(u.values()) + sum(v.values()) - least)
 
 
-def _several(side: ITDA | Sequence[ITDA], name: str) -> list[ITDA]:
+def _several(side: ITDA | Collection[ITDA] | Mapping[str, ITDA], name: str) -> list[ITDA]:
     if isinstance(side, Mapping):  # what `build` returns
         side = list(side.values())
     found = [side] if isinstance(side, ITDA) else list(side)

@@ -7,9 +7,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from itda_lens.records import checked
+
 Layer = TypeVar("Layer")
 
 
+@checked
 def similarity_matrix(
     a: Sequence[Layer], b: Sequence[Layer], measure: Callable[[Layer, Layer], float]
 ) -> Float[Tensor, "layers_a layers_b"]:
@@ -17,6 +20,7 @@ def similarity_matrix(
     return torch.tensor([[measure(x, y) for y in b] for x in a], dtype=torch.float64)
 
 
+@checked
 def layer_matching_accuracy(similarity: Float[Tensor, "layers layers"]) -> float:
     """Share of layers whose most similar layer of the other model is its own (Kornblith et al. 2019).
 
@@ -27,7 +31,8 @@ def layer_matching_accuracy(similarity: Float[Tensor, "layers layers"]) -> float
     """
     if similarity.ndim != 2 or similarity.shape[0] != similarity.shape[1] or similarity.shape[0] == 0:
         raise ValueError(
-            f"layers can only be matched one to one, got a matrix of shape {tuple(similarity.shape)}"
+            "similarity must be square, since layers can only be matched one to one, got a matrix of "
+            f"shape {tuple(similarity.shape)}"
         )
     if similarity.isnan().any():
         raise ValueError("similarity must not hold NaN")

@@ -18,7 +18,7 @@ from itda_lens.compare.representations import (
     linear_regression_r2,
     svcca,
 )
-from itda_lens.records import Label
+from itda_lens.records import Label, checked
 from itda_lens.sources import Activations
 
 logger = logging.getLogger(__name__)
@@ -43,6 +43,7 @@ ROWS = 1024
 """Activations of every layer that are in float64 at once, for relative representations."""
 
 
+@checked
 def activation_similarity(
     a: Sequence[Activations], b: Sequence[Activations], measure: Measure, match: Match
 ) -> Float[Tensor, "layers_a layers_b"]:

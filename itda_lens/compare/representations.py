@@ -11,6 +11,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from itda_lens.compare.moments import Moments, check_layers
+from itda_lens.pursuit import first_nonfinite_row
+from itda_lens.records import at_least, checked
 
 RANK_TOLERANCE = 1e-12
 """Eigenvalues below this share of the largest count as no variance. A coordinate that repeats another is
@@ -21,6 +23,7 @@ DEFAULT_ANCHORS = 256
 """Number of anchor tokens."""
 
 
+@checked
 def linear_cka(moments: Moments) -> float:
     """||X^T Y||^2 / (||X^T X|| ||Y^T Y||), Frobenius norms (Kornblith et al. 2019).
 
@@ -30,6 +33,7 @@ def linear_cka(moments: Moments) -> float:
     return _share(moments.xy.square().sum(), scale)
 
 
+@checked
 def svcca(moments: Moments, keep: float = 0.99) -> float:
     """Mean canonical correlation of the leading principal components (Raghu et al. 2017).
 
@@ -51,6 +55,7 @@ def svcca(moments: Moments, keep: float = 0.99) -> float:
     return (correlations.sum() / fewest).item()
 
 
+@checked
 def linear_regression_r2(moments: Moments) -> float:
     """R^2 of the best linear map from X to Y, over all coordinates of Y (Kornblith et al. 2019).
 
@@ -62,6 +67,7 @@ def linear_regression_r2(moments: Moments) -> float:
     return _share(explained, moments.yy.trace())
 
 
+@checked
 def relative_representation(
     x: Float[Tensor, "n d"], anchors: Float[Tensor, "m d"], centred: bool = False
 ) -> Float[Tensor, "n m"]:
@@ -69,7 +75,15 @@ def relative_representation(
 
     Args:
         centred: subtract the mean of the anchors first; the paper does not.
+
+    Raises:
+        ValueError: no rows, NaN or infinite values, or different widths.
     """
+    for name, rows in (("x", x), ("anchors", anchors)):
+        if len(rows) == 0 or first_nonfinite_row(rows) is not None:
+            raise ValueError(f"{name} must be one row or more of finite numbers")
+    if x.shape[1] != anchors.shape[1]:
+        raise ValueError(f"x and anchors must be of one width, got {x.shape[1]} and {anchors.shape[1]}")
     x, anchors = x.double(), anchors.double()
     if centred:
         centre = anchors.mean(dim=0)
@@ -142,6 +156,7 @@ def draw_anchors(n: int, n_anchors: int, seed: int) -> Int[Tensor, " m"]:
     return torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:n_anchors]
 
 
+@checked
 def relative_similarity(
     x: Float[Tensor, "n d_x"],
     y: Float[Tensor, "n d_y"],
@@ -159,7 +174,8 @@ def relative_similarity(
     Raises:
         ValueError: no tokens, different numbers of them, NaN or infinite values, or n_anchors below 1.
     """
-    check_layers([x], [y], "layers")
+    at_least(0, seed=seed)
+    check_layers([x], [y], "x and y")
     drawn = draw_anchors(len(x), n_anchors, seed)
     running = RunningRelative([x[drawn.to(x.device)]], [y[drawn.to(y.device)]], centred)
     running.update([x], [y])

@@ -23,7 +23,7 @@ from itda_lens.dictionary.selection import (
 from itda_lens.dictionary.update import DEFAULT_LEAST_COSINE, update_atoms
 from itda_lens.dictionary.variance import RunningFVU
 from itda_lens.pursuit import encode
-from itda_lens.records import Label, Places
+from itda_lens.records import Label, Places, check_fields
 
 GUIDE_ROWS = 64
 """Activations per update on which the progress bar's FVU is measured."""
@@ -66,6 +66,7 @@ class EnergyRule:
 
     Raises:
         ValueError: a field is out of range.
+        TypeError: a field is of another type.
     """
 
     update: bool = False
@@ -87,6 +88,7 @@ class EnergyRule:
     ordered_on: int = 2048
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if not 0 <= self.least_cosine <= 1:
             raise ValueError(f"least_cosine must be between 0 and 1, got {self.least_cosine}")
         if not 0 < self.drop_per_round < 1:

@@ -2,7 +2,7 @@
 
 import warnings
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -13,7 +13,7 @@ from itda_lens.dictionary.rule import Dictionary, Request
 from itda_lens.dictionary.selection import SAME_DIRECTION, first_of_direction, normalize_rows
 from itda_lens.dictionary.variance import RunningFVU
 from itda_lens.pursuit import Method, encode, gram_dtype, gram_fits, inner_products
-from itda_lens.records import Label, Places
+from itda_lens.records import Label, Places, check_fields
 
 DEFAULT_LOSS_THRESHOLD = 0.2
 """tau: admit an activation x if matching pursuit leaves |x - xhat|^2 > tau |x|^2.
@@ -29,22 +29,33 @@ class GreedyRule:
     The first `d_in` atoms (or `d_sae`, if fewer) are the most frequent activations of the first batches.
     After that, each batch is reconstructed with the dictionary so far. Activations whose relative loss
     exceeds `loss_threshold` are admitted in their order, each direction once. Once there are `d_sae`
-    atoms, the rest of the stream is not looked at. The result depends on the batches. The rule needs no
-    seed.
+    atoms, the rest of the stream is not looked at. The result depends on the batches.
+
+    In real data all activations are different, so that ties decide which the first atoms are. The
+    authors' script leaves that to the order of `torch.unique`, by the activations' coordinates, and to a
+    sort that is not stable. So it takes an arbitrary part of the first batch, which depends on the
+    model's basis: the labels of two models differ by it. The default here is comparable between models;
+    "random" is an arbitrary part too, and can be repeated.
 
     Attributes:
         loss_threshold: relative squared error over which an activation is admitted (tau), 0 to 1.
+        start: which of equally frequent activations of a batch become the first atoms: "first", those at
+            the beginning of the text; "random", a draw by the request's seed. Exact repeats within a
+            batch are counted in both, and the most frequent activations come first.
 
     Raises:
-        ValueError: `loss_threshold` is not between 0 and 1.
+        ValueError: `loss_threshold` is not between 0 and 1, or `start` is unknown.
+        TypeError: a field is of another type.
     """
 
     chooses_size: ClassVar[bool] = True
     encoder: ClassVar[Method] = "mp"
 
     loss_threshold: float = DEFAULT_LOSS_THRESHOLD
+    start: Literal["first", "random"] = "first"
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if not 0 < self.loss_threshold < 1:
             raise ValueError(
                 f"loss_threshold must be between 0 and 1 (both excluded), got {self.loss_threshold}"
@@ -61,6 +72,9 @@ class GreedySelector:
     def __init__(self, rule: GreedyRule, request: Request) -> None:
         self._max_atoms, self._k, self._signed = request.d_sae, request.k, request.signed
         self._threshold = rule.loss_threshold
+        self._draw = None
+        if rule.start == "random":
+            self._draw = torch.Generator().manual_seed(request.seed)
         d_in = request.d_in
         self._n_initial = d_in if self._max_atoms is None else min(d_in, self._max_atoms)
         self._store = RowStore(d_in, request.dtype, request.device, limit=self._max_atoms or 2**31)
@@ -83,7 +97,7 @@ class GreedySelector:
         unit, usable = normalize_rows(x)
         missing = self._n_initial - len(self._store)
         if missing > 0:
-            self._admit(_most_frequent(unit, usable), unit, places, at_most=missing)
+            self._admit(_most_frequent(unit, usable, self._draw), unit, places, at_most=missing)
         if len(self._store) == 0:
             return
         atoms = self._store.rows
@@ -142,12 +156,16 @@ class GreedySelector:
         return self._gram[:n, :n]
 
 
-def _most_frequent(unit: Tensor, usable: Tensor) -> Int[Tensor, " c"]:
-    """First occurrences of the distinct rows, the most repeated first; ties in order."""
+def _most_frequent(
+    unit: Tensor, usable: Tensor, draw: torch.Generator | None = None
+) -> Int[Tensor, " c"]:
+    """First occurrences of the distinct rows, the most repeated first; ties in order, or as drawn."""
     rows = usable.nonzero().flatten()
     _, inverse, counts = torch.unique(unit[rows], dim=0, return_inverse=True, return_counts=True)
     first = torch.full_like(counts, len(rows))
     first.scatter_reduce_(0, inverse, torch.arange(len(rows), device=rows.device), "amin")
     by_place = first.argsort()
+    if draw is not None:
+        by_place = by_place[torch.randperm(len(by_place), generator=draw).to(by_place.device)]
     by_count = counts[by_place].argsort(descending=True, stable=True)
     return rows[first[by_place][by_count]]

@@ -1,5 +1,6 @@
 """Plain data of the ground floor: labels, places, provenance, cutting, files that appear whole."""
 
+from itda_lens.records.arguments import at_least, check_fields, checked, converted
 from itda_lens.records.cutting import Cutting
 from itda_lens.records.files import is_leftover, replacing
 from itda_lens.records.hashing import mix64, text_digest
@@ -20,6 +21,10 @@ __all__ = [
     "agreed",
     "agreed_cutting",
     "as_label",
+    "at_least",
+    "check_fields",
+    "checked",
+    "converted",
     "is_leftover",
     "mix64",
     "replacing",

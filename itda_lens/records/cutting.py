@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from itda_lens.records.arguments import at_least, check_fields
+
 
 @dataclass(frozen=True)
 class Cutting:
@@ -16,6 +18,7 @@ class Cutting:
 
     Raises:
         ValueError: `context_size` is below 2.
+        TypeError: a field is of another type.
     """
 
     context_size: int = 128
@@ -23,5 +26,5 @@ class Cutting:
     keep_special_tokens: bool = False
 
     def __post_init__(self) -> None:
-        if self.context_size < 2:
-            raise ValueError(f"context_size must be at least 2, got {self.context_size}")
+        check_fields(self)
+        at_least(2, context_size=self.context_size)

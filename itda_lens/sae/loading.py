@@ -12,7 +12,7 @@ from sae_lens.constants import DTYPE_MAP, SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
-from itda_lens.records import HookPoint, is_leftover
+from itda_lens.records import HookPoint, checked, is_leftover
 from itda_lens.sae.itda import ITDA, LABELS_KEY, ITDAConfig
 from itda_lens.sae.saved import WEIGHTS_KEY, MixedFilesError, check_config, check_digests
 
@@ -21,6 +21,7 @@ TRIES, PAUSE_SECONDS = 20, 0.02
 may be between renaming one and the other."""
 
 
+@checked
 def load(
     path_or_repo: str | Path, device: str | torch.device = "cpu", dtype: str | torch.dtype | None = None
 ) -> ITDA:

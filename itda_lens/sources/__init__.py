@@ -1,7 +1,7 @@
 """Where activations come from: models and texts, and the tokens between them; arrays."""
 
 from itda_lens.records import HookPoint
-from itda_lens.sources.array_source import ArraySource
+from itda_lens.sources.array_source import ArraySource, check_activations
 from itda_lens.sources.contexts import Context, ContextBatch, Tokenization
 from itda_lens.sources.hooked import HookedModel
 from itda_lens.sources.hooks import Site, unknown_hook
@@ -42,6 +42,7 @@ __all__ = [
     "Site",
     "Tokenization",
     "TransformerLensModel",
+    "check_activations",
     "describe_texts",
     "gathered",
     "hook_is_per_head",

@@ -8,8 +8,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from itda_lens.pursuit import first_nonfinite_row
-from itda_lens.records import Label, Places, Provenance
+from itda_lens.records import Label, Places, Provenance, at_least, checked
 from itda_lens.sources.source import Rows, full_precision
+
+SIZES = {torch.float64: (1e-140, 1e150)}
+OTHER_SIZES = 1e-15, 1e17
+"""The least and the most that the largest number of some activations may be, for float64 and for what is
+computed with in float32. Between them the squares of its row, and of numbers a thousandth of it, are
+neither infinite nor zero."""
 
 ONLY_HOOK = "activations"
 """The name of an array's one hook point, where its provenance names none."""
@@ -30,6 +36,7 @@ class ArraySource:
         TypeError: `activations` is no floating-point tensor, or a label is none.
     """
 
+    @checked
     def __init__(
         self,
         activations: Float[Tensor, "n_tokens d_in"],
@@ -38,11 +45,12 @@ class ArraySource:
         batch_size: int = 4096,
         provenance: Provenance = Provenance(),  # noqa: B008 (immutable)
     ) -> None:
-        _check(activations, batch_size)
+        at_least(1, batch_size=batch_size)
+        check_activations(activations)
         n = len(activations)
         if labels is not None and len(labels) != n:
             raise ValueError(f"labels must be one per row: {len(labels)} labels for {n} rows")
-        self._activations = activations
+        self._activations = _summable(activations)
         self._places = Places.numbered(0, n) if labels is None else Places.of(labels)
         self._batch_size, self._provenance = batch_size, provenance
         self.hooks = [provenance.hook_name or ONLY_HOOK]
@@ -63,16 +71,32 @@ class ArraySource:
         return replace(known, batch_size=self._batch_size, n_tokens=self.n_rows)
 
 
-def _check(activations: Tensor, batch_size: int) -> None:
-    if not isinstance(activations, Tensor) or not activations.is_floating_point():
-        kind = getattr(activations, "dtype", type(activations).__name__)
-        raise TypeError(f"activations must be a floating-point tensor, got {kind}")
-    if activations.ndim != 2 or activations.shape[1] < 1:
+@checked
+def check_activations(activations: Float[Tensor, "n_tokens d_in"]) -> None:
+    """Refuse activations that nothing can be made from.
+
+    Raises:
+        ValueError: no rows or no numbers in them; NaN or infinite ones; or such large or small ones that
+            their squares overflow or vanish.
+    """
+    activations = _summable(activations)
+    if activations.shape[1] < 1:
         raise ValueError(f"activations must have shape [n_tokens, d_in], got {tuple(activations.shape)}")
     if len(activations) == 0:
         raise ValueError("activations must have at least one row, got none")
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     row = first_nonfinite_row(activations)
     if row is not None:
         raise ValueError(f"activations must be finite, but row {row} has NaN or infinite values")
+    sizes = activations.detach().abs().amax(dim=-1)
+    least, most = SIZES.get(activations.dtype, OTHER_SIZES)
+    if (largest := sizes.max().item()) and not least <= largest <= most:
+        raise ValueError(
+            f"activations must be between {least:.0e} and {most:.0e} in size, so that their squares can "
+            f"be computed, but the largest is {largest:.3g}, in row {int(sizes.argmax())}; multiply all "
+            "by one number"
+        )
+
+
+def _summable(x: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
+    """The rows; in float32 if they are float8, with which torch does not compute."""
+    return x.float() if x.element_size() == 1 else x

@@ -13,6 +13,10 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from itda_lens.records import Cutting, Places, text_digest
+from itda_lens.sources.texts import check_text
+
+_SPACES = " \u0120\u2581"
+"""How tokens spell a space: as it is, in byte-level tokenizers, in SentencePiece's."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +28,9 @@ class Context:
         chunk: which consecutive context of the text.
         text: the whole text.
         ids: token ids, the BOS token first if there is one.
-        spans: characters (start, end) of each token; (0, 0) for the BOS token.
+        spans: characters (start, end) of each token in `text`; (0, 0) for the BOS token. Of a character
+            that is several tokens, each has the whole character. A space that the tokenizer has added
+            has no character: start and end are equal.
         digest: `text_digest(text)`, computed once for all contexts of a text.
         counts: for each token, whether it may count at all; None if all may.
     """
@@ -98,9 +104,26 @@ class Tokenization:
 
     @cached_property
     def prepend_bos(self) -> bool:
-        """Whether contexts begin with the BOS token: as `cutting` says, or if there is one."""
+        """Whether contexts begin with the BOS token: as `cutting` says, or if the tokenizer has one.
+
+        TransformerLens gives a tokenizer without a BOS token the EOS token in its place. Such a
+        tokenizer has none here, so that the library that loads a model does not decide: contexts begin
+        with that token only where `cutting` asks for it.
+        """
         asked = self.cutting.prepend_bos
-        return self.tokenizer.bos_token_id is not None if asked is None else asked
+        return self._has_own_bos() if asked is None else asked
+
+    def _has_own_bos(self) -> bool:
+        bos, eos = self.tokenizer.bos_token_id, getattr(self.tokenizer, "eos_token_id", None)
+        settings = getattr(self.tokenizer, "init_kwargs", {})
+        return bos is not None and not (bos == eos and settings.get("bos_token") is None)
+
+    @cached_property
+    def _special(self) -> Int[Tensor, " n"]:
+        """Ids of the tokens that the tokenizer calls special, by any of its ways to say so."""
+        added = getattr(self.tokenizer, "added_tokens_decoder", {})
+        declared = {i for i, token in added.items() if token.special}
+        return torch.tensor(sorted({*self.tokenizer.all_special_ids, *declared}), dtype=torch.long)
 
     def vocabulary_sha256(self) -> str:
         """Tells tokenizers apart: a digest of the tokens and their ids."""
@@ -108,24 +131,61 @@ class Tokenization:
         return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()
 
     def contexts(self, texts: Iterable[str]) -> Iterator[Context]:
-        """Cut texts into contexts, in order."""
+        """Cut texts into contexts, in order.
+
+        A text that begins with the BOS token already, as chat templates write it, gets no second one.
+
+        Raises:
+            ValueError: a text has a lone surrogate.
+        """
         bos = [self.tokenizer.bos_token_id] if self.prepend_bos else []
         step = self.cutting.context_size - len(bos)
         for row, text in enumerate(texts):
+            check_text(text, f"text {row}")
             digest = text_digest(text)
             encoded = self.tokenizer(
                 text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
             )
-            ids, spans = encoded["input_ids"], encoded["offset_mapping"]
+            ids = list(encoded["input_ids"])
+            spans = self._spans(text, ids, encoded["offset_mapping"])
+            if bos and ids[:1] == bos:
+                ids, spans = ids[1:], spans[1:]
             for chunk, start in enumerate(range(0, len(ids), step)):
                 yield Context(
                     row=row,
                     chunk=chunk,
                     text=text,
-                    ids=bos + list(ids[start : start + step]),
-                    spans=[(0, 0)] * len(bos) + [tuple(s) for s in spans[start : start + step]],
+                    ids=bos + ids[start : start + step],
+                    spans=[(0, 0)] * len(bos) + spans[start : start + step],
                     digest=digest,
                 )
+
+    def _spans(
+        self, text: str, ids: Sequence[int], given: Sequence[Sequence[int]]
+    ) -> list[tuple[int, int]]:
+        """The characters of each token; none for white space that the tokenizer has added.
+
+        Of tokens of spaces alone, tokenizers that begin a text with a space give the first of these the
+        characters of the token after it, and those that trim spaces give it no characters.
+        """
+        spans = [(start, end) for start, end in given]
+        for i, (start, end) in enumerate(spans):
+            trimmed = start == end
+            if not trimmed and (i + 1 == len(spans) or spans[i + 1][0] != start):
+                continue
+            spaces = self._spaces(ids[i])
+            if trimmed and spaces and text[max(0, start - spaces) : start] == " " * spaces:
+                spans[i] = (start - spaces, start)
+            elif trimmed and spaces and i == 0 and text.startswith(" " * spaces):
+                spans[i] = (0, spaces)  # at the start of a text they are cut off at the other end
+            elif spaces and not text[start:end].startswith(" "):
+                spans[i] = (start, start)
+        return spans
+
+    def _spaces(self, token: int) -> int:
+        """How many spaces a token is; 0 for any other token."""
+        spelt = self.tokenizer.convert_ids_to_tokens(token)
+        return 0 if spelt.strip(_SPACES) else len(spelt)
 
     def batches(self, texts: Iterable[str], batch_size: int) -> Iterator[ContextBatch]:
         """Contexts of `texts`, `batch_size` at a time."""
@@ -154,6 +214,5 @@ class Tokenization:
                 keep[row, : len(context.ids)] &= torch.tensor(context.counts, dtype=torch.bool)
         if not self.cutting.keep_special_tokens:
             keep[:, 0] = False
-            special = torch.tensor(self.tokenizer.all_special_ids, dtype=torch.long)
-            keep &= ~torch.isin(tokens, special)
+            keep &= ~torch.isin(tokens, self._special)
         return ContextBatch(list(contexts), tokens, attention_mask, keep)

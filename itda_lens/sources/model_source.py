@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from itda_lens.records import Cutting, Provenance
+from itda_lens.records import Cutting, Provenance, at_least, checked
 from itda_lens.sources.contexts import Tokenization
 from itda_lens.sources.models import language_model
 from itda_lens.sources.readable import Loader, ReadableModel
@@ -43,6 +43,7 @@ class ModelSource:
         TypeError: a model, text or hook name of the wrong kind.
     """
 
+    @checked
     def __init__(
         self,
         model: Any,
@@ -57,12 +58,10 @@ class ModelSource:
         tokenizer: Any = None,
         model_name: str | None = None,
         loader: Loader = "bridge",
-        device: str | None = None,
+        device: str | torch.device | None = None,
     ) -> None:
         self.hooks = hook_list(hooks)
-        for name, value in (("batch_size", batch_size), ("max_tokens", max_tokens)):
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        at_least(1, batch_size=batch_size, max_tokens=max_tokens)
         self.n_rows = max_tokens
         self._texts, self._text_field, self._split = texts, text_field, split
         self._batch_size = batch_size
@@ -158,6 +157,7 @@ def hook_list(hooks: str | Sequence[str]) -> list[str]:
     return list(names)
 
 
+@checked
 def tokenization_for(lm: ReadableModel, cutting: Cutting) -> Tokenization:
     """How to cut texts into contexts for a model.
 

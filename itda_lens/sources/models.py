@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from itda_lens.records import checked
 from itda_lens.sources.hooked import HookedModel
 from itda_lens.sources.hugging_face_models import HuggingFaceModel
 from itda_lens.sources.readable import Loader, ReadableModel
@@ -18,13 +19,14 @@ LIBRARIES: dict[type[HookedModel], tuple[Loader, ...]] = {
 """A class for each library, with the words for `loader` by which it loads a name."""
 
 
+@checked
 def language_model(
     model: Any,
     *,
     tokenizer: Any = None,
     name: str | None = None,
     loader: Loader = "bridge",
-    device: str | None = None,
+    device: str | torch.device | None = None,
     dtype: torch.dtype = torch.float32,
     source: str | None = None,
 ) -> ReadableModel:
@@ -48,11 +50,14 @@ def language_model(
         ValueError: there is no such model, tokenizer or device, or the tokenizer is not known.
         TypeError: `model` or `tokenizer` is of none of these kinds.
     """
+    device = None if device is None else str(device)
+    _check_device(device)
+    if not isinstance(tokenizer, str | Path):
+        _check_tokenizer(tokenizer)
     if isinstance(model, ReadableModel):
         return model
     if isinstance(tokenizer, str | Path):
         tokenizer = _tokenizer(str(tokenizer))
-    _check_tokenizer(tokenizer)
     if isinstance(model, str | Path):
         folder = str(model)
         name, source = name or _plain_name(folder), folder
@@ -85,7 +90,6 @@ def _load(
     if loader not in by_loader:
         raise ValueError(f"loader must be one of {', '.join(by_loader)}, got {loader!r}")
     library = by_loader[loader]
-    _check_device(device)
     try:
         return library.load(name, loader, tokenizer, device, dtype).eval()
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:

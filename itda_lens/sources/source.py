@@ -1,7 +1,7 @@
 """The interface between sources of activations and the code that uses them."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -9,7 +9,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from itda_lens.pursuit import first_nonfinite_row
-from itda_lens.records import Places, Provenance
+from itda_lens.records import Places, Provenance, checked
 
 
 class Rows(NamedTuple):
@@ -49,6 +49,7 @@ class Rows(NamedTuple):
         return cls(places, checked)
 
 
+@runtime_checkable
 class ActivationSource(Protocol):
     """Where activations come from: a stream of rows that is the same each time it is read.
 
@@ -92,6 +93,7 @@ class Activations(NamedTuple):
     labels: Places
 
 
+@checked
 def gathered(source: ActivationSource, progress: bool = False) -> dict[str, Activations]:
     """All rows of a source, by hook point, held in memory.
 

@@ -6,9 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from itda_lens.dictionary import Rule
 from itda_lens.pursuit import DEFAULT_RTOL, Method
-from itda_lens.records import Cutting
+from itda_lens.records import Cutting, at_least, checked
 from itda_lens.sae import ITDA, provenance_of
 from itda_lens.sources import Activations, Loader, ModelSource, gathered
 from itda_lens.training.recipe import Preset, recipe_of
@@ -17,6 +19,7 @@ from itda_lens.training.run import build_from, check_enough
 _DEFAULT = Cutting()
 
 
+@checked
 def build(
     model: Any,
     texts: str | Path | Iterable[str],
@@ -44,7 +47,7 @@ def build(
     tokenizer: Any = None,
     model_name: str | None = None,
     loader: Loader = "bridge",
-    device: str | None = None,
+    device: str | torch.device | None = None,
     progress: bool = True,
 ) -> dict[str, ITDA]:
     """Build one labelled dictionary per hook point, all from the same forward passes.
@@ -81,6 +84,7 @@ def build(
         d_sae=d_sae, k=k, preset=preset, rule=rule, seed=seed, method=method, signed=signed,
         loss_threshold=loss_threshold, l0=l0, update=update, least_cosine=least_cosine, rtol=rtol,
     )  # fmt: skip
+    at_least(1, max_tokens=max_tokens)
     check_enough(recipe, max_tokens)
     source = ModelSource(
         model, texts, hook_names, Cutting(context_size, prepend_bos, keep_special_tokens),
@@ -95,6 +99,7 @@ def build(
     return dictionaries
 
 
+@checked
 def collect(
     model: Any,
     texts: str | Path | Iterable[str],
@@ -109,7 +114,7 @@ def collect(
     split: str = "train",
     tokenizer: Any = None,
     loader: Loader = "bridge",
-    device: str | None = None,
+    device: str | torch.device | None = None,
     progress: bool = True,
 ) -> dict[str, Activations]:
     """The activations that `build` would look at, held in memory, for `fit` and for baselines.

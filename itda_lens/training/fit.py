@@ -8,13 +8,14 @@ from torch import Tensor
 
 from itda_lens.dictionary import Rule
 from itda_lens.pursuit import DEFAULT_RTOL, Method
-from itda_lens.records import Label, Provenance
+from itda_lens.records import Label, Provenance, checked
 from itda_lens.sae import ITDA
 from itda_lens.sources import ArraySource
 from itda_lens.training.recipe import Preset, recipe_of
 from itda_lens.training.run import build_from
 
 
+@checked
 def fit(
     activations: Float[Tensor, "n_tokens d_in"],
     *,

@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 
 from itda_lens.dictionary import RULES, Request, Rule
 from itda_lens.pursuit import DEFAULT_RTOL, Coding, Method, check_l0
+from itda_lens.records import at_least, check_fields, checked
 
 Preset = Literal["best", "thorough", "paper"]
 """Names of rules (`dictionary.RULES`), each with the encoder that goes with it."""
@@ -26,6 +27,7 @@ class Recipe:
 
     Raises:
         ValueError: a setting is out of range, or does not go with another.
+        TypeError: a field is of another type.
     """
 
     d_sae: int | None
@@ -36,14 +38,13 @@ class Recipe:
     preset: str | None = None
 
     def __post_init__(self) -> None:
+        check_fields(self)
+        at_least(1, d_sae=self.d_sae)
+        at_least(0, seed=self.seed)
         if self.d_sae is not None:
-            if self.d_sae < 1:
-                raise ValueError(f"d_sae must be at least 1, got {self.d_sae}")
             self.coding.check_atoms(self.d_sae, "d_sae")
         if self.l0 is not None:
             check_l0(self.l0, self.coding.k)
-        if self.seed < 0:
-            raise ValueError(f"seed must be at least 0, got {self.seed}")
         _plain(self.rule)
 
     @property
@@ -80,6 +81,7 @@ def _plain(rule: Rule) -> dict[str, Any]:
         ) from error
 
 
+@checked
 def recipe_of(
     *,
     d_sae: int | None,

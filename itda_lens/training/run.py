@@ -9,7 +9,7 @@ from tqdm.auto import tqdm
 
 from itda_lens.dictionary import Dictionary, Guided, Sated, Selector, StreamSample, assign_folds
 from itda_lens.pursuit import calibrate_out_of_fold
-from itda_lens.records import Provenance, versions
+from itda_lens.records import Provenance, at_least, checked, versions
 from itda_lens.sae import ITDA, assemble
 from itda_lens.sources import ActivationSource, Rows, hook_is_per_head
 from itda_lens.training.recipe import Recipe
@@ -29,6 +29,7 @@ CALIBRATION_SEED = 3
 rule."""
 
 
+@checked
 def build_from(
     source: ActivationSource, recipe: Recipe, *, metadata: dict[str, object] | None = None,
     progress: bool = True,
@@ -61,12 +62,14 @@ def build_from(
     return made
 
 
+@checked
 def check_enough(recipe: Recipe, n_rows: int | None) -> None:
     """Refuse a dictionary of more atoms than there will be activations.
 
     Raises:
         ValueError: there are fewer.
     """
+    at_least(1, n_rows=n_rows)
     if recipe.d_sae is not None and n_rows and recipe.d_sae > n_rows:
         raise ValueError(
             f"d_sae must be at most the number of activations: got d_sae={recipe.d_sae} for "

@@ -1,0 +1,373 @@
+"""Every argument of every public function: nonsense is told at once, by the argument's name."""
+
+import dataclasses
+import inspect
+import signal
+from collections.abc import Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pytest
+import torch
+
+import itda_lens
+from itda_lens import analysis, architectures, compare, fit, sources, training
+from itda_lens.compare import Moments
+from itda_lens.records import Cutting, Places, check_fields, checked
+from itda_lens.sources import ArraySource, ModelSource, language_model
+
+NAN, INF = float("nan"), float("inf")
+X = torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
+
+WHOLE = ["3", 2.5, True, NAN, [3], 1j, torch.tensor(3), -1]
+POSITIVE = [*WHOLE, 0]
+REAL = ["0.3", True, [0.3], 1j, NAN, INF, -0.1]
+SWITCH = ["no", "yes", 1, 0.0, [True]]
+NAME = ["nonsense", 3, True, b"mp", ["mp"]]
+STRING = [3, True, b"x", ["x"], object()]
+ROWS = [
+    None, "x", 3, [[1.0]], X.numpy(), X.long(), X + 1j, X > 0, X[0], X[None], X.to_sparse(), X[:0],
+    X / 0, X.log(),
+]  # fmt: skip
+DICTIONARIES = [None, 3, "x", object(), [], [3], torch.nn.Linear(2, 2), {"a": 3}]
+MAPPING = [3, "x", [1], True]
+LABELS = [3, "x", ["x"] * 40, [(0, 0)] * 40, [(0, 0, 0)], [(0.5, 0, 0)] * 40, [None] * 40]
+TEXTS = [None, 3, [], [3], {"a": ["b"]}, {"a"}, "", "missing.txt", "two words", Path("missing"), b"x"]
+MODEL = [None, 3, object(), torch.nn.Linear(2, 2), "./no-such-model", ["x"]]
+
+NONSENSE = {
+    **dict.fromkeys(("k", "batch_size", "epochs", "n_anchors", "d_sae", "context_size"), POSITIVE),
+    **dict.fromkeys(("max_tokens", "n_rows"), POSITIVE),
+    "seed": WHOLE,
+    **dict.fromkeys(("l0", "rtol", "loss_threshold", "least_cosine", "learning_rate", "keep"), REAL),
+    **dict.fromkeys(
+        ("signed", "update", "progress", "keep_special_tokens", "prepend_bos", "centred"), SWITCH
+    ),
+    **dict.fromkeys(("preset", "method", "loader", "match", "measure", "architecture", "kind"), NAME),
+    "rule": [*NAME, object()],
+    **dict.fromkeys(("text_field", "split", "hook_name", "model_name", "name", "source"), STRING),
+    "device": [3, True, b"x", ["x"], "nonsense"],
+    "dtype": ["float31", 3, True, ["x"]],
+    "tokenizer": [3, True, ["x"], object(), "./no-such-tokenizer"],
+    **dict.fromkeys(("activations", "x", "y", "anchors"), ROWS),
+    **{key: [None, 3, "x", X, [X]] for key in ("activations_a", "activations_b")},
+    **{key: [None, 3, "x", [], [3], X, X[0].long(), X[0] * NAN] for key in ("usage_a", "usage_b")},
+    **dict.fromkeys(("dictionaries", "itdas", "sae"), DICTIONARIES),
+    "metadata": MAPPING,
+    "labels": LABELS,
+    "texts": TEXTS,
+    "model": MODEL,
+    "hook_names": [None, 3, [], [3], "nowhere", {"a": 1}, ["a", "a"]],
+    "hooks": [None, 3, [], [3], "nowhere", {"a": 1}, ["a", "a"]],
+    "models": [None, 3, "x", {}, {"a": 3}, {"a": []}, [3]],
+    "kinds": [None, 3, ["nonsense"], [3]],
+    **{key: [None, 3, True, ["x"], b"x"] for key in ("folder", "path_or_repo")},
+    "text": [None, 3, ["x"], b"x", "", "a \ud800"],
+    "recipe": [None, 3, "best", {}],
+    "source of rows": [None, 3, X],
+    "moments": [None, 3, X],
+    "similarity": [None, 3, [[1.0]], X.long(), X[0], X / 0 * 0, X],
+    "cutting": [None, 3, {}, "x"],
+    "lm": [None, 3, object(), "x"],
+    "functions": [None, 3, "x"],
+    "lists": [None, 3, object()],
+    "provenance": [3, {}, "x"],
+}
+"""Values that no argument of that name takes. A family of its own is chosen by `SPECIAL`."""
+
+SPECIAL = {
+    ("gathered", "source"): "source of rows",
+    ("build_from", "source"): "source of rows",
+    ("compare", "activations"): "activations_a",
+    ("activation_similarity", "a"): "activations_a",
+    ("activation_similarity", "b"): "activations_a",
+    ("similarity_matrix", "a"): "lists",
+    ("similarity_matrix", "b"): "lists",
+    ("similarity_matrix", "measure"): "functions",
+    ("diff_models", "a"): "model",
+    ("diff_models", "b"): "model",
+    **{(f, side): "dictionaries" for side in "ab"
+       for f in ("jaccard", "weighted_jaccard", "diff", "check_diffable")},
+}  # fmt: skip
+
+ALLOWED = {
+    ("*", "tokenizer", "./no-such-tokenizer"): "a wrapped model brings its own tokenizer",
+    ("activations_of", "model", None): "the dictionaries name it",
+    ("hook_list", "hooks", "nowhere"): "it does not look at a model",
+    ("iterate_texts", "texts", ()): "an empty list is one; whoever needs a text says so",
+    **{
+        ("recorded_settings", "model", one): "only whether it is given counts" for one in map(str, MODEL)
+    },
+}
+"""Nonsense that is taken, and why. Values that are equal to no other go by their name."""
+
+ALSO_CALLED = {
+    "a": "models|dictionar|activations", "b": "models|dictionar|activations", "hooks": "hook",
+    "hook_name": "hook", "hook_names": "hook",
+}  # fmt: skip
+
+
+@contextmanager
+def within(seconds: float):
+    """Raise TimeoutError in what takes longer: a function that hangs must not hang the tests."""
+
+    def late(*_):
+        raise TimeoutError(f"took more than {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+HOOK = "blocks.1.hook_resid_post"
+
+
+@pytest.fixture(scope="module")
+def calls(tiny, texts, tmp_path_factory):
+    """A call of each public function that works: its arguments by name."""
+    options = dict(d_sae=8, k=2, progress=False)
+    a, b = (itda_lens.build(tiny, texts, HOOK, seed=s, **options)[HOOK] for s in (0, 1))
+    x = training.collect(tiny, texts, HOOK, progress=False)[HOOK]
+    folder = tmp_path_factory.mktemp("saved")
+    a.save_model(folder / "a")
+    rows = X.double()
+    own = dict(model=tiny, texts=texts)
+    used = torch.ones(8)
+    moments = Moments.of(rows, rows)
+    both = dict(models={"a": [a], "b": [b]})
+    named = dict(tokenizer=None, loader="bridge", device=None)
+    read = dict(text_field="text", split="train", **named, batch_size=4, max_tokens=64)
+    cut = dict(context_size=32, prepend_bos=None, keep_special_tokens=False)
+    atoms = dict(
+        d_sae=8, k=2, preset="best", rule=None, seed=0, method=None, signed=True, loss_threshold=None,
+        l0=None, update=False, least_cosine=None, rtol=1e-3,
+    )  # fmt: skip
+    trained = dict(activations=X, k=2, d_sae=8, seed=0, metadata=None)
+    quiet = dict(progress=False)
+    return {
+        "build": own | dict(hook_names=HOOK, model_name=None) | atoms | cut | read | quiet,
+        "collect": own | dict(hook_names=HOOK) | cut | read | quiet,
+        "ModelSource": own | dict(hooks=HOOK, cutting=Cutting(), model_name=None) | read,
+        "fit": dict(activations=X, labels=None, batch_size=16, metadata=None) | atoms | quiet,
+        "ArraySource": dict(activations=X, labels=None, batch_size=16),
+        "recipe_of": atoms,
+        "load": dict(path_or_repo=folder / "a", device="cpu", dtype=None),
+        "jaccard": dict(a=a, b=b, match="auto"),
+        "decompose": dict(model=tiny, sae=a, text="the cat", **named),
+        "evaluate": own | dict(dictionaries=a) | read | quiet,
+        "baseline": trained | dict(kind="pca", method="ols", labels=None, epochs=1),
+        "build_baselines": own | dict(
+            itdas=[a], kinds=["pca"], folder=folder / "b", max_tokens=64, epochs=1, seed=0,
+            batch_size=4, text_field="text", split="train", device=None, progress=False,
+        ),
+        "principal_components": dict(activations=X, k=2, metadata=None),
+        "random_atoms": trained | dict(method="ols", labels=None),
+        "save_inference": dict(sae=a, folder=folder / "c"),
+        "train_sae": trained | dict(architecture="topk", epochs=1, learning_rate=1e-3, batch_size=8),
+        "activation_similarity": dict(a=[x], b=[x], measure="cka", match="position"),
+        "activations_of": own | dict(itdas=[a]) | read | quiet,
+        "recorded_settings": dict(itdas=[a], model="a model"),
+        "compare": both | dict(measure="cka", match="auto", activations={"a": [x], "b": [x]}),
+        "check_comparable": both | dict(measure="jaccard", match="auto"),
+        "check_diffable": dict(a=a, b=b, match="auto"),
+        "diff": dict(a=a, b=b, activations_a=x, activations_b=x, match="auto"),
+        "diff_models": dict(a=tiny, b=tiny, texts=texts, hook_name=HOOK, seed=0, context_size=32)
+        | options | read,
+        "layer_matching_accuracy": dict(similarity=torch.eye(3)),
+        "linear_cka": dict(moments=moments),
+        "linear_regression_r2": dict(moments=moments),
+        "svcca": dict(moments=moments, keep=0.9),
+        "relative_representation": dict(x=rows, anchors=rows[:5], centred=False),
+        "relative_similarity": dict(x=rows, y=rows, n_anchors=4, seed=0, centred=False),
+        "similarity_matrix": dict(a=[1, 2], b=[3], measure=lambda u, v: u * v),
+        "usage": dict(sae=a, x=x.values, batch_size=8),
+        "weighted_jaccard": dict(a=a, b=b, usage_a=used, usage_b=used, match="auto"),
+        "iterate_texts": dict(texts=texts, text_field="text", split="train"),
+        "check_activations": dict(activations=X),
+        "hook_list": dict(hooks=[HOOK]),
+        "gathered": dict(source=ArraySource(X), progress=False),
+        "language_model": dict(model=tiny, name=None, dtype=torch.float32, source=None, **named),
+        "tokenization_for": dict(lm=tiny, cutting=Cutting()),
+        "build_from": dict(
+            source=ArraySource(X), recipe=training.recipe_of(d_sae=8, k=2), metadata=None, progress=False
+        ),
+        "check_enough": dict(recipe=training.recipe_of(d_sae=8, k=2), n_rows=40),
+    }  # fmt: skip
+
+
+FACES = [itda_lens, analysis, architectures, compare, sources, training]
+FUNCTIONS = {
+    name: function
+    for face in FACES
+    for name in face.__all__
+    if inspect.isfunction(function := getattr(face, name))
+} | {"ModelSource": ModelSource, "ArraySource": ArraySource}
+
+NOT_WALKED = {
+    "describe_texts": "for metadata: called once the texts were looked at",
+    "names_data_set": "a question, with an answer for everything",
+    "hook_is_per_head": "the old name of a property of HookPoint",
+    "register_with_transformer_lens": "changes TransformerLens for the whole process",
+    "output_folder": "tests/test_training.py",
+    "save_all": "tests/test_training.py",
+}
+
+
+def called(name: str, arguments: dict[str, object]) -> None:
+    result = FUNCTIONS[name](**arguments)
+    if name == "iterate_texts":
+        list(result)
+
+
+def test_every_public_function_is_walked(calls):
+    assert set(FUNCTIONS) == set(calls) | set(NOT_WALKED)
+    for name, arguments in calls.items():
+        missing = set(inspect.signature(FUNCTIONS[name]).parameters) - set(arguments)
+        assert missing <= {"provenance"}, name
+
+
+@pytest.mark.parametrize("name", sorted(set(FUNCTIONS) - set(NOT_WALKED)))
+def test_nonsense_is_told_by_the_name_of_the_argument(name, calls, tmp_path):
+    with within(60):
+        called(name, calls[name])
+    wrong = []
+    for argument, good in calls[name].items():
+        allowed_none = good is None
+        for value in NONSENSE[SPECIAL.get((name, argument), argument)]:
+            if (value is None and allowed_none) or is_allowed(name, argument, value):
+                continue
+            # Baselines that are there already are not built again, and little is looked at.
+            fresh = {"folder": tmp_path / str(len(list(tmp_path.iterdir())))}
+            more = fresh if name == "build_baselines" else {}
+            given = f"{argument}={value!r}"[:80]
+            try:
+                with within(5):
+                    called(name, calls[name] | more | {argument: value})
+            except (TypeError, ValueError, FileNotFoundError) as error:
+                text = str(error)
+                if argument not in text and not any(
+                    word in text for word in ALSO_CALLED.get(argument, "\0").split("|")
+                ):
+                    wrong.append(f"{given}: {type(error).__name__} without its name: {text[:150]}")
+            except Exception as error:
+                wrong.append(f"{given}: from the inside: {error!r:.150}")
+            else:
+                wrong.append(f"{given}: accepted")
+    assert not wrong, "\n".join(wrong)
+
+
+def is_allowed(name, argument, value) -> bool:
+    names = [value] if isinstance(value, str | None) else []
+    names += [()] if isinstance(value, list) and not value else [str(value)]
+    return any((function, argument, own) in ALLOWED for function in (name, "*") for own in names)
+
+
+FIELDS = {
+    Cutting: dict(
+        context_size=[1, 2.5, "9", True, None], prepend_bos=["no", 1], keep_special_tokens=SWITCH
+    ),
+    training.Recipe: dict(
+        d_sae=POSITIVE, coding=[3, None, "mp"], l0=REAL, seed=WHOLE, preset=[3, True],
+        rule=[3, None, "best"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", FIELDS)
+def test_nonsense_in_a_field_is_told_by_the_name_of_the_field(kind):
+    good = {} if kind is Cutting else vars(training.recipe_of(d_sae=8, k=2))
+    assert set(FIELDS[kind]) == {field.name for field in dataclasses.fields(kind)}
+    for field, values in FIELDS[kind].items():
+        for value in values:
+            with pytest.raises((TypeError, ValueError), match=field):
+                kind(**(good | {field: value}))
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    size: int = 1
+    name: Literal["first", "random"] = "first"
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+def test_fields_of_ones_own():
+    made = Settings(size=np.int16(3))
+    assert type(made.size) is int
+    with pytest.raises(ValueError, match="name must be one of .'first', 'random'., got 'last'"):
+        Settings(name="last")
+    with pytest.raises(TypeError, match="size must be a whole number, got '3'"):
+        Settings(size="3")
+
+
+class TestWhatIsWelcome:
+    def test_numbers_and_booleans_of_numpy(self):
+        own = dict(d_sae=8, k=2, seed=1, l0=1.5, update=True, least_cosine=0.5, rtol=0.01, batch_size=16)
+        theirs = {
+            name: np.bool_(value) if value is True else np.array(value)[()]
+            for name, value in own.items()
+        }
+        assert all(isinstance(value, np.generic) for value in theirs.values())
+        one, other = fit(X, **own), fit(X, **theirs)
+        assert torch.equal(one.W_dec, other.W_dec)
+        assert one.cfg.to_dict() == other.cfg.to_dict()
+
+    def test_a_device_of_torch(self, tiny_folder, tmp_path):
+        device = torch.device("cpu")
+        assert language_model(str(tiny_folder), device=device).device == device
+        fit(X, d_sae=8, k=2).save_model(tmp_path)
+        assert itda_lens.load(tmp_path, device=device).W_dec.device == device
+
+    def test_what_build_returns(self, calls):
+        a, b = (calls["jaccard"][side] for side in "ab")
+        alike = itda_lens.jaccard(a, b)
+        assert itda_lens.jaccard({"x": a}, {"x": b}) == itda_lens.jaccard([a], (b,)) == alike
+        assert itda_lens.jaccard({"x": a}.values(), b) == alike
+
+
+class TestChecked:
+    def test_what_a_function_returns_and_is(self):
+        @checked
+        def add(a: int, /, b: float = 2.0, *more: int, scale: bool = False, **others: int) -> float:
+            """Adds."""
+            return a + b
+
+        assert add(1) == add(np.int64(1), b=2) == 3
+        assert add.__doc__ == "Adds."
+        assert list(inspect.signature(add).parameters) == ["a", "b", "more", "scale", "others"]
+        with pytest.raises(TypeError, match=r"add\(\): missing a required argument: 'a'"):
+            add()
+
+    def test_every_item_of_a_list_is_looked_at(self):
+        @checked
+        def join(names: Sequence[str]) -> str:
+            return "".join(names)
+
+        for at in (0, 500, 999):
+            names: list = ["x"] * 1000
+            names[at] = 3
+            with pytest.raises(TypeError, match=rf"names\[{at}\] must be a string, got 3"):
+                join(names)
+
+    def test_values_are_shortened(self):
+        with pytest.raises(TypeError, match="k must be a whole number, got") as caught:
+            fit(X, d_sae=8, k="3" * 10**6)
+        assert len(str(caught.value)) < 200
+
+    def test_a_million_labels_are_not_made(self):
+        labels = Places.numbered(0, len(X))
+
+        def fail(_):
+            raise AssertionError("a label was made")
+
+        labels.__class__ = type(
+            "Watched", (Places,), {"__iter__": fail, "__getitem__": Places.__getitem__}
+        )
+        assert len(fit(X, d_sae=8, k=2, labels=labels).labels) == 8
