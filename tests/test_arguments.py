@@ -213,6 +213,7 @@ NOT_WALKED = {
     "describe_texts": "for metadata: called once the texts were looked at",
     "names_data_set": "a question, with an answer for everything",
     "hook_is_per_head": "the old name of a property of HookPoint",
+    "unknown_hook": "makes an error message, for model libraries",
     "register_with_transformer_lens": "changes TransformerLens for the whole process",
     "output_folder": "tests/test_training.py",
     "save_all": "tests/test_training.py",

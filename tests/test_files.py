@@ -568,7 +568,7 @@ class TestConfiguration:
             "cpu",
         )
         json.dumps(loaded.cfg.to_dict())
-        for arguments in (dict(device="gpu"), dict(device=None), dict(dtype="int8"), dict(dtype=3)):
+        for arguments in (dict(device="gpu"), dict(dtype="int8")):
             (name,) = arguments
             with pytest.raises(ValueError, match=f"^{name} must be one of"):
                 itda_lens.load(tmp_path, **arguments)

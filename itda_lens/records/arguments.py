@@ -35,9 +35,9 @@ _SHOWN = 80
 def checked(function: Callable[P, R]) -> Callable[P, R]:
     """A public function whose arguments are checked against its annotations before its work begins.
 
-    numpy's numbers and booleans become Python's. Numbers are no booleans and booleans no numbers. What
-    annotations do not say (ranges, what goes with what) the function checks by itself, with `at_least`
-    for the commonest case. Items of iterators are not looked at.
+    numpy's numbers and booleans become Python's. Numbers are no booleans and booleans no numbers.
+    Annotations say nothing of ranges, or of arguments that exclude each other: the function checks these
+    by itself, with `at_least` for the commonest case. Items of iterators are not looked at.
 
     The wrapped function raises TypeError, naming the argument, its value and what is allowed; and
     ValueError for a name that is none of those allowed, or a tensor of another number of dimensions.
@@ -230,7 +230,7 @@ def _described(hint: Any) -> str:
 
 
 def _kind(value: Any) -> str:
-    """What a value is that should have been a tensor."""
+    """A short description of a value that should have been a tensor."""
     kind = str(getattr(value, "dtype", type(value).__name__))
     layout = getattr(value, "layout", None)
     return kind if layout in (None, _strided()) else f"{kind} of layout {layout}"

@@ -13,8 +13,8 @@ from typing import Any, overload
 _COMPACT_PREFIX = "zlib+base64:"
 
 MOST_BYTES = 64 * 1024, 2048
-"""The longest JSON that stands for labels: so many bytes, and so many more for each label. Labels of
-texts take some 400. A few megabytes of a hostile file would unpack to gigabytes."""
+"""The longest JSON that stands for labels: the first number of bytes, and the second for each label.
+Labels of texts take some 400. A few megabytes of a hostile file would unpack to gigabytes."""
 
 MOST_LABELS = 2**17
 """The number of labels for which `Labels.from_compact` makes room where it is not told how many they

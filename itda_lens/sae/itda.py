@@ -372,8 +372,8 @@ class ITDA(SAE[ITDAConfig]):
         """The dictionary of the first `m` atoms, a copy.
 
         Presets "best" and "thorough" order atoms by importance: a prefix of 64 atoms or more is a few
-        per cent worse than a dictionary that was built with as many. Preset "paper" orders them as they
-        were admitted. `cfg.k` becomes `m` where it was more. A threshold stays as it is, and gives
+        per cent worse than a dictionary that was built with `m` atoms. Preset "paper" orders them as
+        they were admitted. `cfg.k` becomes `m` where it was more. A threshold stays as it is, and gives
         another mean L0: calibrate again.
 
         Raises:
@@ -391,7 +391,7 @@ class ITDA(SAE[ITDAConfig]):
     # non-negative codes
 
     def nonnegative(self) -> "ITDA":
-        """The same dictionary with non-negative codes: atoms `[D, -D]`, `d_sae` doubled.
+        """A view of the dictionary with non-negative codes: atoms `[D, -D]`, `d_sae` doubled.
 
         For tools that take a coefficient for an activation and test `> 0`. Reconstructions, supports and
         L0 are those of this dictionary: coefficient c of atom i becomes c at i where c > 0, and -c at
@@ -459,7 +459,7 @@ class ITDA(SAE[ITDAConfig]):
     @override
     @torch.inference_mode(False)
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ITDA":
-        """What `.to`, `.bfloat16`, `.cuda` and the like do to weights, told to the configuration too."""
+        """Apply `.to`, `.bfloat16`, `.cuda` and the like to weights, and tell the configuration."""
         super()._apply(fn, recurse)
         self.dtype, self.device = self.W_dec.dtype, self.W_dec.device
         self.cfg.dtype = str(self.dtype).removeprefix("torch.")

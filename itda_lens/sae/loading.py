@@ -64,7 +64,7 @@ def dictionaries_in(folder: Path) -> list[Path]:
 
 
 def is_dictionary(folder: Path) -> bool:
-    """Whether the folder holds an ITDA and nothing else, but for what a killed run left."""
+    """Whether the folder holds an ITDA and nothing else; leftovers of a killed run do not count."""
     if not folder.is_dir():
         return False
     found = {file.name for file in folder.iterdir() if not is_leftover(file)}
@@ -101,7 +101,7 @@ def _from_folder(folder: Path, device: str, dtype: str | None) -> ITDA:
 
 
 def _advice(folder: Path) -> str:
-    """What a kill between two renames leaves: the new configuration, the old weights, and new ones."""
+    """Advice after a kill between two renames, which leaves a new configuration beside old weights."""
     for file in folder.glob(f".*/{SAE_WEIGHTS_FILENAME}"):
         try:
             recorded = json.loads((folder / SAE_CFG_FILENAME).read_text())["metadata"][WEIGHTS_KEY]

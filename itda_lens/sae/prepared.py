@@ -1,4 +1,4 @@
-"""What an encoder derives from the atoms, kept until they change."""
+"""Norms and Gram matrix that an encoder derives from the atoms, kept until they change."""
 
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ _WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Prepared(NamedTuple):
-    """What encoding derives from the atoms.
+    """Norms and Gram matrix of the atoms, with a copy of the atoms that they belong to.
 
     Attributes:
         weights: a copy of the atoms that the rest was derived from. Nothing smaller is sure to show

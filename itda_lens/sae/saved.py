@@ -1,10 +1,10 @@
-"""What makes the two files of a saved dictionary one: checks of its configuration, digests of its
+"""Checks that the two files of a saved dictionary belong together: its configuration, and digests of its
 weights.
 
 `cfg.json` holds, in its metadata under `WEIGHTS_KEY`, a digest of each tensor of the weights file. Only
-`ITDA.save_model` writes it, and it lives in files only: a dictionary in memory may be edited. So
-whatever else writes a configuration, such as a tool with functions of its own, writes none, and what has
-none is not compared.
+`ITDA.save_model` writes it, and it lives in files only: a dictionary in memory may be edited. A
+tool that writes a configuration with functions of its own writes none, and weights without digests are
+not compared.
 """
 
 import errno
@@ -48,7 +48,7 @@ class MixedFilesError(ValueError):
 
 
 def digests(state: Mapping[str, Tensor]) -> dict[str, str]:
-    """What `WEIGHTS_KEY` holds for these tensors."""
+    """The entry of `WEIGHTS_KEY` for these tensors: a digest of each, by its name."""
     return {name: f"{_name(tensor.dtype)}:{_digest(tensor)}" for name, tensor in state.items()}
 
 

@@ -13,9 +13,9 @@ from itda_lens.sources.source import Rows, full_precision
 
 SIZES = {torch.float64: (1e-140, 1e150)}
 OTHER_SIZES = 1e-15, 1e17
-"""The least and the most that the largest number of some activations may be, for float64 and for what is
-computed with in float32. Between them the squares of its row, and of numbers a thousandth of it, are
-neither infinite nor zero."""
+"""The least and the most that the largest number of some activations may be: for float64, and for the
+dtypes that are computed with in float32. Between them the squares of its row, and of numbers a
+thousandth of it, are neither infinite nor zero."""
 
 ONLY_HOOK = "activations"
 """The name of an array's one hook point, where its provenance names none."""

@@ -61,7 +61,7 @@ def names_data_set(texts: str | Path | Iterable[str]) -> bool:
 
 
 def describe_texts(texts: str | Path | Iterable[str], text_field: str, split: str) -> dict[str, str]:
-    """What metadata should say about where the texts came from."""
+    """Metadata entries about where the texts came from."""
     if not isinstance(texts, str | Path):
         return {"texts": type(texts).__name__}
     known = {"texts": str(texts), "text_field": text_field}
@@ -236,7 +236,7 @@ def _names_no_data_set(texts: str | Path) -> bool:
 
 
 def _json(item: Any) -> str:
-    """What an item is, with the fields of an object, for messages."""
+    """A description of an item, with the fields of an object, for messages."""
     if isinstance(item, Mapping):
         return f"an object with {_few(item)}"
     return {str: "a string", list: "a list", type(None): "null"}.get(type(item), type(item).__name__)

@@ -126,7 +126,7 @@ def _with_note(error: OSError, note: str, file: object) -> OSError:
 
 
 class _State(NamedTuple):
-    """What was at a place, so that it can be recognised: numbers and times, not contents."""
+    """A description of a folder by which it can be recognised: numbers and times, not contents."""
 
     folder: tuple[int, int]
     files: tuple[tuple[str, int, int, int], ...]
