@@ -176,6 +176,8 @@ def _from_data_set(texts: str | Path, text_field: str, split: str) -> Iterator[t
     if len(name) <= 200 and name and Path(name).is_dir():
         _check_folder(Path(name))
     elif _names_no_data_set(texts):
+        if len(name) <= 200 and not any(character.isspace() for character in name):
+            raise ValueError(f"texts={name!r} is neither a file nor a data set: no such file is there")
         raise ValueError(
             "texts is a string that is neither a file nor a data set's name; to use one text, pass "
             f"[text]. It begins: {name[:60]!r}"
