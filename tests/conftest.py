@@ -66,6 +66,15 @@ TINY = dict(
 WORDS = "the a cat dog sat ran on in mat log and or big small red blue said that it was . ,".split()
 
 SLOW = {
+    "test_files.py": {
+        "test_a_kill_between_the_renames_is_told_and_the_new_weights_are_named",
+        "test_a_kill_leaves_no_process",
+        "test_a_stop_at_every_rename_leaves_the_old_or_the_new",
+        "test_every_changed_bit_of_the_weights_is_told",
+        "test_kills_at_random_points",
+        "test_no_false_alarm_in_any_dtype",
+        "test_what_unpacks_to_gigabytes_is_not_unpacked",
+    },
     "test_analysis.py": {
         "test_a_perfect_dictionary_scores_perfectly",
         "test_figures_equal_saelens",
@@ -76,6 +85,7 @@ SLOW = {
         "test_a_terminal_that_knows_ascii_only",
     },
     "test_dictionary.py": {
+        "test_is_uniform",
         "test_any_order_and_any_parts",
         "test_any_order_batches_and_parts",
         "test_earlier_rounds_count_by_their_weight",
@@ -86,9 +96,14 @@ SLOW = {
         "test_the_kernel_compiles_to_machine_code_without_a_gpu",
         "test_the_kernel_is_tried_for_each_kind_of_problem",
     },
-    "test_models.py": {"test_all_hooks_give_what_transformer_lens_gives"},
+    "test_models.py": {
+        "test_a_hook_gives_the_same_alone_and_with_others",
+        "test_all_hooks_give_what_transformer_lens_gives",
+    },
     "test_package.py": {"test_sae_lens_loads_an_itda_whichever_is_imported_first"},
     "test_pursuit.py": {
+        "test_picks_do_not_depend_on_scale",
+        "test_settings_around_a_pursuit_do_not_matter",
         "test_a_forked_process_encodes_too",
         "test_calibration_meets_the_mean",
         "test_calibration_out_of_fold_codes_no_row_by_its_own_fold",
