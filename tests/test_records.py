@@ -183,6 +183,10 @@ class TestProvenance:
         found = Provenance.of({"context_size": 16, BUILD_KEY: {"context_size": 128}})
         assert found.context_size == 16
 
+    def test_every_field_of_a_cutting_may_stand_beside_the_record(self):
+        beside = {"context_size": 16, "prepend_bos": False, "keep_special_tokens": True}
+        assert Provenance.of(beside).cutting == Cutting(16, False, True)
+
     def test_agreed(self):
         found = agreed([self.FULL, Provenance(model="/models/tiny")], "model", "loader", "split")
         assert (found.model, found.loader, found.split) == ("/models/tiny", "bridge", None)

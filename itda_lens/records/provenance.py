@@ -90,7 +90,8 @@ class Provenance:
         recipe = record.pop("recipe", None)
         if recipe is None:
             recipe = {name: record.pop(name) for name in _RECIPE_OF_0_1 if name in record}
-        for name in _HOSTS:
+        # A user who gives one field of a cutting beside SAELens's entries may give the third there too.
+        for name in (*_HOSTS, "keep_special_tokens"):
             if (value := metadata.get(name)) is not None:
                 known[name] = value
         return cls(**known, recipe=recipe, others=record)
