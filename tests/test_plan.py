@@ -15,7 +15,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from itda_lens import build, fit, open_plan, plan
+from itda_lens import build, fit, load, open_plan, plan
+from itda_lens.__main__ import main
 from itda_lens.dictionary import EnergyRule, PriorityBound, StreamSample
 from itda_lens.records import Places
 from itda_lens.records.files import exclusive
@@ -43,7 +44,7 @@ def same(found, expected):
 
 @pytest.fixture
 def planned(tiny, texts, tmp_path):
-    return plan(tiny, texts, HOOKS, folder=tmp_path / "run", shard_tokens=100, **SETTINGS)
+    return plan(tiny, texts, HOOKS, folder=tmp_path / "run", shard_rows=100, **SETTINGS)
 
 
 class TestPlan:
@@ -61,7 +62,7 @@ class TestPlan:
     )
     def test_is_build_bit_for_bit(self, tiny, texts, tmp_path, settings):
         settings = SETTINGS | settings
-        made = plan(tiny, texts, HOOKS, folder=tmp_path, shard_tokens=100, **settings)
+        made = plan(tiny, texts, HOOKS, folder=tmp_path, shard_rows=100, **settings)
         indices = list(range(len(made)))
         assert len(indices) > 5
         random.Random(0).shuffle(indices)
@@ -100,7 +101,7 @@ class TestPlan:
         file = tmp_path / "texts.jsonl"
         file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
         made = plan(
-            str(tiny_folder), str(file), HOOKS, folder=tmp_path / "run", shard_tokens=300,
+            str(tiny_folder), str(file), HOOKS, folder=tmp_path / "run", shard_rows=300,
             loader="huggingface", device="cpu", **SETTINGS,
         )  # fmt: skip
         made.run(1)
@@ -206,19 +207,65 @@ class TestPlan:
         assert torch.equal(found.W_dec, fit(x, d_sae=20, k=3, rule=SMALL, batch_size=64).W_dec)
 
 
+class TestCommands:
+    def run(self, capsys, *arguments):
+        with pytest.raises(SystemExit) as exit_:
+            main([str(argument) for argument in arguments])
+        shown = capsys.readouterr()
+        return exit_.value.code, " ".join(shown.out.split()), " ".join(shown.err.split())
+
+    def test_parts_and_whole(self, tiny_folder, texts, tmp_path, capsys):
+        file, run, out = tmp_path / "texts.txt", tmp_path / "run", tmp_path / "out"
+        file.write_text(" ".join(texts))
+        command = ["build", tiny_folder, "--texts", file, "--hook", HOOKS[0], "--d-sae", 40, "--k", 4]
+        command += ["--batch-size", 2]
+        parts = [*command, "--folder", run, "--shard-rows", 200]
+        code, said, _ = self.run(capsys, *parts, "--plan-only")
+        assert code == 0
+        assert "in 5 parts, 5 of them to do Each: itda build-shard" in said
+        code, said, _ = self.run(capsys, "build-shard", run, "--index", 3, "--index", 1)
+        assert (code, said.endswith("2 of 5 parts are finished")) == (0, True)
+        code, _, told = self.run(capsys, "build-finish", run, "--out", out)
+        assert code == 2
+        assert "all shards must be finished first: 3 of 5 are not" in told
+        assert not out.exists()
+        for i in (0, 2, 4):
+            assert self.run(capsys, "build-shard", run, "--index", i)[0] == 0
+        assert self.run(capsys, "build-finish", run, "--out", out)[0] == 0
+        assert self.run(capsys, *parts, "--out", tmp_path / "again")[0] == 0
+        assert self.run(capsys, *command, "--out", tmp_path / "plain")[0] == 0
+        plain = load(tmp_path / "plain" / HOOKS[0])
+        for folder in (out, tmp_path / "again"):
+            same({"a": load(folder / HOOKS[0])}, {"a": plain})
+
+    def test_options_that_do_not_go_together(self, tmp_path, capsys):
+        command = ["build", "no-model", "--texts", "x.txt", "--hook", "a"]
+        for more, told in (
+            (["--plan-only"], "--plan-only and --shard-rows need --folder"),
+            (["--out", tmp_path / "o", "--shard-rows", 9], "need --folder"),
+            (["--folder", tmp_path / "f"], "--out is needed, or else --plan-only"),
+            (
+                ["--folder", tmp_path / "f", "--out", tmp_path / "o", "--plan-only"],
+                "or else --plan-only",
+            ),
+        ):
+            code, _, error = self.run(capsys, *command, *more)
+            assert (code, told in error) == (2, True), error
+
+
 class TestBadInput:
     def test_other_settings(self, planned, tiny, texts):
         for changed, told in (
             (dict(seed=1), "another recipe"),
-            (dict(shard_tokens=50), "another shard_tokens"),
+            (dict(shard_rows=50), "another shard_rows"),
             (dict(batch_size=8), "another source"),
             (dict(spare=0.5), "another spare"),
             (dict(d_sae=41), "another recipe"),
         ):
-            settings = dict(shard_tokens=100) | SETTINGS | changed
+            settings = dict(shard_rows=100) | SETTINGS | changed
             with pytest.raises(ValueError, match=told):
                 plan(tiny, texts, HOOKS, folder=planned.folder, **settings)
-        settings = dict(folder=planned.folder, shard_tokens=100) | SETTINGS
+        settings = dict(folder=planned.folder, shard_rows=100) | SETTINGS
         with pytest.raises(ValueError, match="another hooks"):
             plan(tiny, texts, HOOKS[:1], **settings)
         with pytest.raises(ValueError, match="other texts: text 3 differs"):
@@ -252,7 +299,7 @@ class TestBadInput:
 
     def test_shard_of_another_plan(self, planned, tiny, texts, tmp_path):
         settings = SETTINGS | dict(seed=9)
-        other = plan(tiny, texts, HOOKS, folder=tmp_path / "other", shard_tokens=100, **settings)
+        other = plan(tiny, texts, HOOKS, folder=tmp_path / "other", shard_rows=100, **settings)
         other.run(1)
         planned.run_all(progress=False)
         shutil.copy(other._file(1), planned._file(1))
@@ -278,8 +325,8 @@ class TestBadInput:
             plan(tiny, texts, HOOKS, folder=tmp_path / "a", d_sae=9, k=2, preset="paper")
         with pytest.raises(TypeError, match="no argument 'colour'"):
             plan(tiny, texts, HOOKS, folder=tmp_path / "a", d_sae=9, k=2, colour=1)
-        with pytest.raises(ValueError, match="shard_tokens must be at least 1"):
-            plan(tiny, texts, HOOKS, folder=tmp_path / "b", d_sae=9, k=2, shard_tokens=0)
+        with pytest.raises(ValueError, match="shard_rows must be at least 1"):
+            plan(tiny, texts, HOOKS, folder=tmp_path / "b", d_sae=9, k=2, shard_rows=0)
         with pytest.raises(ValueError, match="d_sae must be at most the number of activations"):
             plan(tiny, texts[:2], HOOKS, folder=tmp_path / "c", d_sae=900, k=2)
         with pytest.raises(ValueError, match=r"index must be between 0 and \d+, got 99"):

@@ -232,7 +232,7 @@ def _by_priority(priorities: UInt64[np.ndarray, " n"], places: Places) -> Int[np
 
 
 def _salt(seed: int) -> np.uint64:
-    return mix64(np.array(seed % 2**64, dtype=np.uint64))
+    return np.uint64(mix64(np.array(seed % 2**64, dtype=np.uint64)))
 
 
 def _mix(products: Int[Tensor, "m p"]) -> Int[Tensor, "m p"]:

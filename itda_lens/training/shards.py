@@ -10,6 +10,7 @@ import inspect
 import itertools
 import json
 import logging
+import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -33,9 +34,9 @@ from itda_lens.training.run import assembled, check_enough
 
 logger = logging.getLogger(__name__)
 
-SHARD_TOKENS = 65_536
-"""Tokens that count, of one shard, where the user names no number. A shard is the most work that a kill
-can lose."""
+SHARD_ROWS = 65_536
+"""Rows of one shard, where the user names no number: tokens that count. A shard is the most work that a
+kill can lose."""
 
 SPARE = 1.0
 """Room that shards leave for equal activations, as a share of the sample in which they count once."""
@@ -264,13 +265,14 @@ class Plan:
         return replace(Provenance(**self._content["provenance"][hook]), seconds=seconds)
 
 
+@checked
 def plan(
     model: Any,
     texts: str | Path | Iterable[str],
     hook_names: str | Sequence[str],
     *,
     folder: str | Path,
-    shard_tokens: int = SHARD_TOKENS,
+    shard_rows: int = SHARD_ROWS,
     spare: float = SPARE,
     **settings: Any,
 ) -> Plan:
@@ -282,7 +284,7 @@ def plan(
     Args:
         model, texts, hook_names: as in `build`.
         folder: the folder of the plan and its shards; made if it is missing.
-        shard_tokens: tokens of a shard, at least; a shard ends with a forward pass.
+        shard_rows: tokens that count, of a shard, at least; a shard ends with a forward pass.
         spare: room that shards leave for activations that are equal, as a share of the sample in which
             they count once. `Plan.finish` says if it was too little.
         settings: all other arguments of `build`, but `progress`.
@@ -300,7 +302,7 @@ def plan(
     check_enough(recipe, settings.get("max_tokens"))
     return plan_texts(
         model, texts, hook_names, recipe, Cutting(**mine[Cutting]), folder=folder,
-        shard_tokens=shard_tokens, spare=spare, **mine[ModelSource],
+        shard_rows=shard_rows, spare=spare, **mine[ModelSource],
     )  # fmt: skip
 
 
@@ -312,7 +314,7 @@ def plan_texts(
     cutting: Cutting,
     *,
     folder: str | Path,
-    shard_tokens: int = SHARD_TOKENS,
+    shard_rows: int = SHARD_ROWS,
     spare: float = SPARE,
     **reading: Any,
 ) -> Plan:
@@ -322,16 +324,18 @@ def plan_texts(
     named = isinstance(texts, str | Path)
     described = describe_texts(texts, reading.get("text_field", "text"), reading.get("split", "train"))
     if not named:
+        for name in ("text_field", "split"):  # of no use here, and nonsense is told all the same
+            if not isinstance(reading.pop(name, ""), str):
+                raise TypeError(f"{name} must be a string")
         texts = _stored(texts, folder / _TEXTS)
-        reading = {k: v for k, v in reading.items() if k not in ("text_field", "split")}
     source = ModelSource(model, texts, hook_names, cutting, **reading)
     record = _record(source, texts if named else None, reading) | {"hooks": list(source.hooks)}
-    return _planned(source, recipe, folder, shard_tokens, spare, record, described)
+    return _planned(source, recipe, folder, shard_rows, spare, record, described)
 
 
 @checked
 def plan_from(
-    source: Listed, recipe: Recipe, *, folder: str | Path, shard_rows: int = SHARD_TOKENS,
+    source: Listed, recipe: Recipe, *, folder: str | Path, shard_rows: int = SHARD_ROWS,
     spare: float = SPARE,
 ) -> Plan:  # fmt: skip
     """Split the reading of a source of your own into shards, as `plan` does for models and texts.
@@ -341,7 +345,7 @@ def plan_from(
     Args:
         source: where activations come from; it must be `Listed`.
         recipe: how atoms are chosen and encode.
-        folder, shard_rows, spare: as `folder`, `shard_tokens` and `spare` of `plan`.
+        folder, shard_rows, spare: as in `plan`.
 
     Raises:
         ValueError: as `plan`.
@@ -374,11 +378,11 @@ def open_plan(
 
 def _planned(
     source: Listed, recipe: Recipe, folder: Path, shard_rows: int, spare: float,
-    record: Mapping[str, Any], described: Mapping[str, str],
+    record: Mapping[str, Any], described: Mapping[str, Any],
 ) -> Plan:  # fmt: skip
-    at_least(1, shard_tokens=shard_rows)
-    if not spare >= 0:
-        raise ValueError(f"spare must be at least 0, got {spare}")
+    at_least(1, shard_rows=shard_rows)
+    if not 0 <= spare < math.inf:
+        raise ValueError(f"spare must be a number of at least 0, got {spare}")
     if not isinstance(source, Listed):
         raise TypeError(f"source must have listing and rows_from (Listed), got {type(source).__name__}")
     _check_resumable(recipe)
@@ -388,13 +392,15 @@ def _planned(
     if described:  # texts in memory are read from a file of the plan, which says nothing of them
         told = Provenance(**described)
         path = next(iter(provenance.values())).dataset_path if told.text_field else None
-        where = dict(texts=told.texts, text_field=told.text_field, split=told.split, dataset_path=path)
+        where: dict[str, Any] = dict(
+            texts=told.texts, text_field=told.text_field, split=told.split, dataset_path=path
+        )
         provenance = {hook: replace(known, **where) for hook, known in provenance.items()}
     settings = {
         "format": _FORMAT,
         "hooks": list(source.hooks),
         "recipe": recipe.record(),
-        "shard_tokens": shard_rows,
+        "shard_rows": shard_rows,
         "spare": spare,
         "model": next(iter(provenance.values())).model_name,
         "texts": next(iter(provenance.values())).texts_read_sha256,
