@@ -239,7 +239,7 @@ class Plan:
         logger.info("shard %d of %d: %d rows", index, len(self), shard.n_rows)
 
     def _read(self, index: int) -> tuple[dict[str, Any], dict[str, dict[str, torch.Tensor]]]:
-        """What a finished shard says of itself, and its state at each hook point."""
+        """The facts about a finished shard, and its state at each hook point."""
         file = self._file(index)
         try:
             with safe_open(file, framework="pt") as opened:
@@ -298,8 +298,10 @@ def plan(
     if unknown := set(settings) - {name for names in takes.values() for name in names}:
         raise TypeError(f"plan has no argument {min(unknown)!r}; it takes those of build")
     recipe = recipe_of(**mine[recipe_of])
-    at_least(1, max_tokens=settings.get("max_tokens"))
-    check_enough(recipe, settings.get("max_tokens"))
+    most = settings.get("max_tokens")
+    if isinstance(most, int) and not isinstance(most, bool):  # before the model is loaded
+        at_least(1, max_tokens=most)
+        check_enough(recipe, most)
     return plan_texts(
         model, texts, hook_names, recipe, Cutting(**mine[Cutting]), folder=folder,
         shard_rows=shard_rows, spare=spare, **mine[ModelSource],
@@ -575,7 +577,7 @@ def _recipe(record: Mapping[str, Any], rule: Rule | None) -> Recipe:
 
 
 def _plain(content: dict[str, Any]) -> dict[str, Any]:
-    """As JSON gives it back."""
+    """The content after a way through JSON."""
     return json.loads(json.dumps(content))
 
 
