@@ -96,6 +96,7 @@ SLOW = {
         "test_the_kernel_compiles_to_machine_code_without_a_gpu",
         "test_the_kernel_is_tried_for_each_kind_of_problem",
     },
+    "test_local_paths.py": {"test_of_a_bench"},
     "test_models.py": {
         "test_a_hook_gives_the_same_alone_and_with_others",
         "test_all_hooks_give_what_transformer_lens_gives",
