@@ -97,6 +97,16 @@ class ITDAConfig(SAEConfig):
     def architecture(cls) -> str:
         return "itda"
 
+    def __new__(cls, *args: Any, **values: Any) -> "ITDAConfig":
+        """Refuse a saved configuration that is not complete, whoever loads it.
+
+        SAELens's loaders call the class with the fields that a file has, and with its metadata as a dict
+        where everybody else passes `SAEMetadata`. A missing field would take its default.
+        """
+        if isinstance(values.get("metadata"), dict):
+            check_config(values, [field.name for field in fields(cls)])
+        return super().__new__(cls)
+
     @override
     def to_dict(self) -> dict[str, Any]:
         """The configuration as SAELens writes it to `cfg.json`, which travels with uploads.
@@ -113,7 +123,7 @@ class ITDAConfig(SAEConfig):
         """The configuration that `to_dict` gave, or that `cfg.json` holds.
 
         One with an entry "metadata" is a saved one, which must be complete; others may leave fields to
-        their defaults. (`SAE.load_from_disk` does not ask this class: `itda_lens.load` does.)
+        their defaults.
 
         Raises:
             ValueError: a field is missing, unknown, of another type or out of range; it is named.

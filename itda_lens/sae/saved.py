@@ -100,6 +100,9 @@ def check_config(config: Mapping[str, Any], known: Collection[str]) -> None:
             raise ValueError(f"the field {name!r} is unknown: misspelt, or of a newer version")
     metadata = config["metadata"]
     _check_type("metadata", metadata, dict)
+    if "sae_lens_version" not in metadata:
+        # SAELens takes it for a file of its versions before 6, and drops the entries of later ones.
+        raise ValueError("the field 'metadata' is missing, or in it 'sae_lens_version'")
     build = metadata.get(BUILD_KEY)
     _check_type(f"metadata.{BUILD_KEY}", build, dict | None)
     hints = get_type_hints(Provenance)

@@ -12,6 +12,7 @@ import torch
 from itda_lens.records import Cutting, Provenance, at_least, checked
 from itda_lens.sources.contexts import Tokenization
 from itda_lens.sources.models import language_model
+from itda_lens.sources.naming import saelens_class
 from itda_lens.sources.readable import Loader, ReadableModel
 from itda_lens.sources.source import Rows
 from itda_lens.sources.texts import describe_texts, iterate_texts
@@ -114,9 +115,7 @@ class ModelSource:
         described = describe_texts(self._texts, self._text_field, self._split)
         return Provenance(
             model_name=lm.name,
-            model_class_name=(
-                "AutoModelForCausalLM" if lm.loader == "huggingface" else "HookedTransformer"
-            ),
+            model_class_name=saelens_class(lm.loader, hook),
             hook_name=hook,
             model=lm.source,
             loader=lm.loader,
