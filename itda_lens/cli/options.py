@@ -86,7 +86,7 @@ def model_of(itdas: "Sequence[ITDA]", model: str | None, loader: Loader | None) 
     chosen: Any = loader or (loaders.pop() if len(loaders) == 1 else "bridge")
     if model is not None:
         return model, chosen
-    models = {record.model for record in records} - {None}
+    models = {record.model for record in records if record.model is not None}
     if len(models) > 1:
         raise ValueError(f"pass --model: the dictionaries name several: {', '.join(sorted(models))}")
     if not models:
