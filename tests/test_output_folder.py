@@ -33,14 +33,13 @@ class TestFoldersAbove:
         assert sorted(path.name for path in tmp_path.rglob("*")) == ["a", "notes.txt"]
 
     def test_hold_dictionaries_that_were_finished(self, itda, tmp_path):
-        with (
-            pytest.raises(OSError, match="finished are in"),
-            output_folder(  # noqa: PT012
-                tmp_path / "a" / "out"
-            ) as folder,
-        ):
-            itda.save_model(folder / "first")
-            raise OSError(28, "No space left on device")
+        def fail():
+            with output_folder(tmp_path / "a" / "out") as folder:
+                itda.save_model(folder / "first")
+                raise OSError(28, "No space left on device")
+
+        with pytest.raises(OSError, match="finished are in"):
+            fail()
         (kept,) = (tmp_path / "a").iterdir()
         assert kept.name.startswith("out.kept-")
 
