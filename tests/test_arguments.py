@@ -99,7 +99,7 @@ SPECIAL = {
 ALLOWED = {
     ("*", "tokenizer", "./no-such-tokenizer"): "a wrapped model brings its own tokenizer",
     ("activations_of", "model", None): "the dictionaries name it",
-    ("hook_list", "hooks", "nowhere"): "it does not look at a model",
+    ("hook_list", "hook_names", "nowhere"): "it does not look at a model",
     ("iterate_texts", "texts", ()): "an empty list is one; whoever needs a text says so",
     **{
         ("recorded_settings", "model", one): "only whether it is given counts" for one in map(str, MODEL)
@@ -165,7 +165,7 @@ def calls(tiny, texts, tmp_path_factory):
         ),
         "open_plan": dict(folder=planned.folder, model=None, source=None, rule=None),
         "collect": own | dict(hook_names=HOOK) | cut | read | quiet,
-        "ModelSource": own | dict(hooks=HOOK, cutting=Cutting(), model_name=None) | read,
+        "ModelSource": own | dict(hook_names=HOOK, cutting=Cutting(), model_name=None) | read,
         "fit": dict(activations=X, labels=None, batch_size=16, metadata=None) | atoms | quiet,
         "ArraySource": dict(activations=X, labels=None, batch_size=16),
         "recipe_of": atoms,
@@ -202,7 +202,7 @@ def calls(tiny, texts, tmp_path_factory):
         "weighted_jaccard": dict(a=a, b=b, usage_a=used, usage_b=used, match="auto"),
         "iterate_texts": dict(texts=texts, text_field="text", split="train"),
         "check_activations": dict(activations=X),
-        "hook_list": dict(hooks=[HOOK]),
+        "hook_list": dict(hook_names=[HOOK]),
         "gathered": dict(source=ArraySource(X), progress=False),
         "language_model": dict(model=tiny, name=None, dtype=torch.float32, source=None, **named),
         "tokenization_for": dict(lm=tiny, cutting=Cutting()),

@@ -12,6 +12,7 @@ import torch
 from itda_lens.records import Cutting, Provenance, at_least, checked
 from itda_lens.sources.contexts import ContextBatch, Tokenization
 from itda_lens.sources.models import language_model
+from itda_lens.sources.naming import saelens_class
 from itda_lens.sources.readable import Loader, ReadableModel
 from itda_lens.sources.source import Listing, Rows
 from itda_lens.sources.texts import describe_texts, iterate_texts
@@ -35,7 +36,7 @@ class ModelSource:
         model: a Hugging Face name or local folder, or a loaded model; see `language_model`.
         texts: strings, a text or jsonl file, or the name of a data set; see `iterate_texts`. Those of an
             iterator can be read once.
-        hooks: one hook point or several, by the names that the model knows.
+        hook_names: one hook point or several, by the names that the model knows.
         cutting: how texts are cut into contexts, and which tokens count.
         batch_size: contexts per forward pass.
         max_tokens: end after exactly this number of tokens that count; default: after all texts.
@@ -52,7 +53,7 @@ class ModelSource:
         self,
         model: Any,
         texts: str | Path | Iterable[str],
-        hooks: str | Sequence[str],
+        hook_names: str | Sequence[str],
         cutting: Cutting = Cutting(),  # noqa: B008 (immutable)
         *,
         batch_size: int = 16,
@@ -64,7 +65,7 @@ class ModelSource:
         loader: Loader = "bridge",
         device: str | torch.device | None = None,
     ) -> None:
-        self.hooks = hook_list(hooks)
+        self.hooks = hook_list(hook_names)
         at_least(1, batch_size=batch_size, max_tokens=max_tokens)
         self.n_rows = max_tokens
         self._texts, self._text_field, self._split = texts, text_field, split
@@ -149,27 +150,22 @@ class ModelSource:
 
     def provenance(self, hook: str) -> Provenance:
         """The model, the texts and how they were cut; after reading, also how much was read."""
-        fingerprint = hashlib.sha256()
-        for _ in _hashed(self._beginning, fingerprint):
-            pass
         lm, cutting = self.model, self.tokenization.cutting
         described = describe_texts(self._texts, self._text_field, self._split)
         return Provenance(
             model_name=lm.name,
-            model_class_name=(
-                "AutoModelForCausalLM" if lm.loader == "huggingface" else "HookedTransformer"
-            ),
+            model_class_name=saelens_class(lm.loader, hook),
             hook_name=hook,
             model=lm.source,
             loader=lm.loader,
             context_size=cutting.context_size,
             prepend_bos=self.tokenization.prepend_bos,
             keep_special_tokens=cutting.keep_special_tokens,
-            dataset_path=str(self._texts) if isinstance(self._texts, str | Path) else None,
+            dataset_path=described["texts"] if isinstance(self._texts, str | Path) else None,
             texts=described["texts"],
             text_field=described.get("text_field"),
             split=described.get("split"),
-            texts_fingerprint=fingerprint.hexdigest(),
+            texts_fingerprint=texts_fingerprint(self._beginning),
             texts_read_sha256=self._read,
             vocabulary_sha256=self.tokenization.vocabulary_sha256(),
             batch_size=self._batch_size,
@@ -181,16 +177,24 @@ class ModelSource:
         return iterate_texts(self._texts, text_field=self._text_field, split=self._split)
 
 
-def hook_list(hooks: str | Sequence[str]) -> list[str]:
+def texts_fingerprint(texts: Iterable[str]) -> str:
+    """A digest of the first texts, `FINGERPRINT_TEXTS` at most."""
+    digest = hashlib.sha256()
+    for _ in _hashed(itertools.islice(texts, FINGERPRINT_TEXTS), digest):
+        pass
+    return digest.hexdigest()
+
+
+def hook_list(hook_names: str | Sequence[str]) -> list[str]:
     """One name or several as a list.
 
     Raises:
         TypeError: not a string, nor a sequence of them.
         ValueError: there is none, or one stands there twice.
     """
-    names = [hooks] if isinstance(hooks, str) else hooks
+    names = [hook_names] if isinstance(hook_names, str) else hook_names
     if not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
-        raise TypeError(f"hook_names must be a hook name or a list of them, got {hooks!r}")
+        raise TypeError(f"hook_names must be a hook name or a list of them, got {hook_names!r}")
     if not names or len(set(names)) != len(names):
         raise ValueError(f"hook_names must be one or more different names, got {list(names)}")
     return list(names)
