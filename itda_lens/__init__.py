@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from itda_lens.compare import jaccard
     from itda_lens.pursuit import SparseCodes
     from itda_lens.records import Label, Labels
-    from itda_lens.sae import ITDA, ITDAConfig, load
+    from itda_lens.sae import ITDA, ITDAConfig, load, union
     from itda_lens.training import build, fit
 
     __version__: str
@@ -29,6 +29,7 @@ __all__ = [
     "fit",
     "jaccard",
     "load",
+    "union",
 ]
 
 _HOMES = {
@@ -41,6 +42,7 @@ _HOMES = {
     "fit": "training",
     "jaccard": "compare",
     "load": "sae",
+    "union": "sae",
 }
 
 

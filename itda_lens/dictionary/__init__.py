@@ -6,7 +6,7 @@ from itda_lens.dictionary.greedy import DEFAULT_LOSS_THRESHOLD, GreedyRule
 from itda_lens.dictionary.rule import Dictionary, Guided, Request, Resumable, Rule, Sated, Selector
 from itda_lens.dictionary.rules import RULES
 from itda_lens.dictionary.sampling import StreamSample
-from itda_lens.dictionary.selection import energy_by_atom
+from itda_lens.dictionary.selection import SAME_DIRECTION, energy_by_atom, first_of_direction
 from itda_lens.dictionary.update import DEFAULT_LEAST_COSINE
 from itda_lens.dictionary.variance import RunningFVU
 
@@ -14,6 +14,7 @@ __all__ = [
     "DEFAULT_LEAST_COSINE",
     "DEFAULT_LOSS_THRESHOLD",
     "RULES",
+    "SAME_DIRECTION",
     "Dictionary",
     "EnergyRule",
     "GreedyRule",
@@ -27,4 +28,5 @@ __all__ = [
     "StreamSample",
     "assign_folds",
     "energy_by_atom",
+    "first_of_direction",
 ]

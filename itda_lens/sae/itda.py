@@ -2,11 +2,11 @@
 
 import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
@@ -27,6 +27,9 @@ from itda_lens.pursuit import (
 from itda_lens.records import Labels, replacing
 from itda_lens.sae.prepared import Prepared, prepare, same_bits, unit_up_to_rounding
 from itda_lens.sae.saved import WEIGHTS_KEY, check_config, check_digests, digests, write_tensors
+
+if TYPE_CHECKING:
+    from itda_lens.sae.from_atoms import Duplicates, Given, Zeros
 
 LABELS_KEY = "itda_labels"
 """Where the labels live in `cfg.metadata`: SAELens saves, loads and uploads that, and casts no integer
@@ -386,7 +389,7 @@ class ITDA(SAE[ITDAConfig]):
         if not 1 <= m <= self.cfg.d_sae:
             raise ValueError(f"m must be between 1 and d_sae={self.cfg.d_sae}, got {m}")
         labels = None if self.cfg.metadata[LABELS_KEY] is None else self.labels[:m]
-        return self._with_atoms(self.W_dec[:m], labels, k=min(m, self.cfg.k), l0=None)
+        return self.with_atoms(self.W_dec[:m], labels, k=min(m, self.cfg.k), l0=None)
 
     # non-negative codes
 
@@ -405,11 +408,19 @@ class ITDA(SAE[ITDAConfig]):
         if self.cfg.metadata[LABELS_KEY] is not None:
             opposite = [replace(label, cosine=-label.cosine) for label in self.labels]
             labels = Labels([*self.labels, *opposite])
-        return self._with_atoms(torch.cat([self.W_dec, -self.W_dec]), labels, mirrored=True)
+        return self.with_atoms(torch.cat([self.W_dec, -self.W_dec]), labels, mirrored=True)
 
     @torch.no_grad()
-    def _with_atoms(self, atoms: Tensor, labels: Labels | None, **changes: Any) -> "ITDA":
-        """A copy with other atoms and their labels, and some fields of the configuration changed."""
+    def with_atoms(
+        self, atoms: Float[Tensor, "n d_in"], labels: Labels | None, **changes: Any
+    ) -> "ITDA":
+        """A copy with other atoms and their labels, and some fields of the configuration changed.
+
+        Args:
+            atoms: rows of any norm; a copy of them is stored in the dictionary's dtype.
+            labels: a label for each atom; None keeps the metadata as they are.
+            changes: fields of `ITDAConfig` with their new values; `d_sae` follows from `atoms`.
+        """
         cfg = copy.deepcopy(self.cfg)
         for name, value in {"d_sae": len(atoms), **changes}.items():
             setattr(cfg, name, value)
@@ -419,6 +430,46 @@ class ITDA(SAE[ITDAConfig]):
         made.W_dec.copy_(atoms)
         made.b_dec.copy_(self.b_dec)
         return made
+
+    # other ways to a dictionary
+
+    @classmethod
+    def from_atoms(
+        cls,
+        vectors: Float[Tensor, "n d_in"],
+        labels: "Sequence[Given] | None" = None,
+        *,
+        k: int,
+        b_dec: Float[Tensor, " d_in"] | None = None,
+        kind: str = "vector",
+        method: Method | None = None,
+        signed: bool = True,
+        rtol: float = DEFAULT_RTOL,
+        zeros: "Zeros" = "refuse",
+        duplicates: "Duplicates" = "keep",
+        metadata: dict[str, Any] | None = None,
+    ) -> "ITDA":
+        """The dictionary whose atoms are these vectors, scaled to norm 1, each with a label.
+
+        Vectors may be anything of the width of an activation: unembedding rows
+        (`itda_lens.sources.unembedding`), class means, probe directions, another SAE's decoder. The
+        arguments are described at `itda_lens.sae.from_atoms`.
+
+        Examples:
+            >>> directions = torch.eye(3)
+            >>> itda = ITDA.from_atoms(directions, ["north", "east", "up"], k=2, kind="direction")
+            >>> print(itda.labels[1])
+            direction 1: east
+
+        Raises:
+            ValueError, TypeError: as `itda_lens.sae.from_atoms`.
+        """
+        from itda_lens.sae.from_atoms import from_atoms  # which imports this module
+
+        return from_atoms(
+            vectors, labels, k=k, b_dec=b_dec, kind=kind, method=method, signed=signed, rtol=rtol,
+            zeros=zeros, duplicates=duplicates, metadata=metadata,
+        )  # fmt: skip
 
     # what SAELens does to weights and files
 
