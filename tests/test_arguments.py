@@ -75,6 +75,7 @@ NONSENSE = {
     "functions": [None, 3, "x"],
     "lists": [None, 3, object()],
     "provenance": [3, {}, "x"],
+    "revision": [3, True, b"x", ["x"], "main"],
     "tokens": [3, "x", [], [99_999], [-1], [0.5]],
     "b_dec": [3, "x", X, X[0].long(), X[0] * NAN, X[0, :1]],
 }
@@ -160,7 +161,7 @@ def calls(tiny, texts, tmp_path_factory):
         "fit": dict(activations=X, labels=None, batch_size=16, metadata=None) | atoms | quiet,
         "ArraySource": dict(activations=X, labels=None, batch_size=16),
         "recipe_of": atoms,
-        "load": dict(path_or_repo=folder / "a", device="cpu", dtype=None),
+        "load": dict(path_or_repo=folder / "a", device="cpu", dtype=None, revision=None),
         "union": dict(a=a, b=b, k=None, method=None, signed=None, b_dec=None),
         "unembedding": dict(model=tiny, tokens=None, final_norm=True, **named),
         "jaccard": dict(a=a, b=b, match="auto"),

@@ -1,6 +1,7 @@
 """How atoms are chosen and moved, on plain tensors."""
 
 from itda_lens.dictionary.energy import EnergyRule
+from itda_lens.dictionary.extension import more_atoms
 from itda_lens.dictionary.folds import assign_folds
 from itda_lens.dictionary.greedy import DEFAULT_LOSS_THRESHOLD, GreedyRule
 from itda_lens.dictionary.rule import Dictionary, Guided, Request, Resumable, Rule, Sated, Selector
@@ -29,4 +30,5 @@ __all__ = [
     "assign_folds",
     "energy_by_atom",
     "first_of_direction",
+    "more_atoms",
 ]

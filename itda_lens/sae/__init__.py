@@ -10,6 +10,7 @@ from itda_lens.sae.codes import (
     sparse_codes,
 )
 from itda_lens.sae.from_atoms import from_atoms
+from itda_lens.sae.hub import push
 from itda_lens.sae.itda import ITDA, LABELS_KEY, ITDAConfig
 from itda_lens.sae.labelled import labels_of
 from itda_lens.sae.loading import dictionaries_in, is_dictionary, load
@@ -35,6 +36,7 @@ __all__ = [
     "load",
     "load_sparsity",
     "provenance_of",
+    "push",
     "reconstructed",
     "register",
     "save_sparsity",

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Sequence
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from itda_lens.dictionary import SAME_DIRECTION, first_of_direction
 from itda_lens.pursuit import DEFAULT_RTOL, Coding, Method, first_nonfinite_row
-from itda_lens.records import HookPoint, Label, Provenance, as_label, checked, versions
+from itda_lens.records import GivenLabel, HookPoint, Provenance, checked, label_from, versions
 from itda_lens.sae.assembly import assemble
 from itda_lens.sae.itda import ITDA
 
@@ -22,9 +22,6 @@ Zeros = Literal["refuse", "drop"]
 Duplicates = Literal["keep", "drop", "refuse"]
 """How to treat vectors that point where an earlier one does."""
 
-Given = Label | str | int | tuple[int, int, int]
-"""A label as a user may give it."""
-
 UNIT_UP_TO = 16
 """A norm counts as 1 if it differs from 1 by at most this many units of rounding."""
 
@@ -32,7 +29,7 @@ UNIT_UP_TO = 16
 @checked
 def from_atoms(
     vectors: Float[Tensor, "n d_in"],
-    labels: Sequence[Given] | None = None,
+    labels: Sequence[GivenLabel] | None = None,
     *,
     k: int,
     b_dec: Float[Tensor, " d_in"] | None = None,
@@ -85,7 +82,7 @@ def from_atoms(
     if not kept:
         raise ValueError("vectors must have at least one row that is not zero, got none")
     given = range(len(rows)) if labels is None else labels
-    own = [_label(given[i], i, kind) for i in kept]
+    own = [label_from(given[i], i, kind) for i in kept]
     coding = Coding(k, method or ("ols" if signed else "omp"), signed, rtol)
     coding.check_atoms(len(kept), "the number of vectors")
     metadata = metadata or {}
@@ -142,11 +139,3 @@ def _act_on(choice: str, argument: str, found: Bool[Tensor, " n"], fault: str) -
             f"{argument}='drop' to leave them out"
         )
     logger.info("%d vectors are dropped; the first, row %d, %s", n, first, fault)
-
-
-def _label(given: object, row: int, kind: str) -> Label:
-    if isinstance(given, str):
-        return Label(row=row, kind=kind, name=given)
-    if isinstance(given, int) and not isinstance(given, bool):
-        return Label(row=given, kind=kind)
-    return as_label(cast(Any, given))
