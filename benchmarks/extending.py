@@ -1,14 +1,14 @@
 """More atoms for a dictionary that meets another domain: `ITDA.extended`, against other ways.
 
     python benchmarks/extending.py [--d-sae 2048] [--n 1024] [--k 20] [--tokens 40000] [--seeds 3]
-                                   [--pools 1 4 16]
 
 The old domain is prose, the Python language reference of `itda demo`; the new one is code, modules of
 Python's standard library. Activations are SmolLM2's residual stream after layer 10, of `--tokens` tokens
 of each domain, and a fifth of that held out (other articles, other modules). FVU is that of held-out
 tokens around their own mean. "unchanged" is the share of held-out prose tokens whose code is the old
-one, bit for bit. Seconds are those of making the dictionary, activations at hand. Figures are means
-over seeds, with the sample standard deviation of FVU.
+one, bit for bit, and "atoms kept" the share of the old codes' atoms that are in the new codes. Seconds
+are those of making the dictionary, activations at hand. Figures are means over seeds, with the sample
+standard deviation of FVU.
 
 - as it was: the dictionary of prose.
 - extended: `extended` by n activations of code.
@@ -31,7 +31,7 @@ from torch import Tensor
 import itda_lens
 from itda_lens import ITDA, fit
 from itda_lens.architectures import train_sae
-from itda_lens.dictionary import RunningFVU, extension
+from itda_lens.dictionary import RunningFVU
 from itda_lens.samples import reference_prose
 from itda_lens.samples.smollm2 import load
 from itda_lens.sources import language_model
@@ -87,12 +87,16 @@ def with_k(itda: ITDA, k: int) -> ITDA:
     return fewer
 
 
-def unchanged(old: ITDA, new: ITDA, x: Tensor) -> float:
-    same = []
+def unchanged(old: ITDA, new: ITDA, x: Tensor) -> tuple[float, float]:
+    """The share of codes that are equal bit for bit, and of the old codes' atoms that are in the new."""
+    same, kept = [], []
     for rows in x.split(1024):
         a, b = old.encode_sparse(rows), new.encode_sparse(rows)
         same.append(((a.indices == b.indices) & (a.values == b.values)).all(dim=1))
-    return torch.cat(same).double().mean().item()
+        there = (a.indices[:, :, None] == b.indices[:, None]) & (b.values != 0)[:, None]
+        used = a.values != 0
+        kept.append((there.any(dim=2) & used).sum(dim=1) / used.sum(dim=1).clamp(min=1))
+    return torch.cat(same).double().mean().item(), torch.cat(kept).double().mean().item()
 
 
 def random_rows(x: Tensor, itda: ITDA, n: int, seed: int) -> ITDA:
@@ -107,21 +111,16 @@ def timed(make: Callable[[], Model | ITDA]) -> tuple[Model | ITDA, float]:
     return made, time.perf_counter() - start
 
 
-def ways(data: dict[str, Tensor], d: int, n: int, k: int, seed: int, pools: list[int]):
+def ways(data: dict[str, Tensor], d: int, n: int, k: int, seed: int):
     """(name, atoms, model, dictionary or None, seconds) of each way."""
     prose, code = data["prose"], data["code"]
     few = max(1, k // 4)
     old, seconds = timed(lambda: fit(prose, d_sae=d, k=k, seed=seed))
     yield "as it was", d, dictionary(old), old, seconds
-    for pool in pools:
-        extension.POOL = pool
-        name = "extended" if len(pools) == 1 else f"extended, pool {pool}"
-        made, seconds = timed(lambda: old.extended(code, n, seed=seed))
-        yield name, d + n, dictionary(made), made, seconds
+    made, seconds = timed(lambda: old.extended(code, n, seed=seed))
+    yield "extended", d + n, dictionary(made), made, seconds
     made, seconds = timed(lambda: random_rows(code, old, n, seed))
     yield "random", d + n, dictionary(made), made, seconds
-    if len(pools) > 1:
-        return
     for name, x in (("anew, code", code), ("anew, both", torch.cat([prose, code]))):
         made, seconds = timed(lambda x=x: fit(x, d_sae=d + n, k=k, seed=seed))
         yield name, d + n, dictionary(made), None, seconds
@@ -150,7 +149,6 @@ def main() -> None:
     parser.add_argument("--k", type=int, default=20)
     parser.add_argument("--tokens", type=int, default=40_000)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--pools", type=int, nargs="*", default=[extension.POOL])
     options = parser.parse_args()
     lm = language_model(load())
     data = {}
@@ -165,25 +163,26 @@ def main() -> None:
     figures: dict[str, list[tuple[float, ...]]] = {}
     for seed in range(options.seeds):
         old = None
-        for name, atoms, model, itda, seconds in ways(
-            data, options.d_sae, options.n, options.k, seed, options.pools
-        ):
-            old = old or itda
+        for name, atoms, model, itda, seconds in ways(data, options.d_sae, options.n, options.k, seed):
+            old = itda if old is None else old
             new, l0 = fvu(model, data["code, held out"])
             before, _ = fvu(model, data["prose, held out"])
-            same = float("nan") if itda is None else unchanged(old, itda, data["prose, held out"])
-            figures.setdefault(name, []).append((atoms, l0, new, before, same, seconds))
+            nothing = float("nan")
+            same, kept = nothing, nothing
+            if itda is not None:
+                same, kept = unchanged(old, itda, data["prose, held out"])
+            figures.setdefault(name, []).append((atoms, l0, new, before, same, kept, seconds))
             print(seed, name, *(f"{value:.4f}" for value in figures[name][-1]), flush=True)
-    names = ["", "atoms", "L0", "FVU, code", "FVU, prose", "unchanged", "seconds"]
+    names = ["", "atoms", "L0", "FVU, code", "FVU, prose", "unchanged", "atoms kept", "seconds"]
     print(f"\n| {' | '.join(names)} |\n|{'---|' * len(names)}")
     for name, rows in figures.items():
-        atoms, l0, new, before, same, seconds = (
+        atoms, l0, new, before, same, kept, seconds = (
             statistics.mean(column) for column in zip(*rows, strict=True)
         )
         spread = [
             statistics.stdev(column) if len(rows) > 1 else 0.0 for column in zip(*rows, strict=True)
         ]
-        share = "" if same != same else f"{same:.0%}"
+        share = " | " if same != same else f"{same:.1%} | {kept:.0%}"
         print(
             f"| {name} | {atoms:.0f} | {l0:.1f} | {new:.4f} ± {spread[2]:.4f} | {before:.4f} ± "
             f"{spread[3]:.4f} | {share} | {seconds:.1f} |"

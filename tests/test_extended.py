@@ -1,4 +1,4 @@
-"""`ITDA.extended`: more atoms for what a dictionary explains worst."""
+"""`ITDA.extended`: more atoms for the error that a dictionary leaves."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""More atoms for a dictionary: activations that it explains worst, chosen beside the atoms it has."""
+"""More atoms for a dictionary, chosen for the error that the atoms which it has leave."""
 
 import torch
 from jaxtyping import Float
@@ -20,9 +20,6 @@ from itda_lens.records import Label, Places
 RULE = EnergyRule()
 """The sizes of samples, the limits of near-duplicates and the rate of pruning are those of this rule."""
 
-POOL = 4
-"""Candidates are the worst explained ones of a sample of this many times their number."""
-
 
 def more_atoms(
     x: Float[Tensor, "rows d"],
@@ -36,10 +33,10 @@ def more_atoms(
 ) -> tuple[Float[Tensor, "n_more d"], list[Label]]:
     """Choose activations that, as further atoms, explain most of the error that `atoms` leave.
 
-    Candidates are the activations of a sample that leave the longest residuals over `atoms`. Then
-    activations are coded over `atoms` and candidates together, and the candidates that carry least
-    energy are dropped, round by round; `atoms` all stay. The chosen ones come in the order of the energy
-    that they carry.
+    Candidates are a uniform sample of the distinct activations, without those that repeat an atom.
+    Activations are coded over `atoms` and candidates together, and the candidates that carry least
+    energy are dropped, round by round; `atoms` all stay. So a candidate only gets the energy that no
+    atom explains better. The chosen ones come in the order of the energy that they carry.
 
     Args:
         x: activations, centred as the dictionary centres them.
@@ -54,11 +51,9 @@ def more_atoms(
     coding = Coding(coding.k, "mp", coding.signed)
     n_candidates = max(RULE.min_candidates, RULE.candidates_per_atom * n_more)
     n_scored = max(RULE.min_scored, RULE.scored_per_atom * (len(atoms) + n_more))
-    pool = _sample(x, places, POOL * n_candidates, seed, distinct=True)
-    rows, from_places = pool.rows(), pool.places()
-    left = _residual_energy(limit_outliers(rows), PreparedAtoms(atoms, coding))
-    worst = left.argsort(descending=True, stable=True)[:n_candidates].sort().values
-    keep = worst[_distinct(rows[worst], atoms, n_more, coding.signed)]
+    sample = _sample(x, places, n_candidates, seed, distinct=True)
+    rows, from_places = sample.rows(), sample.places()
+    keep = _distinct(rows, atoms, n_more, coding.signed)
     candidates = normalize_rows(rows[keep])[0]
     scored = limit_outliers(_sample(x, places, n_scored, seed + 1, distinct=False).rows())
     chosen = keep_by_energy(scored, atoms, candidates, n_more, coding, progress)
@@ -101,11 +96,6 @@ def _sample(x: Tensor, places: Places, size: int, seed: int, distinct: bool) -> 
     return sample
 
 
-def _residual_energy(x: Float[Tensor, "rows d"], prepared: PreparedAtoms) -> Float[Tensor, " rows"]:
-    codes = prepared.encode(x)
-    return (x - codes.decode(prepared.atoms)).square().sum(dim=-1)
-
-
 def _distinct(rows: Tensor, atoms: Tensor, n_wanted: int, signed: bool) -> Tensor:
     """Indices of the rows that repeat no atom and no earlier row; the limit rises while too few are."""
     unit, usable = normalize_rows(rows)
@@ -117,5 +107,5 @@ def _distinct(rows: Tensor, atoms: Tensor, n_wanted: int, signed: bool) -> Tenso
             return found
     raise ValueError(
         f"n must be at most the number of activations in directions of their own: got n={n_wanted}, but "
-        f"only {len(found)} of the worst explained ones repeat no atom"
+        f"only {len(found)} of the {len(rows)} in the sample repeat no atom"
     )
