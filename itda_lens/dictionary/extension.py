@@ -99,7 +99,7 @@ def _sample(x: Tensor, places: Places, size: int, seed: int, distinct: bool) -> 
 def _distinct(rows: Tensor, atoms: Tensor, n_wanted: int, signed: bool) -> Tensor:
     """Indices of the rows that repeat no atom and no earlier row; the limit rises while too few are."""
     unit, usable = normalize_rows(rows)
-    index = usable.nonzero().flatten()
+    found = index = usable.nonzero().flatten()
     for cosine in (RULE.near_duplicate, *RULE.relaxed):
         cosines = duplicate_cosines(rows[index], cosine).clamp(max=SAME_DIRECTION)
         found = index[first_of_direction(unit[index], cosines, signed, known=atoms)]
