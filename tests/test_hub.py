@@ -334,3 +334,26 @@ def test_the_page_says_what_works(hub, tmp_path, monkeypatch):
     assert hub.private[repo]
     assert torch.equal(namespace["same"].W_dec, itda.W_dec[:64])
     assert type(namespace["sae"]) is ITDA
+
+
+def test_the_command_measures_for_the_card(hub, tmp_path, tiny_folder, texts):
+    (itda,) = itda_lens.build(str(tiny_folder), texts, HOOK, d_sae=8, k=2, progress=False).values()
+    itda.save_model(tmp_path / "one")
+    (tmp_path / "held-out.txt").write_text("\n".join(texts))
+    arguments = [
+        "push",
+        str(tmp_path / "one"),
+        "--repo",
+        REPO,
+        "--texts",
+        str(tmp_path / "held-out.txt"),
+    ]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    readme = (hub.root / REPO / "README.md").read_text()
+    assert "| folder | FVU | L0 | CE-loss score | tokens measured on |" in readme
+    figures = json.loads((hub.root / REPO / "one" / "cfg.json").read_text())["metadata"]["itda_figures"]
+    assert 0 < figures["FVU"] < 1
+    assert f"| one | {figures['FVU']:.4g} | 2 |" in readme
+    for file in hub.list_repo_files(REPO):
+        assert str(tiny_folder).encode() not in (hub.root / REPO / file).read_bytes()
