@@ -1,14 +1,15 @@
 """More atoms for a dictionary that meets another domain: `ITDA.extended`, against other ways.
 
     python benchmarks/extending.py [--d-sae 2048] [--n 1024] [--k 20] [--tokens 40000] [--seeds 3]
+                                   [--cache FILE]
 
 The old domain is prose, the Python language reference of `itda demo`; the new one is code, modules of
 Python's standard library. Activations are SmolLM2's residual stream after layer 10, of `--tokens` tokens
 of each domain, and a fifth of that held out (other articles, other modules). FVU is that of held-out
 tokens around their own mean. "unchanged" is the share of held-out prose tokens whose code is the old
 one, bit for bit, and "atoms kept" the share of the old codes' atoms that are in the new codes. Seconds
-are those of making the dictionary, activations at hand. Figures are means over seeds, with the sample
-standard deviation of FVU.
+are processor time for making the dictionary, activations at hand. Figures are means over seeds, with
+the sample standard deviation of FVU.
 
 - as it was: the dictionary of prose.
 - extended: `extended` by n activations of code.
@@ -26,6 +27,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import itda_lens
@@ -106,9 +108,9 @@ def random_rows(x: Tensor, itda: ITDA, n: int, seed: int) -> ITDA:
 
 
 def timed(make: Callable[[], Model | ITDA]) -> tuple[Model | ITDA, float]:
-    start = time.perf_counter()
+    start = time.process_time()
     made = make()
-    return made, time.perf_counter() - start
+    return made, time.process_time() - start
 
 
 def ways(data: dict[str, Tensor], d: int, n: int, k: int, seed: int):
@@ -141,6 +143,22 @@ def ways(data: dict[str, Tensor], d: int, n: int, k: int, seed: int):
         yield f"residual TopK, {mine} + {few}", d + n, two(first, further), None, seconds
 
 
+def activations(n_tokens: int, cache: Path | None) -> dict[str, Tensor]:
+    """Tokens of both domains, to build from and held out; from the cache where it has them."""
+    if cache is not None and cache.exists():
+        return load_file(cache)
+    lm = language_model(load())
+    data = {}
+    for name, splits in (("prose", reference_prose()), ("code", modules())):
+        for kind, texts, most in zip(("", ", held out"), splits, (n_tokens, n_tokens // 5), strict=True):
+            found = collect(lm, texts, HOOK, max_tokens=most, progress=False)[HOOK].values[:most]
+            data[name + kind] = found.contiguous()
+            print(f"{name}{kind}: {len(found)} tokens", flush=True)
+    if cache is not None:
+        save_file(data, cache)
+    return data
+
+
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
@@ -149,17 +167,9 @@ def main() -> None:
     parser.add_argument("--k", type=int, default=20)
     parser.add_argument("--tokens", type=int, default=40_000)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--cache", type=Path, help="file for the activations, to use them again")
     options = parser.parse_args()
-    lm = language_model(load())
-    data = {}
-    for name, (texts, held_out) in (("prose", reference_prose()), ("code", modules())):
-        for kind, own, most in (
-            ("", texts, options.tokens),
-            (", held out", held_out, options.tokens // 5),
-        ):
-            found = collect(lm, own, HOOK, max_tokens=most, progress=False)[HOOK].values
-            data[name + kind] = found[:most]
-            print(f"{name}{kind}: {len(data[name + kind])} tokens", flush=True)
+    data = activations(options.tokens, options.cache)
     figures: dict[str, list[tuple[float, ...]]] = {}
     for seed in range(options.seeds):
         old = None

@@ -8,7 +8,12 @@ from types import SimpleNamespace
 import huggingface_hub
 import pytest
 import torch
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 from huggingface_hub.utils import filter_repo_objects
 from sae_lens import SAE
 from sae_lens.loading import pretrained_sae_loaders
@@ -84,7 +89,10 @@ class Hub:
         return SimpleNamespace(commit_url=f"hub/{repo}/commit/{len(self.commits)}")
 
     def download(self, repo_id, filename, **kwargs):
-        return str(self.root / repo_id / filename)
+        file = self.root / repo_id / filename
+        if not file.exists():
+            raise EntryNotFoundError(f"no {filename} in {repo_id}")
+        return str(file)
 
     def snapshot(self, repo, revision=None, allow_patterns=()):
         source = self.root / (repo if revision is None else f"{repo}@{revision}")

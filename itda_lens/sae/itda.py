@@ -501,7 +501,7 @@ class ITDA(SAE[ITDAConfig]):
         """The dictionary with `n` more atoms, chosen for the error that it leaves; a copy.
 
         The new atoms are activations. They are chosen as by preset "best", but beside the old atoms: an
-        activation counts for what no old atom explains better.
+        activation counts for the energy that no old atom explains better.
 
         The old atoms come first, with their labels, and do not change by a bit; neither do `b_dec`, k
         and the threshold. So a code stays the same where no step of its pursuit prefers a new atom. With
