@@ -129,6 +129,7 @@ def ways(data: dict[str, Tensor], d: int, n: int, k: int, seed: int):
     for mine in (k, k - few):
         first = with_k(old, mine)
 
+        @torch.no_grad()
         def left(first=first):
             return torch.cat([rows - first(rows) for rows in code.split(1024)])
 

@@ -362,6 +362,6 @@ def test_the_command_measures_for_the_card(hub, tmp_path, tiny_folder, texts):
     assert "| folder | FVU | L0 | CE-loss score | tokens measured on |" in readme
     figures = json.loads((hub.root / REPO / "one" / "cfg.json").read_text())["metadata"]["itda_figures"]
     assert 0 < figures["FVU"] < 1
-    assert f"| one | {figures['FVU']:.4g} | 2 |" in readme
+    assert f"| one | {figures['FVU']:.4g} | {figures['L0']:.4g} |" in readme
     for file in hub.list_repo_files(REPO):
         assert str(tiny_folder).encode() not in (hub.root / REPO / file).read_bytes()
