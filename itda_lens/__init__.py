@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from itda_lens.compare import jaccard
     from itda_lens.pursuit import SparseCodes
     from itda_lens.records import Label, Labels
-    from itda_lens.sae import ITDA, ITDAConfig, load
+    from itda_lens.sae import ITDA, ITDAConfig, load, union
     from itda_lens.training import build, fit, open_plan, plan
 
     __version__: str
@@ -31,6 +31,7 @@ __all__ = [
     "load",
     "open_plan",
     "plan",
+    "union",
 ]
 
 _HOMES = {
@@ -45,6 +46,7 @@ _HOMES = {
     "load": "sae",
     "open_plan": "training",
     "plan": "training",
+    "union": "sae",
 }
 
 

@@ -90,6 +90,9 @@ SLOW = {
         "test_any_order_batches_and_parts",
         "test_earlier_rounds_count_by_their_weight",
     },
+    "test_extended.py": {"test_dictionaries_of_other_kinds"},
+    "test_from_atoms.py": {"test_atoms_labels_and_settings"},
+    "test_hub.py": {"test_the_command_measures_for_the_card"},
     "test_gpu.py": {
         "test_dictionaries_run_on_it",
         "test_picks_are_those_of_a_float64_pursuit",

@@ -45,7 +45,8 @@ NONSENSE = {
         ("l0", "rtol", "loss_threshold", "least_cosine", "learning_rate", "keep", "spare"), REAL
     ),
     **dict.fromkeys(
-        ("signed", "update", "progress", "keep_special_tokens", "prepend_bos", "centred"), SWITCH
+        ("signed", "update", "progress", "keep_special_tokens", "prepend_bos", "centred", "final_norm"),
+        SWITCH,
     ),
     **dict.fromkeys(("preset", "method", "loader", "match", "measure", "architecture", "kind"), NAME),
     "rule": [*NAME, object()],
@@ -76,6 +77,9 @@ NONSENSE = {
     "functions": [None, 3, "x"],
     "lists": [None, 3, object()],
     "provenance": [3, {}, "x"],
+    "revision": [3, True, b"x", ["x"], "main"],
+    "tokens": [3, "x", [], [99_999], [-1], [0.5]],
+    "b_dec": [3, "x", X, X[0].long(), X[0] * NAN, X[0, :1]],
 }
 """Values that no argument of that name takes. A family of its own is chosen by `SPECIAL`."""
 
@@ -93,7 +97,7 @@ SPECIAL = {
     ("diff_models", "a"): "model",
     ("diff_models", "b"): "model",
     **{(f, side): "dictionaries" for side in "ab"
-       for f in ("jaccard", "weighted_jaccard", "diff", "check_diffable")},
+       for f in ("jaccard", "weighted_jaccard", "diff", "check_diffable", "union")},
 }  # fmt: skip
 
 ALLOWED = {
@@ -169,7 +173,9 @@ def calls(tiny, texts, tmp_path_factory):
         "fit": dict(activations=X, labels=None, batch_size=16, metadata=None) | atoms | quiet,
         "ArraySource": dict(activations=X, labels=None, batch_size=16),
         "recipe_of": atoms,
-        "load": dict(path_or_repo=folder / "a", device="cpu", dtype=None),
+        "load": dict(path_or_repo=folder / "a", device="cpu", dtype=None, revision=None),
+        "union": dict(a=a, b=b, k=None, method=None, signed=None, b_dec=None),
+        "unembedding": dict(model=tiny, tokens=None, final_norm=True, **named),
         "jaccard": dict(a=a, b=b, match="auto"),
         "decompose": dict(model=tiny, sae=a, text="the cat", **named),
         "evaluate": own | dict(dictionaries=a) | read | quiet,
@@ -242,7 +248,7 @@ def test_every_public_function_is_walked(calls):
     assert set(FUNCTIONS) == set(calls) | set(NOT_WALKED)
     for name, arguments in calls.items():
         missing = set(inspect.signature(FUNCTIONS[name]).parameters) - set(arguments)
-        assert missing <= {"provenance", "settings"}, name
+        assert missing <= {"provenance", "more", "settings"}, name
 
 
 @pytest.mark.parametrize("name", sorted(set(FUNCTIONS) - set(NOT_WALKED)))

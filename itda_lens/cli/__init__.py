@@ -4,6 +4,7 @@ from itda_lens.cli.bench import bench_command
 from itda_lens.cli.build import build_command
 from itda_lens.cli.compare import compare_command
 from itda_lens.cli.look import decompose_command, eval_command, info_command
+from itda_lens.cli.push import push_command
 from itda_lens.cli.shards import build_finish_command, build_shard_command
 
 __all__ = [
@@ -15,4 +16,5 @@ __all__ = [
     "decompose_command",
     "eval_command",
     "info_command",
+    "push_command",
 ]

@@ -5,7 +5,7 @@ from itda_lens.records.cutting import Cutting
 from itda_lens.records.files import is_leftover, replacing
 from itda_lens.records.hashing import mix64, text_digest
 from itda_lens.records.hook_points import HookPoint
-from itda_lens.records.labels import Label, Labels, as_label
+from itda_lens.records.labels import GivenLabel, Label, Labels, as_label, label_from
 from itda_lens.records.local_paths import is_local_path, known_name
 from itda_lens.records.places import CONTEXT_CHARS, Places, Tag
 from itda_lens.records.provenance import (
@@ -21,6 +21,7 @@ __all__ = [
     "BUILD_KEY",
     "CONTEXT_CHARS",
     "Cutting",
+    "GivenLabel",
     "HookPoint",
     "Label",
     "Labels",
@@ -37,6 +38,7 @@ __all__ = [
     "is_leftover",
     "is_local_path",
     "known_name",
+    "label_from",
     "mix64",
     "replacing",
     "text_digest",

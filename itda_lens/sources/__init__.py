@@ -20,6 +20,7 @@ from itda_lens.sources.source import (
 )
 from itda_lens.sources.texts import describe_texts, iterate_texts, names_data_set
 from itda_lens.sources.transformer_lens_models import TransformerLensModel
+from itda_lens.sources.unembedding import Vectors, unembedding
 
 LanguageModel = ReadableModel
 """The earlier name of `ReadableModel`."""
@@ -51,6 +52,7 @@ __all__ = [
     "Site",
     "Tokenization",
     "TransformerLensModel",
+    "Vectors",
     "check_activations",
     "describe_texts",
     "gathered",
@@ -61,5 +63,6 @@ __all__ = [
     "names_data_set",
     "register_with_transformer_lens",
     "tokenization_for",
+    "unembedding",
     "unknown_hook",
 ]
