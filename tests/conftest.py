@@ -113,11 +113,6 @@ SLOW = {
         "test_parts_and_whole",
     },
     "test_package.py": {"test_sae_lens_loads_an_itda_whichever_is_imported_first"},
-    "test_plan.py": {
-        "test_goes_on_in_another_process",
-        "test_is_build_bit_for_bit",
-        "test_killed_thirty_times",
-    },
     "test_pursuit.py": {
         "test_picks_do_not_depend_on_scale",
         "test_settings_around_a_pursuit_do_not_matter",

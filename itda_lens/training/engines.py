@@ -10,7 +10,7 @@ import torch
 logger = logging.getLogger(__name__)
 
 TRIES = 3
-"""How often a shard is begun before a run gives up: a worker may die of what the shard does to it."""
+"""How often a shard is begun before a run gives up: a shard may kill its workers."""
 
 
 class _Worker:
