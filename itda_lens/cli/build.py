@@ -7,7 +7,21 @@ import typer
 from rich.text import Text
 
 from itda_lens.cli.choices import Method, Preset
-from itda_lens.cli.options import BatchSize, DeviceOption, LoaderOption, Split, TextField, Texts
+from itda_lens.cli.options import (
+    BatchSize,
+    ChatsOption,
+    DeviceOption,
+    Drop,
+    LoaderOption,
+    Only,
+    Role,
+    SpecialTokensOption,
+    Split,
+    TextField,
+    TextsOrNone,
+    filter_of,
+    texts_of,
+)
 from itda_lens.terminal import make_console, shown
 
 
@@ -18,7 +32,6 @@ def build_command(
             metavar="MODEL", help="A Hugging Face name or a local folder.", show_default=False
         ),
     ],
-    texts: Texts,
     hook: Annotated[
         list[str],
         typer.Option(help="A hook point, such as blocks.10.hook_resid_post; may be repeated."),
@@ -26,6 +39,8 @@ def build_command(
     out: Annotated[
         Path, typer.Option(help="Folder for the dictionaries, a subfolder per hook; must not exist.")
     ],
+    texts: TextsOrNone = None,
+    chats: ChatsOption = None,
     d_sae: Annotated[int, typer.Option(min=1, help="Atoms per dictionary.")] = 4096,
     k: Annotated[int, typer.Option(min=1, help="Most nonzeros per code.")] = 20,
     preset: Annotated[
@@ -65,11 +80,20 @@ def build_command(
     max_tokens: Annotated[
         int | None, typer.Option(min=1, help="Stop after this number of tokens; default: never.")
     ] = None,
-    context_size: Annotated[int, typer.Option(min=2, help="Tokens per context, BOS included.")] = 128,
+    context_size: Annotated[
+        int | None,
+        typer.Option(
+            min=2, help="Tokens per context, BOS included; default: 128, for chats up to 2048."
+        ),
+    ] = None,
     batch_size: BatchSize = 16,
     keep_special_tokens: Annotated[
         bool, typer.Option("--keep-special-tokens", help="Let BOS and special tokens be atoms.")
     ] = False,
+    special_tokens: SpecialTokensOption = "keep",
+    role: Role = None,
+    only: Only = None,
+    drop: Drop = None,
     text_field: TextField = "text",
     split: Split = "train",
     loader: LoaderOption = "bridge",
@@ -82,14 +106,18 @@ def build_command(
 
     All hook points are fed by the same forward passes, which stop at the deepest of them.
 
+    With --chats, conversations are read instead of texts, one by one.
+
     Example: itda build gpt2 --texts book.txt --hook blocks.6.hook_resid_post --out gpt2-dictionaries
     """
     from itda_lens.training import build, output_folder, save_all
 
+    read = texts_of(texts, chats, text_field, split, special_tokens)
+    tokens = filter_of(role, only, drop)
     with output_folder(out, overwrite) as folder:
         dictionaries = build(
             model,
-            texts,
+            read,
             hook,
             d_sae=d_sae,
             k=k,
@@ -105,6 +133,7 @@ def build_command(
             context_size=context_size,
             batch_size=batch_size,
             keep_special_tokens=keep_special_tokens,
+            tokens=tokens,
             text_field=text_field,
             split=split,
             loader=loader,
@@ -115,5 +144,6 @@ def build_command(
     for name, itda in dictionaries.items():
         line = f"{out / name}: {itda.cfg.d_sae:,} atoms, k = {itda.cfg.k}"
         console.print(shown(line), soft_wrap=True)
-    next_command = shown(f"itda eval {out} --texts HELD_OUT_FILE", "bold")
+    option = "--texts" if chats is None else "--chats"
+    next_command = shown(f"itda eval {out} {option} HELD_OUT_FILE", "bold")
     console.print(Text.assemble("Next: ", next_command), soft_wrap=True)

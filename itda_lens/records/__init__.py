@@ -8,6 +8,7 @@ from itda_lens.records.hook_points import HookPoint
 from itda_lens.records.labels import Label, Labels, as_label
 from itda_lens.records.places import CONTEXT_CHARS, Places, Tag
 from itda_lens.records.provenance import BUILD_KEY, Provenance, agreed, agreed_cutting, versions
+from itda_lens.records.token_filter import TokenFilter
 
 __all__ = [
     "BUILD_KEY",
@@ -19,6 +20,7 @@ __all__ = [
     "Places",
     "Provenance",
     "Tag",
+    "TokenFilter",
     "agreed",
     "agreed_cutting",
     "as_label",

@@ -46,6 +46,9 @@ class Provenance:
         batch_size: contexts, or rows, that were read at once.
         max_tokens: the most tokens that should count.
         n_tokens: tokens that counted.
+        tokens: the conditions of the `TokenFilter`, where there was one.
+        chats: how conversations were read, where the rows came from chats: which special tokens counted,
+            a digest of the template and the options that it got, and how many conversations were cut.
         seconds: how long the build took.
         recipe: the settings of the build: the rule and its fields, the encoder, the seed.
         versions: installed versions of the packages that a build depends on.
@@ -70,6 +73,8 @@ class Provenance:
     batch_size: int | None = None
     max_tokens: int | None = None
     n_tokens: int | None = None
+    tokens: Mapping[str, Any] | None = None
+    chats: Mapping[str, Any] | None = None
     seconds: float | None = None
     recipe: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
