@@ -15,6 +15,9 @@ _PACKAGES = ("itda-lens", "torch", "transformers", "transformer-lens", "sae-lens
 _HOSTS = ("model_name", "model_class_name", "hook_name", "context_size", "prepend_bos", "dataset_path")
 """Entries that SAELens and its tools know. They stand beside `BUILD_KEY`, and are believed before it."""
 
+_MAPPINGS = ("tokens", "chats", "recipe", "versions")
+"""Fields that are mappings of their own, and empty where nothing is known."""
+
 
 class Metadata(Protocol):
     """The methods of SAELens's `SAEMetadata` that are used here; a dict has them too."""
@@ -46,9 +49,9 @@ class Provenance:
         batch_size: contexts, or rows, that were read at once.
         max_tokens: the most tokens that should count.
         n_tokens: tokens that counted.
-        tokens: the conditions of the `TokenFilter`, where there was one.
-        chats: how conversations were read, where the rows came from chats: which special tokens counted,
-            a digest of the template and the options that it got, and how many conversations were cut.
+        tokens: the conditions of the `TokenFilter`; empty where there was none.
+        chats: how conversations were read: which special tokens counted, a digest of the template, the
+            options that it got, and how many conversations were cut. Empty for texts.
         seconds: how long the build took.
         recipe: the settings of the build: the rule and its fields, the encoder, the seed.
         versions: installed versions of the packages that a build depends on.
@@ -73,8 +76,8 @@ class Provenance:
     batch_size: int | None = None
     max_tokens: int | None = None
     n_tokens: int | None = None
-    tokens: Mapping[str, Any] | None = None
-    chats: Mapping[str, Any] | None = None
+    tokens: Mapping[str, Any] = field(default_factory=dict)
+    chats: Mapping[str, Any] = field(default_factory=dict)
     seconds: float | None = None
     recipe: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
@@ -110,13 +113,11 @@ class Provenance:
 
     def record(self) -> dict[str, Any]:
         """All that is known but the entries that SAELens knows, as plain data for JSON."""
-        skipped = {*_HOSTS, "recipe", "versions", "others"}
+        skipped = {*_HOSTS, *_MAPPINGS, "others"}
         known = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in skipped}
         record = {name: value for name, value in known.items() if value is not None}
         record |= dict(self.others)
-        record |= {
-            name: dict(getattr(self, name)) for name in ("recipe", "versions") if getattr(self, name)
-        }
+        record |= {name: dict(getattr(self, name)) for name in _MAPPINGS if getattr(self, name)}
         return record
 
     @property

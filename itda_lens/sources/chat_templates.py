@@ -141,7 +141,7 @@ class ChatTemplate:
         except ValueError:
             if not _GENERATION.search(self.source):
                 raise
-            marked = self._generated(messages, where)
+            marked = self._generated(messages, text, where)
             contents = self._contents(messages, text, where, marked)
         return RenderedChat(text, _parts(len(text), contents))
 
@@ -266,7 +266,7 @@ class ChatTemplate:
             self._closings[key] = known
         return self._closings[key]
 
-    def _generated(self, messages: Sequence[Message], where: str) -> list[tuple[int, int]]:
+    def _generated(self, messages: Sequence[Message], text: str, where: str) -> list[tuple[int, int]]:
         """The characters that the template marks as an assistant's, without special tokens."""
         encoded = self.tokenizer.apply_chat_template(
             list(messages), tokenize=True, return_dict=True, return_assistant_tokens_mask=True,
@@ -279,7 +279,7 @@ class ChatTemplate:
         ):
             if not mask or token in special:
                 continue
-            if spans and spans[-1][1] == start:
+            if spans and not text[spans[-1][1] : start].strip():
                 spans[-1] = (spans[-1][0], end)
             else:
                 spans.append((start, end))

@@ -138,7 +138,7 @@ class ModelSource:
             batch_size=self._batch_size,
             max_tokens=self.n_rows,
             n_tokens=self._n_tokens,
-            tokens=None if (tokens := self.tokenization.tokens) is None else tokens.record(),
+            tokens={} if (tokens := self.tokenization.tokens) is None else tokens.record(),
         )
 
     def _opened(self) -> Iterator[str]:
