@@ -19,7 +19,7 @@ import importlib
 import inspect
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -67,7 +67,7 @@ FOLLOW_UPS = ["How do I call it?", "And which arguments does it take?", "Thanks.
 
 
 def conversations(
-    modules: list[str], without: list[list[dict[str, str]]] | None = None
+    modules: Sequence[str], without: list[list[dict[str, str]]] | None = None
 ) -> list[list[dict[str, str]]]:
     """Conversations about everything with a docstring in these modules, in an order drawn once.
 

@@ -294,7 +294,8 @@ FIELDS = {
     ),
     Chats: dict(
         conversations=[None, 3, {}, [{"role": "user", "content": "a"}]], special_tokens=NAME,
-        special_share=[*REAL, 0, 1], template_options=MAPPING, field=STRING, split=STRING,
+        special_share=[*REAL, 0, 1], template_options=[*MAPPING, {"a": object()}], field=STRING,
+        split=STRING,
     ),
 }  # fmt: skip
 GOOD = {

@@ -4,6 +4,7 @@ import io
 import json
 import logging
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
@@ -36,7 +37,7 @@ from itda_lens.sources.chat_templates import Part
 from itda_lens.training import build_from, collect, recipe_of
 
 HOOK = "blocks.1.hook_resid_post"
-OPTIONS = dict(d_sae=12, k=3, progress=False)
+OPTIONS: dict[str, Any] = dict(d_sae=12, k=3, progress=False)
 
 # One of each shape that templates have. White space makes words of everything.
 CHATML = (
@@ -547,37 +548,32 @@ class TestFiles:
                 read(Chats(given))
             assert "\n" not in str(caught.value)
 
-    def test_settings(self, lm, conversations, tiny):
-        for bad, told in [
-            (dict(special_tokens="some"), "special_tokens must be one of"),
-            (dict(special_share=1.0), "special_share must be more than 0 and less than 1, got 1.0"),
-            (dict(special_share=0), "special_share must be more than 0"),
-        ]:  # fmt: skip
-            with pytest.raises(ValueError, match=told):
-                Chats(conversations, **bad)
-        with pytest.raises(TypeError, match="got a single one; pass .conversation."):
-            Chats(conversations[0])
-        with pytest.raises(TypeError, match="conversations must be a string or a path or"):
-            Chats(3)
-        for option in (dict(prepend_bos=False), dict(keep_special_tokens=True)):
-            with pytest.raises(ValueError, match="are for texts"):
-                collect(lm, Chats(conversations), HOOK, progress=False, **option)
-        with pytest.raises(ValueError, match="context_size must be at most the model's 256"):
-            collect(lm, Chats(conversations), HOOK, context_size=300)
+    @pytest.mark.parametrize(
+        ("options", "told"),
+        [
+            (dict(prepend_bos=False), "prepend_bos and keep_special_tokens are for texts"),
+            (dict(keep_special_tokens=True), "prepend_bos and keep_special_tokens are for texts"),
+            (dict(context_size=300), "context_size must be at most the model's 256"),
+            (dict(tokens=TokenFilter(only="nowhere")), "gave no token that counts"),
+        ],
+    )
+    def test_settings_that_do_not_go_together(self, lm, conversations, options: dict[str, Any], told):
+        with pytest.raises(ValueError, match=told):
+            collect(lm, Chats(conversations), HOOK, progress=False, **options)
+
+    def test_what_goes_where(self, lm, tiny, conversations):
         with pytest.raises(ValueError, match="chats need a model with a chat template, but the tok"):
             collect(tiny, Chats(conversations), HOOK)
         with pytest.raises(TypeError, match=r"conversations are passed as itda_lens.Chats"):
             collect(lm, conversations, HOOK)
-        for name, value in (("only", "("), ("drop", "[")):
-            with pytest.raises(ValueError, match=f"{name} must be a regular expression, got"):
-                TokenFilter(**{name: value})
-        for name in ("roles", "kinds"):
-            with pytest.raises(ValueError, match=f"{name} must be one or more"):
-                TokenFilter(**{name: []})
-            with pytest.raises(TypeError, match=f"{name} must be a list"):
-                TokenFilter(**{name: "word"})
-        with pytest.raises(ValueError, match=r"kinds.* must be one of .'word'"):
-            TokenFilter(kinds=["words"])
+        with pytest.raises(TypeError, match="got a single one; pass .conversation."):
+            Chats(conversations[0])
+        with pytest.raises(ValueError, match="special_share must be more than 0 and less than 1, got 1"):
+            Chats(conversations, special_share=1)
+        with pytest.raises(ValueError, match=r"only must be a regular expression, got '\('"):
+            TokenFilter(only="(")
+        with pytest.raises(ValueError, match="roles must be one or more"):
+            TokenFilter(roles=[])
 
 
 class TestCommand:

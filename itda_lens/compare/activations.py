@@ -46,7 +46,7 @@ def activations_of(
             different ways to cut texts; or as `build`.
     """
     settings = recorded_settings(itdas, model)
-    cutting = asdict(settings.cutting)
+    cutting: dict[str, Any] = asdict(settings.cutting)
     if isinstance(texts, Chats):
         cutting = {"context_size": chat_context_size([provenance_of(itda) for itda in itdas])}
     hooks = [hook_name_of(itda) for itda in itdas]

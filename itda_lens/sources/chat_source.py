@@ -57,7 +57,7 @@ class ChatTokenization(Tokenization):
             raise TypeError(f"chats must be rendered by a ChatTemplate, got {type(text).__name__}")
         ids, spans = self._encoded(text)
         self.read.update(["all", "cut"] if len(ids) > self.cutting.context_size else ["all"])
-        ids, spans = (part[: self.cutting.context_size] for part in (ids, spans))
+        ids, spans = ids[: self.cutting.context_size], spans[: self.cutting.context_size]
         special = set(self._special.tolist())
         tags = [
             Tag(KIND, role=part.role, special=part.special or token in special)
@@ -132,7 +132,7 @@ class ChatSource(ModelSource):
         lm = language_model(model, tokenizer=tokenizer, name=model_name, loader=loader, device=device)
         self._reading = ChatReading(lm, self._chats, context_size=context_size, tokens=tokens)
         super().__init__(
-            lm, self._chats, hooks, self._reading.tokenization.cutting, batch_size=batch_size,
+            lm, (), hooks, self._reading.tokenization.cutting, batch_size=batch_size,
             max_tokens=max_tokens,
         )  # fmt: skip
         self.tokenization = self._reading.tokenization

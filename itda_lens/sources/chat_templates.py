@@ -191,7 +191,7 @@ class ChatTemplate:
                 found.append(Part(at, end, messages[after]["role"], special=False))
                 at = end
         found += [Part(start, end, "assistant", special=False) for start, end in generated or ()]
-        return sorted(part for part in found if part.end > part.start)
+        return sorted((p for p in found if p.end > p.start), key=lambda part: part.start)
 
     def _form(
         self, marked: "_Marked", pieces: Sequence[str], n: int, at: int,
@@ -199,26 +199,22 @@ class ChatTemplate:
     ) -> list[Part]:  # fmt: skip
         """The parts of the form between two contents: the end of one message, the start of the next."""
         end = at + len(pieces[n])
-        role_before, role_after = (
-            None if i is None else marked.messages[i]["role"] for i in (before, after)
-        )
         if before is None and after is None:
             return [Part(at, end, None, special=True)]
-        if before is None:
-            header = self._header(pieces[0], role_after)
-            start = end if after or header is None else end - header
-            return [Part(at, start, None, special=True), Part(start, end, role_after, special=True)]
-        if after is None:
-            whole = before + 1 == len(marked.messages)
-            return [Part(at, end, role_before if whole else None, special=True)]
+        if after is None or before is None:
+            one = marked.messages[before if after is None else after]["role"]
+            if after is None:
+                whole = before == len(marked.messages) - 1
+                return [Part(at, end, one if whole else None, special=True)]
+            own = self._header(pieces[0], one) if after == 0 else None
+            middle = end if own is None else end - own
+            return [Part(at, middle, None, special=True), Part(middle, end, one, special=True)]
         closing = self._closing(marked, pieces, n, before, after)
         if closing is None:
             return [Part(at, end, None, special=True)]
+        whose = marked.messages[before]["role"], marked.messages[after]["role"]
         middle = at + closing
-        return [
-            Part(at, middle, role_before, special=True),
-            Part(middle, end, role_after, special=True),
-        ]
+        return [Part(at, middle, whose[0], special=True), Part(middle, end, whose[1], special=True)]
 
     def _closing(
         self, marked: "_Marked", pieces: Sequence[str], n: int, before: int, after: int

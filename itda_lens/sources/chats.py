@@ -1,6 +1,7 @@
 """Conversations from wherever the user has them, and which of their tokens count."""
 
 import dataclasses
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -61,6 +62,12 @@ class Chats:
             raise ValueError(
                 f"special_share must be more than 0 and less than 1, got {self.special_share}"
             )
+        try:
+            json.dumps(dict(self.template_options))
+        except (TypeError, ValueError) as error:
+            raise TypeError(
+                f"template_options must be plain data for JSON, got {self.template_options!r:.80}"
+            ) from error
         given = self.conversations
         if isinstance(given, Mapping) or (
             isinstance(given, Sequence)
