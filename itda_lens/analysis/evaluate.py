@@ -298,7 +298,10 @@ class _Meter:
 def _parts_of(
     batch: ContextBatch, keep: Bool[Tensor, "batch seq"]
 ) -> Iterator[tuple[str, Bool[Tensor, " n"]]]:
-    """Of chats, which of the tokens that count are content, and which are form; without position 0."""
+    """Which of the tokens that count are content, and which are form. Position 0 is neither.
+
+    Texts have none of the two.
+    """
     if all(context.tags is None for context in batch.contexts):
         return
     special = batch.special().to(keep.device)
