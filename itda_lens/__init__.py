@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from itda_lens.records import Label, Labels, TokenFilter
     from itda_lens.sae import ITDA, ITDAConfig, load
     from itda_lens.sources import Chats
-    from itda_lens.training import build, fit
+    from itda_lens.training import build, fit, open_plan, plan
 
     __version__: str
 
@@ -32,6 +32,8 @@ __all__ = [
     "fit",
     "jaccard",
     "load",
+    "open_plan",
+    "plan",
 ]
 
 _HOMES = {
@@ -46,6 +48,8 @@ _HOMES = {
     "fit": "training",
     "jaccard": "compare",
     "load": "sae",
+    "open_plan": "training",
+    "plan": "training",
 }
 
 

@@ -86,6 +86,7 @@ SLOW = {
         "test_dictionaries_of_texts_and_of_chats_are_measured_beside",
         "test_each_is_read_as_if_it_were_alone",
         "test_filters_of_texts",
+        "test_in_shards",
     },
     "test_cli.py": {
         "test_a_signal_leaves_nothing_half_written",

@@ -34,7 +34,7 @@ from itda_lens.sources import (
     language_model,
 )
 from itda_lens.sources.chat_templates import Part
-from itda_lens.training import build_from, collect, recipe_of
+from itda_lens.training import build_from, collect, plan_from, recipe_of
 
 HOOK = "blocks.1.hook_resid_post"
 OPTIONS: dict[str, Any] = dict(d_sae=12, k=3, progress=False)
@@ -479,6 +479,25 @@ class TestDictionaries:
         assert "assistant" in shown
         assert "(user, form)" in shown or "(system, form)" in shown
         assert [t.role for t in decompose(lm, itda, "the cat")] == [None] * 3  # BOS counts: "keep"
+
+    def test_in_shards(self, lm, conversations, itda, texts, tmp_path):
+        """A plan of chats is made from their source; one of texts keeps the conditions on tokens."""
+        source = ChatSource(lm, conversations[:30], HOOK)
+        recipe = recipe_of(d_sae=12, k=3)
+        made = plan_from(source, recipe, folder=tmp_path / "chats", shard_rows=100)
+        assert len(made) > 2
+        made.run_all(progress=False)
+        merged = made.finish(progress=False)[HOOK]
+        assert torch.equal(merged.W_dec, itda.W_dec)
+        assert merged.labels == itda.labels
+        assert provenance_of(merged).chats == provenance_of(itda).chats
+        options = OPTIONS | dict(tokens=TokenFilter(drop="the"))
+        split = itda_lens.build(lm, texts, HOOK, folder=tmp_path / "texts", **options)[HOOK]
+        assert torch.equal(split.W_dec, itda_lens.build(lm, texts, HOOK, **options)[HOOK].W_dec)
+        with pytest.raises(ValueError, match="made with other settings|another|differ"):
+            itda_lens.build(lm, texts, HOOK, folder=tmp_path / "texts", **OPTIONS)
+        with pytest.raises(ValueError, match="texts must be texts to be split into shards, got Chats"):
+            itda_lens.build(lm, Chats(conversations), HOOK, folder=tmp_path / "c", **OPTIONS)
 
     def test_comparing(self, lm, chat_folder, conversations, itda):
         chats = Chats(conversations)

@@ -254,6 +254,5 @@ def text_or_chat_source(
                 f"prepend_bos={prepend_bos}, keep_special_tokens={keep_special_tokens}"
             )
         return ChatSource(model, texts, hooks, context_size=context_size, **options)
-    size = Cutting.context_size if context_size is None else context_size
-    cutting = Cutting(size, prepend_bos, keep_special_tokens)
+    cutting = Cutting.given(context_size, prepend_bos, keep_special_tokens)
     return ModelSource(model, texts, hooks, cutting, text_field=text_field, split=split, **options)

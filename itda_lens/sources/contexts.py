@@ -155,17 +155,25 @@ class Tokenization:
         vocabulary = sorted(self.tokenizer.get_vocab().items())
         return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()
 
-    def contexts(self, texts: Iterable[str]) -> Iterator[Context]:
+    def contexts(
+        self, texts: Iterable[str], first_row: int = 0, first_chunk: int = 0
+    ) -> Iterator[Context]:
         """Cut texts into contexts, in order.
+
+        Args:
+            texts: the texts from number `first_row` on.
+            first_chunk: contexts of the first of them that are left out at its beginning.
 
         A text that begins with the BOS token already, as chat templates write it, gets no second one.
 
         Raises:
             ValueError: a text has a lone surrogate.
         """
-        for row, text in enumerate(texts):
+        for row, text in enumerate(texts, first_row):
             check_text(text, f"text {row}")
-            yield from self._contexts_of(row, text)
+            for context in self._contexts_of(row, text):
+                if row > first_row or context.chunk >= first_chunk:
+                    yield context
 
     def _contexts_of(self, row: int, text: str) -> Iterator[Context]:
         bos = [self.tokenizer.bos_token_id] if self.prepend_bos else []
@@ -227,10 +235,12 @@ class Tokenization:
         spelt = self.tokenizer.convert_ids_to_tokens(token)
         return 0 if spelt.strip(_SPACES) else len(spelt)
 
-    def batches(self, texts: Iterable[str], batch_size: int) -> Iterator[ContextBatch]:
-        """Contexts of `texts`, `batch_size` at a time."""
+    def batches(
+        self, texts: Iterable[str], batch_size: int, first_row: int = 0, first_chunk: int = 0
+    ) -> Iterator[ContextBatch]:
+        """Contexts of `texts`, `batch_size` at a time; the other arguments as in `contexts`."""
         held: list[Context] = []
-        for context in self.contexts(texts):
+        for context in self.contexts(texts, first_row, first_chunk):
             held.append(context)
             if len(held) == batch_size:
                 yield self.batch(held)
