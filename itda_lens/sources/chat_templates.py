@@ -201,14 +201,14 @@ class ChatTemplate:
         end = at + len(pieces[n])
         if before is None and after is None:
             return [Part(at, end, None, special=True)]
-        if after is None or before is None:
-            one = marked.messages[before if after is None else after]["role"]
-            if after is None:
-                whole = before == len(marked.messages) - 1
-                return [Part(at, end, one if whole else None, special=True)]
-            own = self._header(pieces[0], one) if after == 0 else None
+        if after is None:
+            last = marked.messages[-1] if before == len(marked.messages) - 1 else {}
+            return [Part(at, end, last.get("role"), special=True)]
+        if before is None:
+            role = marked.messages[after]["role"]
+            own = self._header(pieces[0], role) if after == 0 else None
             middle = end if own is None else end - own
-            return [Part(at, middle, None, special=True), Part(middle, end, one, special=True)]
+            return [Part(at, middle, None, special=True), Part(middle, end, role, special=True)]
         closing = self._closing(marked, pieces, n, before, after)
         if closing is None:
             return [Part(at, end, None, special=True)]

@@ -320,7 +320,7 @@ def plan(
 
 def plan_texts(
     model: Any,
-    texts: str | Path | Iterable[str],
+    texts: str | Path | Iterable[str] | Chats,
     hook_names: str | Sequence[str],
     recipe: Recipe,
     cutting: Cutting,
