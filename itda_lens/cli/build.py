@@ -182,6 +182,9 @@ def print_built(dictionaries: "Mapping[str, ITDA]", out: Path) -> None:
     for name, itda in dictionaries.items():
         line = f"{out / name}: {itda.cfg.d_sae:,} atoms, k = {itda.cfg.k}"
         console.print(shown(line), soft_wrap=True)
-    option = "--texts" if chats is None else "--chats"
+    from itda_lens.sae import provenance_of
+
+    of_chats = any(provenance_of(itda).chats for itda in dictionaries.values())
+    option = "--chats" if of_chats else "--texts"
     next_command = shown(f"itda eval {out} {option} HELD_OUT_FILE", "bold")
     console.print(Text.assemble("Next: ", next_command), soft_wrap=True)
