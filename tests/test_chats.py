@@ -587,6 +587,8 @@ class TestFiles:
             collect(lm, conversations, HOOK)
         with pytest.raises(TypeError, match="got a single one; pass .conversation."):
             Chats(conversations[0])
+        with pytest.raises(TypeError, match="got dict; of a DatasetDict, pass one of its splits"):
+            Chats({"train": conversations})
         with pytest.raises(ValueError, match="special_share must be more than 0 and less than 1, got 1"):
             Chats(conversations, special_share=1)
         with pytest.raises(ValueError, match=r"only must be a regular expression, got '\('"):
@@ -623,6 +625,13 @@ class TestCommand:
             )
             assert code != 0
             assert "pass one of --texts and --chats" in err
+        text = tmp_path / "a.txt"
+        text.write_text("the cat")
+        code, _, err = itda_command(
+            "build", chat_folder, "--texts", text, "--special-tokens", "cap", "--hook", HOOK,
+            "--out", tmp_path / "out",
+        )  # fmt: skip
+        assert "--special-tokens is for --chats" in err
         assert not (tmp_path / "out").exists()
 
 

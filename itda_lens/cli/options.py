@@ -145,6 +145,8 @@ def texts_of(
         given = "neither" if texts is None else "both"
         raise ValueError(f"pass one of --texts and --chats, got {given}")
     if chats is None:
+        if special != "keep":
+            raise ValueError(f"--special-tokens is for --chats, got {special!r} for --texts")
         return texts
     field = "messages" if text_field == "text" else text_field
     return Chats(chats, special, field=field, split=split)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -69,7 +69,12 @@ class Chats:
                 f"template_options must be plain data for JSON, got {self.template_options!r:.80}"
             ) from error
         given = self.conversations
-        if isinstance(given, Mapping) or (
+        if isinstance(given, Mapping | Set):
+            raise TypeError(
+                "conversations must be a list of conversations, a file or a data set, got "
+                f"{type(given).__name__}; of a DatasetDict, pass one of its splits"
+            )
+        if (
             isinstance(given, Sequence)
             and given
             and isinstance(given[0], Mapping)
