@@ -480,9 +480,11 @@ class TestDictionaries:
         assert "(user, form)" in shown or "(system, form)" in shown
         assert [t.role for t in decompose(lm, itda, "the cat")] == [None] * 3  # BOS counts: "keep"
 
-    def test_in_shards(self, lm, conversations, itda, texts, tmp_path):
-        """A plan of chats is made from their source; one of texts keeps the conditions on tokens."""
-        source = ChatSource(lm, conversations[:30], HOOK)
+    def test_in_shards(self, lm, conversations, texts, tmp_path):
+        """A plan of chats is made from their source. A plan of texts keeps the conditions on tokens."""
+        chats = Chats(conversations[:30])
+        itda = itda_lens.build(lm, chats, HOOK, batch_size=4, **OPTIONS)[HOOK]
+        source = ChatSource(lm, chats, HOOK, batch_size=4)
         recipe = recipe_of(d_sae=12, k=3)
         made = plan_from(source, recipe, folder=tmp_path / "chats", shard_rows=100)
         assert len(made) > 2
