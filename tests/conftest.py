@@ -80,6 +80,14 @@ SLOW = {
         "test_figures_equal_saelens",
         "test_other_saes_are_measured_beside",
     },
+    "test_chats.py": {
+        "test_build_and_eval",
+        "test_comparing",
+        "test_dictionaries_of_texts_and_of_chats_are_measured_beside",
+        "test_each_is_read_as_if_it_were_alone",
+        "test_filters_of_texts",
+        "test_in_shards",
+    },
     "test_cli.py": {
         "test_a_signal_leaves_nothing_half_written",
         "test_a_terminal_that_knows_ascii_only",

@@ -15,8 +15,8 @@ import torch
 import itda_lens
 from itda_lens import analysis, architectures, compare, fit, sources, training
 from itda_lens.compare import Moments
-from itda_lens.records import Cutting, Places, check_fields, checked
-from itda_lens.sources import ArraySource, ModelSource, language_model
+from itda_lens.records import Cutting, Places, TokenFilter, check_fields, checked
+from itda_lens.sources import ArraySource, Chats, ChatSource, ModelSource, language_model
 
 NAN, INF = float("nan"), float("inf")
 X = torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
@@ -78,14 +78,17 @@ NONSENSE = {
     "lists": [None, 3, object()],
     "provenance": [3, {}, "x"],
     "revision": [3, True, b"x", ["x"], "main"],
-    "tokens": [3, "x", [], [99_999], [-1], [0.5]],
+    "token ids": [3, "x", [], [99_999], [-1], [0.5]],
     "b_dec": [3, "x", X, X[0].long(), X[0] * NAN, X[0, :1]],
+    "tokens": [3, "x", {}, ["user"]],
+    "chats": [None, 3, [], [3], ["x"], "missing.jsonl", {"messages": []}, b"x"],
 }
 """Values that no argument of that name takes. A family of its own is chosen by `SPECIAL`."""
 
 SPECIAL = {
     ("gathered", "source"): "source of rows",
     ("build_from", "source"): "source of rows",
+    ("unembedding", "tokens"): "token ids",
     ("plan_from", "source"): "source of rows",
     ("open_plan", "source"): "source of rows",
     ("compare", "activations"): "activations_a",
@@ -113,7 +116,7 @@ ALLOWED = {
 
 ALSO_CALLED = {
     "a": "models|dictionar|activations", "b": "models|dictionar|activations", "hooks": "hook",
-    "hook_name": "hook", "hook_names": "hook",
+    "hook_name": "hook", "hook_names": "hook", "chats": "conversation",
 }  # fmt: skip
 
 
@@ -137,7 +140,7 @@ HOOK = "blocks.1.hook_resid_post"
 
 
 @pytest.fixture(scope="module")
-def calls(tiny, texts, tmp_path_factory):
+def calls(tiny, tiny_folder, texts, tmp_path_factory):
     """A call of each public function that works: its arguments by name."""
     options = dict(d_sae=8, k=2, progress=False)
     a, b = (itda_lens.build(tiny, texts, HOOK, seed=s, **options)[HOOK] for s in (0, 1))
@@ -151,7 +154,7 @@ def calls(tiny, texts, tmp_path_factory):
     both = dict(models={"a": [a], "b": [b]})
     named = dict(tokenizer=None, loader="bridge", device=None)
     read = dict(text_field="text", split="train", **named, batch_size=4, max_tokens=64)
-    cut = dict(context_size=32, prepend_bos=None, keep_special_tokens=False)
+    cut = dict(context_size=32, prepend_bos=None, keep_special_tokens=False, tokens=None)
     atoms = dict(
         d_sae=8, k=2, preset="best", rule=None, seed=0, method=None, signed=True, loss_threshold=None,
         l0=None, update=False, least_cosine=None, rtol=1e-3,
@@ -159,6 +162,9 @@ def calls(tiny, texts, tmp_path_factory):
     planned = training.plan(tiny, texts, HOOK, folder=folder / "planned", d_sae=8, k=2)
     trained = dict(activations=X, k=2, d_sae=8, seed=0, metadata=None)
     quiet = dict(progress=False)
+    chatty = language_model(str(tiny_folder), device="cpu")
+    chatty.tokenizer.chat_template = "{% for m in messages %}{{ m['content'] + ' ' }}{% endfor %}"
+    chats = [[{"role": "user", "content": "the cat sat"}]] * 3
     return {
         "build": own | dict(hook_names=HOOK, model_name=None, folder=None) | atoms | cut | read | quiet,
         "plan": own | dict(hook_names=HOOK, model_name=None, shard_rows=50, spare=1.0)
@@ -169,7 +175,12 @@ def calls(tiny, texts, tmp_path_factory):
         ),
         "open_plan": dict(folder=planned.folder, model=None, source=None, rule=None),
         "collect": own | dict(hook_names=HOOK) | cut | read | quiet,
-        "ModelSource": own | dict(hook_names=HOOK, cutting=Cutting(), model_name=None) | read,
+        "ModelSource": own
+        | dict(hook_names=HOOK, cutting=Cutting(), tokens=None, model_name=None) | read,
+        "ChatSource": dict(
+            model=chatty, chats=chats, hook_names=HOOK, context_size=None, tokens=None, batch_size=4,
+            max_tokens=64, model_name=None, **named,
+        ),
         "fit": dict(activations=X, labels=None, batch_size=16, metadata=None) | atoms | quiet,
         "ArraySource": dict(activations=X, labels=None, batch_size=16),
         "recipe_of": atoms,
@@ -178,7 +189,7 @@ def calls(tiny, texts, tmp_path_factory):
         "unembedding": dict(model=tiny, tokens=None, final_norm=True, **named),
         "jaccard": dict(a=a, b=b, match="auto"),
         "decompose": dict(model=tiny, sae=a, text="the cat", **named),
-        "evaluate": own | dict(dictionaries=a) | read | quiet,
+        "evaluate": own | dict(dictionaries=a, tokens=None) | read | quiet,
         "baseline": trained | dict(kind="pca", method="ols", labels=None, epochs=1),
         "build_baselines": own | dict(
             itdas=[a], kinds=["pca"], folder=folder / "b", max_tokens=64, epochs=1, seed=0,
@@ -211,7 +222,7 @@ def calls(tiny, texts, tmp_path_factory):
         "hook_list": dict(hook_names=[HOOK]),
         "gathered": dict(source=ArraySource(X), progress=False),
         "language_model": dict(model=tiny, name=None, dtype=torch.float32, source=None, **named),
-        "tokenization_for": dict(lm=tiny, cutting=Cutting()),
+        "tokenization_for": dict(lm=tiny, cutting=Cutting(), tokens=None),
         "build_from": dict(
             source=ArraySource(X), recipe=training.recipe_of(d_sae=8, k=2), metadata=None, progress=False
         ),
@@ -225,9 +236,11 @@ FUNCTIONS = {
     for face in FACES
     for name in face.__all__
     if inspect.isfunction(function := getattr(face, name))
-} | {"ModelSource": ModelSource, "ArraySource": ArraySource}
+} | {"ModelSource": ModelSource, "ArraySource": ArraySource, "ChatSource": ChatSource}
 
 NOT_WALKED = {
+    "text_or_chat_source": "build and collect, which it serves, are walked",
+    "chat_context_size": "tests/test_chats.py",
     "describe_texts": "for metadata: called once the texts were looked at",
     "names_data_set": "a question, with an answer for everything",
     "hook_is_per_head": "the old name of a property of HookPoint",
@@ -295,12 +308,28 @@ FIELDS = {
         d_sae=POSITIVE, coding=[3, None, "mp"], l0=REAL, seed=WHOLE, preset=[3, True],
         rule=[3, None, "best"],
     ),
+    TokenFilter: dict(
+        roles=[3, "user", [], [3]], kinds=[3, "word", [], ["words"]], only=[3, "(", ["x"]],
+        drop=[3, "[", b"x"],
+    ),
+    Chats: dict(
+        conversations=[None, 3, {}, [{"role": "user", "content": "a"}]], special_tokens=NAME,
+        special_share=[*REAL, 0, 1], template_options=[*MAPPING, {"a": object()}], field=STRING,
+        split=STRING,
+    ),
 }  # fmt: skip
+GOOD = {
+    Cutting: dict,
+    training.Recipe: lambda: vars(training.recipe_of(d_sae=8, k=2)),
+    TokenFilter: dict,
+    Chats: lambda: dict(conversations=[]),
+}
+"""Arguments with which each can be made."""
 
 
 @pytest.mark.parametrize("kind", FIELDS)
 def test_nonsense_in_a_field_is_told_by_the_name_of_the_field(kind):
-    good = {} if kind is Cutting else vars(training.recipe_of(d_sae=8, k=2))
+    good = GOOD[kind]()
     assert set(FIELDS[kind]) == {field.name for field in dataclasses.fields(kind)}
     for field, values in FIELDS[kind].items():
         for value in values:

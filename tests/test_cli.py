@@ -15,7 +15,7 @@ import pytest
 from safetensors.torch import load_file
 
 import itda_lens
-from itda_lens import analysis, cli, compare, sae, saebench
+from itda_lens import analysis, cli, compare, sae, saebench, sources
 from itda_lens.__main__ import BAD_INPUT, FAILURE, INTERRUPTED, TERMINATED, main
 from itda_lens.cli import choices
 from itda_lens.cli.options import completing
@@ -222,6 +222,7 @@ def test_choices_are_those_of_the_library():
         (choices.Exposed, parameter_type(sae.push, "labels")),
         (choices.Evaluation, tuple(saebench.EVALUATIONS)),
         (choices.Baseline, flat(saebench.Baseline)),
+        (choices.SpecialTokens, sources.SpecialTokens),
     ):
         assert flat(ours) == flat(theirs)
 
@@ -244,6 +245,8 @@ RENAMED = {"hook": "hook_names", "folder": "sae", "folders": "dictionaries"}
 EXCEPTIONS = {
     (cli.build_command, "d_sae"): "Python has none: the size of a dictionary is a decision",
     (cli.build_command, "k"): "Python has none: the length of codes is a decision",
+    (cli.build_command, "texts"): "or --chats: one of the two",
+    (cli.eval_command, "texts"): "or --chats: one of the two",
     (cli.eval_command, "model"): "the command takes the model that the dictionaries name",
     (cli.eval_command, "loader"): "and loads it as they say",
     (cli.decompose_command, "model"): "as for eval",

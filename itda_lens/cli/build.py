@@ -8,7 +8,21 @@ import typer
 from rich.text import Text
 
 from itda_lens.cli.choices import Method, Preset
-from itda_lens.cli.options import BatchSize, DeviceOption, LoaderOption, Split, TextField, Texts
+from itda_lens.cli.options import (
+    BatchSize,
+    ChatsOption,
+    DeviceOption,
+    Drop,
+    LoaderOption,
+    Only,
+    Role,
+    SpecialTokensOption,
+    Split,
+    TextField,
+    TextsOrNone,
+    filter_of,
+    texts_of,
+)
 from itda_lens.terminal import make_console, shown
 
 if TYPE_CHECKING:
@@ -22,11 +36,12 @@ def build_command(
             metavar="MODEL", help="A Hugging Face name or a local folder.", show_default=False
         ),
     ],
-    texts: Texts,
     hook: Annotated[
         list[str],
         typer.Option(help="A hook point, such as blocks.10.hook_resid_post; may be repeated."),
     ],
+    texts: TextsOrNone = None,
+    chats: ChatsOption = None,
     out: Annotated[
         Path | None,
         typer.Option(help="Folder for the dictionaries, a subfolder per hook; must not exist."),
@@ -87,11 +102,20 @@ def build_command(
     max_tokens: Annotated[
         int | None, typer.Option(min=1, help="Stop after this number of tokens; default: never.")
     ] = None,
-    context_size: Annotated[int, typer.Option(min=2, help="Tokens per context, BOS included.")] = 128,
+    context_size: Annotated[
+        int | None,
+        typer.Option(
+            min=2, help="Tokens per context, BOS included; default: 128, for chats up to 2048."
+        ),
+    ] = None,
     batch_size: BatchSize = 16,
     keep_special_tokens: Annotated[
         bool, typer.Option("--keep-special-tokens", help="Let BOS and special tokens be atoms.")
     ] = False,
+    special_tokens: SpecialTokensOption = "keep",
+    role: Role = None,
+    only: Only = None,
+    drop: Drop = None,
     text_field: TextField = "text",
     split: Split = "train",
     loader: LoaderOption = "bridge",
@@ -104,12 +128,17 @@ def build_command(
 
     All hook points are fed by the same forward passes, which stop at the deepest of them.
 
+    With --chats, conversations are read instead of texts, one by one.
+
     Example: itda build gpt2 --texts book.txt --hook blocks.6.hook_resid_post --out gpt2-dictionaries
     """
     if folder is None and (plan_only or shard_rows is not None):
         raise ValueError("--plan-only and --shard-rows need --folder")
     if plan_only == (out is not None):
         raise ValueError("--out is needed, or else --plan-only")
+    read = texts_of(texts, chats, text_field, split, special_tokens)
+    if folder is not None and chats is not None:
+        raise ValueError("--folder takes --texts; chats are built in one go")
     settings: dict[str, Any] = dict(
         d_sae=d_sae,
         k=k,
@@ -125,6 +154,7 @@ def build_command(
         context_size=context_size,
         batch_size=batch_size,
         keep_special_tokens=keep_special_tokens,
+        tokens=filter_of(role, only, drop),
         text_field=text_field,
         split=split,
         loader=loader,
@@ -133,7 +163,7 @@ def build_command(
     if folder is not None:
         from itda_lens.cli.shards import finished, planned
 
-        made = planned(model, texts, hook, folder, shard_rows, settings)
+        made = planned(model, read, hook, folder, shard_rows, settings)
         if out is not None:
             finished(made, out, overwrite, run=True)
         return
@@ -141,7 +171,7 @@ def build_command(
 
     assert out is not None, "or else there is a plan"
     with output_folder(out, overwrite) as new:
-        dictionaries = build(model, texts, hook, **settings)
+        dictionaries = build(model, read, hook, **settings)
         save_all(dictionaries, new)
     print_built(dictionaries, out)
 
@@ -152,5 +182,9 @@ def print_built(dictionaries: "Mapping[str, ITDA]", out: Path) -> None:
     for name, itda in dictionaries.items():
         line = f"{out / name}: {itda.cfg.d_sae:,} atoms, k = {itda.cfg.k}"
         console.print(shown(line), soft_wrap=True)
-    next_command = shown(f"itda eval {out} --texts HELD_OUT_FILE", "bold")
+    from itda_lens.sae import provenance_of
+
+    of_chats = any(provenance_of(itda).chats for itda in dictionaries.values())
+    option = "--chats" if of_chats else "--texts"
+    next_command = shown(f"itda eval {out} {option} HELD_OUT_FILE", "bold")
     console.print(Text.assemble("Next: ", next_command), soft_wrap=True)

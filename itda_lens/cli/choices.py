@@ -13,6 +13,7 @@ Measure = Literal["jaccard", "weighted", "cka", "svcca", "regression", "relative
 Match = Literal["auto", "position", "span", "overlap"]
 Codes = Literal["both", "signed", "nonnegative"]
 Exposed = Literal["full", "places", "none"]
+SpecialTokens = Literal["keep", "cap", "exclude"]
 Evaluation = Literal[
     "saelens",
     "core",

@@ -16,6 +16,7 @@ from itda_lens.records.provenance import (
     versions,
     without_paths,
 )
+from itda_lens.records.token_filter import TokenFilter
 
 __all__ = [
     "BUILD_KEY",
@@ -28,6 +29,7 @@ __all__ = [
     "Places",
     "Provenance",
     "Tag",
+    "TokenFilter",
     "agreed",
     "agreed_cutting",
     "as_label",

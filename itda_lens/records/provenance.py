@@ -18,6 +18,8 @@ _HOSTS = ("model_name", "model_class_name", "hook_name", "context_size", "prepen
 
 _PATHS = ("model_name", "model", "texts", "dataset_path")
 """Fields that may hold a path of this machine instead of a name."""
+_MAPPINGS = ("tokens", "chats", "recipe", "versions")
+"""Fields that are mappings of their own, and empty where nothing is known."""
 
 
 class Metadata(Protocol):
@@ -51,6 +53,9 @@ class Provenance:
         batch_size: contexts, or rows, that were read at once.
         max_tokens: the most tokens that should count.
         n_tokens: tokens that counted.
+        tokens: the conditions of the `TokenFilter`; empty where there was none.
+        chats: how conversations were read: which special tokens counted, a digest of the template, the
+            options that it got, and how many conversations were cut. Empty for texts.
         seconds: how long the build took.
         recipe: the settings of the build: the rule and its fields, the encoder, the seed.
         versions: installed versions of the packages that a build depends on.
@@ -75,6 +80,8 @@ class Provenance:
     batch_size: int | None = None
     max_tokens: int | None = None
     n_tokens: int | None = None
+    tokens: Mapping[str, Any] = field(default_factory=dict)
+    chats: Mapping[str, Any] = field(default_factory=dict)
     seconds: float | None = None
     recipe: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
@@ -110,13 +117,11 @@ class Provenance:
 
     def record(self) -> dict[str, Any]:
         """All that is known but the entries that SAELens knows, as plain data for JSON."""
-        skipped = {*_HOSTS, "recipe", "versions", "others"}
+        skipped = {*_HOSTS, *_MAPPINGS, "others"}
         known = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in skipped}
         record = {name: value for name, value in known.items() if value is not None}
         record |= dict(self.others)
-        record |= {
-            name: dict(getattr(self, name)) for name in ("recipe", "versions") if getattr(self, name)
-        }
+        record |= {name: dict(getattr(self, name)) for name in _MAPPINGS if getattr(self, name)}
         return record
 
     @property

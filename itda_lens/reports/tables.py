@@ -34,7 +34,11 @@ def evaluation_table(
     )
     # In a narrow terminal the hook's name folds and headers wrap; figures are never cut.
     table.add_column("hook", overflow="fold")
-    for name, width in {"atoms": 6, "L0": 4, "FVU": 5, "CE-loss score": 7, "KL": 5, "alive": 6}.items():
+    chats = any(e.fvu_form is not None for e in evaluations)
+    for name, width in {
+        "atoms": 6, "L0": 4, "FVU": 5, **({"FVU content": 7, "FVU form": 5} if chats else {}),
+        "CE-loss score": 7, "KL": 5, "alive": 6,
+    }.items():  # fmt: skip
         table.add_column(name, justify="right", min_width=width)
     if build_tokens is not None:
         table.add_column("tokens", justify="right", min_width=7)
@@ -46,6 +50,7 @@ def evaluation_table(
             f"{e.d_sae:,}",
             f"{e.l0:.1f}",
             f"{e.fvu:.3f}",
+            *(_figure(part) for part in (e.fvu_content, e.fvu_form) if chats),
             f"{e.ce_loss_score:.4f}",
             f"{e.kl:.3f}",
             f"{e.alive_fraction:.1%}",
@@ -59,9 +64,15 @@ def evaluation_table(
 
 
 def decomposition_table(decomposition: Sequence[TokenDecomposition], top: int, hook_name: str) -> Table:
-    """Tokens with their `top` atoms: signed coefficient, where the atom came from, in context."""
+    """Tokens with their `top` atoms: signed coefficient, where the atom came from, in context.
+
+    Of a conversation, each token's role stands beside it, dim for a token of the form.
+    """
     table = Table(title=shown(f"Decomposition at {hook_name}", TITLE), show_lines=False)
     table.add_column("token", no_wrap=True)
+    chat = any(token.special or token.role is not None for token in decomposition)
+    if chat:
+        table.add_column("role", no_wrap=True)
     # In a narrow terminal the quotation wraps, not the figures.
     for name in ("explained", "coefficient", "atom"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -71,6 +82,7 @@ def decomposition_table(decomposition: Sequence[TokenDecomposition], top: int, h
             first = i == 0
             table.add_row(
                 shown(repr(token.token)) if first else "",
+                *([_role(token) if first else ""] if chat else []),
                 f"{token.explained:.0%}" if first else "",
                 shown(f"{component.coefficient:+.2f}", "green" if component.coefficient > 0 else "red"),
                 str(component.atom),
@@ -121,6 +133,10 @@ def labels_table(itda: ITDA, n: int) -> Table:
     return table
 
 
+def _role(token: TokenDecomposition) -> Text:
+    return shown(token.role or "form", "dim" if token.special else "")
+
+
 def origin(label: Label | None, atom: int) -> Text:
     """Where an atom came from, or its number where nothing tells."""
     return shown(f"atom {atom}") if label is None else quote(label)
@@ -130,6 +146,7 @@ def quote(label: Label) -> Text:
     """A label in one line: its token in bold, with some of the text around it."""
     if label.context is None:
         return shown(label)
+    whose = [word for word in (label.role, "form" if label.special else None) if word]
     before, token, after = (
         part.replace("\n", "⏎").replace("\t", " ") for part in _around(label, label.context)
     )
@@ -139,7 +156,12 @@ def quote(label: Label) -> Text:
         (printable(before[-QUOTED_BEFORE:]), "dim"),
         (f"«{printable(token)}»", "bold"),
         (printable(after[:QUOTED_AFTER]), "dim"),
+        *([(printable(f" ({', '.join(whose)})"), "italic")] if whose else []),
     )
+
+
+def _figure(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
 
 
 def _around(label: Label, context: str) -> tuple[str, str, str]:

@@ -2,6 +2,14 @@
 
 from itda_lens.records import HookPoint
 from itda_lens.sources.array_source import ArraySource, check_activations
+from itda_lens.sources.chat_source import (
+    ChatReading,
+    ChatSource,
+    chat_context_size,
+    text_or_chat_source,
+)
+from itda_lens.sources.chat_templates import ChatTemplate, RenderedChat
+from itda_lens.sources.chats import Chats, SpecialTokens
 from itda_lens.sources.contexts import Context, ContextBatch, Tokenization
 from itda_lens.sources.hooked import HookedModel
 from itda_lens.sources.hooks import Site, unknown_hook
@@ -36,6 +44,10 @@ __all__ = [
     "ActivationSource",
     "Activations",
     "ArraySource",
+    "ChatReading",
+    "ChatSource",
+    "ChatTemplate",
+    "Chats",
     "Context",
     "ContextBatch",
     "HookPoint",
@@ -47,12 +59,15 @@ __all__ = [
     "Loader",
     "ModelSource",
     "ReadableModel",
+    "RenderedChat",
     "Replace",
     "Rows",
     "Site",
+    "SpecialTokens",
     "Tokenization",
     "TransformerLensModel",
     "Vectors",
+    "chat_context_size",
     "check_activations",
     "describe_texts",
     "gathered",
@@ -62,6 +77,7 @@ __all__ = [
     "language_model",
     "names_data_set",
     "register_with_transformer_lens",
+    "text_or_chat_source",
     "tokenization_for",
     "unembedding",
     "unknown_hook",

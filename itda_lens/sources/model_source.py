@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from itda_lens.records import Cutting, Provenance, at_least, checked
+from itda_lens.records import Cutting, Provenance, TokenFilter, at_least, checked
 from itda_lens.sources.contexts import ContextBatch, Tokenization
 from itda_lens.sources.models import language_model
 from itda_lens.sources.naming import saelens_class
@@ -38,6 +38,7 @@ class ModelSource:
             iterator can be read once.
         hook_names: one hook point or several, by the names that the model knows.
         cutting: how texts are cut into contexts, and which tokens count.
+        tokens: more conditions on the tokens that count.
         batch_size: contexts per forward pass.
         max_tokens: end after exactly this number of tokens that count; default: after all texts.
         text_field, split: for jsonl files and data sets.
@@ -56,6 +57,7 @@ class ModelSource:
         hook_names: str | Sequence[str],
         cutting: Cutting = Cutting(),  # noqa: B008 (immutable)
         *,
+        tokens: TokenFilter | None = None,
         batch_size: int = 16,
         max_tokens: int | None = None,
         text_field: str = "text",
@@ -79,7 +81,7 @@ class ModelSource:
             model, tokenizer=tokenizer, name=model_name, loader=loader, device=device
         )
         self.model.check_hooks(self.hooks)
-        self.tokenization = tokenization_for(self.model, cutting)
+        self.tokenization = tokenization_for(self.model, cutting, tokens)
         self._n_tokens: int | None = None
         self._read: str | None = None
 
@@ -171,6 +173,7 @@ class ModelSource:
             batch_size=self._batch_size,
             max_tokens=self.n_rows,
             n_tokens=self._n_tokens,
+            tokens={} if (tokens := self.tokenization.tokens) is None else tokens.record(),
         )
 
     def _opened(self) -> Iterator[str]:
@@ -201,18 +204,29 @@ def hook_list(hook_names: str | Sequence[str]) -> list[str]:
 
 
 @checked
-def tokenization_for(lm: ReadableModel, cutting: Cutting) -> Tokenization:
+def tokenization_for(
+    lm: ReadableModel, cutting: Cutting, tokens: TokenFilter | None = None
+) -> Tokenization:
     """How to cut texts into contexts for a model.
 
     Raises:
-        ValueError: contexts are longer than the model's, or begin with a BOS token that it has not.
+        ValueError: contexts are longer than the model's, or begin with a BOS token that it has not;
+            or `tokens` asks for roles, which texts have none of.
     """
-    if lm.max_context is not None and cutting.context_size > lm.max_context:
+    check_context_size(lm, cutting.context_size)
+    return Tokenization(lm.tokenizer, cutting, tokens)
+
+
+def check_context_size(lm: ReadableModel, context_size: int) -> None:
+    """Refuse contexts that are longer than a model's.
+
+    Raises:
+        ValueError: they are.
+    """
+    if lm.max_context is not None and context_size > lm.max_context:
         raise ValueError(
-            f"context_size must be at most the model's {lm.max_context} tokens, got "
-            f"{cutting.context_size}"
+            f"context_size must be at most the model's {lm.max_context} tokens, got {context_size}"
         )
-    return Tokenization(lm.tokenizer, cutting)
 
 
 def _hashed(texts: Iterable[str], digest: "hashlib._Hash") -> Iterator[str]:

@@ -23,11 +23,19 @@ from tqdm.auto import tqdm
 
 from itda_lens.dictionary import RULES, Resumable, Rule
 from itda_lens.pursuit import Coding
-from itda_lens.records import Cutting, Provenance, at_least, checked, replacing, versions
+from itda_lens.records import (
+    Cutting,
+    Provenance,
+    TokenFilter,
+    at_least,
+    checked,
+    replacing,
+    versions,
+)
 from itda_lens.records.files import exclusive
 from itda_lens.sae import ITDA
 from itda_lens.sae.saved import check_digests, digests, write_tensors
-from itda_lens.sources import Listed, ModelSource, describe_texts, iterate_texts
+from itda_lens.sources import Chats, Listed, ModelSource, describe_texts, iterate_texts
 from itda_lens.training.engines import ray_shards
 from itda_lens.training.point import Point
 from itda_lens.training.recipe import Recipe, recipe_of
@@ -328,6 +336,8 @@ def plan(
     mine = {f: {k: v for k, v in settings.items() if k in takes[f]} for f in takes}
     if unknown := set(settings) - {name for names in takes.values() for name in names}:
         raise TypeError(f"plan has no argument {min(unknown)!r}; it takes those of build")
+    if mine[Cutting].get("context_size", 0) is None:  # the default, as in `build`
+        del mine[Cutting]["context_size"]
     recipe = recipe_of(**mine[recipe_of])
     most = settings.get("max_tokens")
     if isinstance(most, int) and not isinstance(most, bool):  # before the model is loaded
@@ -341,7 +351,7 @@ def plan(
 
 def plan_texts(
     model: Any,
-    texts: str | Path | Iterable[str],
+    texts: str | Path | Iterable[str] | Chats,
     hook_names: str | Sequence[str],
     recipe: Recipe,
     cutting: Cutting,
@@ -352,6 +362,11 @@ def plan_texts(
     **reading: Any,
 ) -> Plan:
     """`plan`, with the settings put together: `reading` goes to `ModelSource`."""
+    if isinstance(texts, Chats):
+        raise ValueError(
+            "texts must be texts to be split into shards, got Chats; for these, pass a ChatSource to "
+            "itda_lens.training.plan_from"
+        )
     folder = Path(folder)
     _check_resumable(recipe)
     named = isinstance(texts, str | Path)
@@ -509,6 +524,7 @@ def _record(
         "tokenizer": str(tokenizer) if isinstance(tokenizer, str | Path) else None,
         "texts": None if texts is None else _absolute(texts),
         "cutting": asdict(source.tokenization.cutting),
+        **({"tokens": tokens.record()} if (tokens := source.tokenization.tokens) else {}),
     }
 
 
@@ -519,11 +535,16 @@ def _reopened(folder: Path, record: Mapping[str, Any], model: Any) -> ModelSourc
     model = settings.pop("model") if model is None else model
     settings.pop("model", None)
     texts, cutting = settings.pop("texts"), settings.pop("cutting")
-    hooks = settings.pop("hooks")
+    hooks, tokens = settings.pop("hooks"), settings.pop("tokens", None)
     if model is None:
         raise ValueError(f"model must be given: the plan in {folder} does not know where it is")
     return ModelSource(
-        model, folder / _TEXTS if texts is None else texts, hooks, Cutting(**cutting), **settings
+        model,
+        folder / _TEXTS if texts is None else texts,
+        hooks,
+        Cutting(**cutting),
+        tokens=None if tokens is None else TokenFilter(**tokens),
+        **settings,
     )
 
 
