@@ -21,6 +21,7 @@ from itda_lens.pursuit.gram_rows import GramRows
 from itda_lens.pursuit.methods import PURSUITS
 from itda_lens.pursuit.precision import FLOATS, check_floats
 from itda_lens.pursuit.prepared import PreparedAtoms, encode
+from itda_lens.pursuit.transforms import beneath
 
 __all__ = [
     "DEFAULT_RTOL",
@@ -33,6 +34,7 @@ __all__ = [
     "Method",
     "PreparedAtoms",
     "SparseCodes",
+    "beneath",
     "calibrate_out_of_fold",
     "calibrate_threshold",
     "check_floats",

@@ -21,6 +21,7 @@ from itda_lens.pursuit import (
     Method,
     PreparedAtoms,
     SparseCodes,
+    beneath,
     check_floats,
     threshold_for_l0,
 )
@@ -343,7 +344,7 @@ class ITDA(SAE[ITDAConfig]):
             ValueError: `W_dec` has NaN or infinite values, or another shape than the configuration says.
         """
         atoms = self._checked_atoms()[: self.cfg.n_pursued]
-        self._prepared = prepare(atoms.detach(), coding, self._prepared)
+        self._prepared = beneath(lambda plain: prepare(plain, coding, self._prepared), atoms)
         norms = self._prepared.norms
         if norms is not None:
             atoms = atoms.to(norms.dtype) / norms[:, None]
