@@ -1,6 +1,7 @@
 """Activations of any size, coded at sizes at which neither they nor their squares overflow or vanish."""
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -13,6 +14,8 @@ float32."""
 
 BEYOND = 2.0**100
 """A threshold that no scaled row reaches. Larger ones become this one, so that they can be squared."""
+
+Number = TypeVar("Number", float, Tensor)
 
 Search = Callable[[Tensor, float], tuple[Tensor, Tensor]]
 """(rows, threshold) -> (picks, coefficients)."""
@@ -33,7 +36,7 @@ def at_ordinary_size(
     parts = []
     for size in sizes:
         rows = x if len(sizes) == 1 else x[groups == size]
-        picks, coefficients = search(_times(rows, -size), min(threshold * 2.0**-size, BEYOND))
+        picks, coefficients = search(_times(rows, -size), min(_times(threshold, -size), BEYOND))
         parts.append((picks, _times(coefficients, size)))
     if len(parts) == 1:
         return parts[0]
@@ -42,7 +45,7 @@ def at_ordinary_size(
     return picks, coefficients
 
 
-def _times(x: Tensor, exponent: int) -> Tensor:
+def _times(x: Number, exponent: int) -> Number:
     """`x * 2**exponent`; in two steps, since the factor itself may be too large or small for the
     dtype."""
     return x * 2.0 ** (exponent // 2) * 2.0 ** (exponent // 2) if exponent else x

@@ -22,10 +22,12 @@ from itda_lens.pursuit import (
     PreparedAtoms,
     SparseCodes,
     beneath,
+    check_fits,
     check_floats,
     threshold_for_l0,
 )
 from itda_lens.records import Labels, replacing
+from itda_lens.sae.normalization import NORMALIZATIONS
 from itda_lens.sae.prepared import Prepared, prepare, same_bits, unit_up_to_rounding
 from itda_lens.sae.saved import WEIGHTS_KEY, check_config, check_digests, digests, write_tensors
 
@@ -175,6 +177,13 @@ class ITDA(SAE[ITDAConfig]):
             atoms = torch.nn.functional.normalize(drawn, dim=-1).to(self.device, self.dtype)
         self.W_dec = nn.Parameter(atoms)
 
+    @override
+    def _setup_activation_normalization(self) -> None:
+        super()._setup_activation_normalization()
+        if self.cfg.normalize_activations in NORMALIZATIONS:
+            into, back = NORMALIZATIONS[self.cfg.normalize_activations](self)
+            self.run_time_activation_norm_fn_in, self.run_time_activation_norm_fn_out = into, back
+
     @property
     def W_enc(self) -> Float[Tensor, "d_in d_sae"]:  # pyright: ignore[reportIncompatibleVariableOverride]
         """View of `W_dec.T`, for tools that read encoder directions (SAEBench takes their norms).
@@ -216,21 +225,25 @@ class ITDA(SAE[ITDAConfig]):
         """Dense codes of `x`, at most `cfg.k` nonzeros each, in the dictionary's dtype.
 
         Raises:
-            ValueError: `x` has the wrong width, NaN or infinite values.
+            ValueError: as `encode_sparse`, or a coefficient is too large for the dictionary's dtype.
         """
-        codes = self.encode_sparse(x).to_dense(self.cfg.d_sae).to(self.dtype)
+        sparse = self.encode_sparse(x)
+        check_fits("coefficients", sparse.values, self.W_dec)
+        codes = sparse.to_dense(self.cfg.d_sae).to(self.dtype)
         return self.hook_sae_acts_post(self.hook_sae_acts_pre(codes))
 
     def encode_sparse(self, x: Float[Tensor, "*batch d_in"]) -> SparseCodes:
         """Codes of `x` as (indices, values), `cfg.k` slots each, unused ones of value 0.
 
         With hook_z reshaping `x` is [*batch, n_heads, d_head]. Values are float32 (float64 for a
-        float64 dictionary).
+        float64 dictionary). Activations are cast to the dictionary's dtype first.
 
         Raises:
-            ValueError: `x` has the wrong width, NaN or infinite values.
+            ValueError: `x` has the wrong width, NaN or infinite values, or is too large for the
+                dictionary's dtype; or it is so small that all of it would be zero there.
         """
-        sae_in = self.process_sae_in(self._check_width(x))
+        check_fits("x", self._check_width(x), self.W_dec)
+        sae_in = self.process_sae_in(x)
         atoms, norms = self._prepare(self.cfg.coding)
         codes = atoms.encode(sae_in)
         if norms is not None:
@@ -265,7 +278,8 @@ class ITDA(SAE[ITDAConfig]):
             ValueError: l0 or k is out of range; `x` is empty, of another width, NaN or infinite.
         """
         most = self.cfg.k if k is None else k
-        sae_in = self.process_sae_in(self._check_width(x)).reshape(-1, self.cfg.d_in)
+        check_fits("x", self._check_width(x), self.W_dec)
+        sae_in = self.process_sae_in(x).reshape(-1, self.cfg.d_in)
         coding = replace(self.cfg.coding, k=most)
         atoms, _ = self._prepare(coding)
         threshold = threshold_for_l0(sae_in, atoms, l0)
