@@ -29,7 +29,14 @@ from itda_lens.pursuit import (
 from itda_lens.records import Labels, replacing
 from itda_lens.sae.normalization import NORMALIZATIONS
 from itda_lens.sae.prepared import Prepared, prepare, same_bits, unit_up_to_rounding
-from itda_lens.sae.saved import WEIGHTS_KEY, check_config, check_digests, digests, write_tensors
+from itda_lens.sae.saved import (
+    WEIGHTS_KEY,
+    check_config,
+    check_digests,
+    digests,
+    header_of,
+    write_tensors,
+)
 
 LABELS_KEY = "itda_labels"
 """Where the labels live in `cfg.metadata`: SAELens saves, loads and uploads that, and casts no integer
@@ -513,10 +520,10 @@ class ITDA(SAE[ITDAConfig]):
         """Write `sae_weights.safetensors` and `cfg.json` into the folder `path`, made if need be.
 
         Files of these names are replaced, as by every SAELens SAE, but only once both new ones are
-        complete: an interrupt or a full disk leaves both as they were. A digest of the weights in
-        `cfg.json` (`itda_weights` in its metadata) tells files of two saves apart when they are loaded,
-        which a kill between the two renames can leave. A `sparsity.safetensors` of the weights that were
-        there is removed.
+        complete: an interrupt or a full disk leaves both as they were. So does a kill between the two
+        renames, for `itda_lens.load`: the header of the weights holds their own configuration, and a
+        digest of the weights in `cfg.json` (`itda_weights` in its metadata) shows when that is needed.
+        A `sparsity.safetensors` of the weights that were there is removed.
 
         Returns:
             Paths of the weights and of the config.
@@ -532,9 +539,10 @@ class ITDA(SAE[ITDAConfig]):
         config["metadata"] = config["metadata"] | {WEIGHTS_KEY: digests(state_dict)}
         text = json.dumps(config)
         weights, cfg = folder / SAE_WEIGHTS_FILENAME, folder / SAE_CFG_FILENAME
-        # The configuration first: with weights of any earlier save its digests tell the mixture.
+        # The configuration first: its digests tell that earlier weights are not its own, whoever wrote
+        # these. The save is done once the weights are renamed.
         with replacing(cfg, weights) as (new_cfg, new_weights):
-            write_tensors(state_dict, new_weights)
+            write_tensors(state_dict, new_weights, header_of(text))
             new_cfg.write_text(text)
             (folder / SPARSITY_FILENAME).unlink(missing_ok=True)
         return weights, cfg
