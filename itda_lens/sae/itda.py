@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
@@ -12,6 +13,7 @@ import torch
 from jaxtyping import Float
 from sae_lens import SAE, SAEConfig
 from sae_lens.constants import DTYPE_MAP, SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, SPARSITY_FILENAME
+from sae_lens.saes.sae import SAEMetadata
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -26,7 +28,7 @@ from itda_lens.pursuit import (
     check_floats,
     threshold_for_l0,
 )
-from itda_lens.records import Labels, replacing
+from itda_lens.records import Labels, checked, replacing
 from itda_lens.sae.normalization import NORMALIZATIONS
 from itda_lens.sae.prepared import Prepared, prepare, same_bits, unit_up_to_rounding
 from itda_lens.sae.saved import (
@@ -124,6 +126,8 @@ class ITDAConfig(SAEConfig):
         for name, allowed in (("dtype", tuple(DTYPE_MAP)), ("reshape_activations", ("none", "hook_z"))):
             if (value := getattr(self, name)) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+        if not isinstance(self.metadata, SAEMetadata):
+            raise ValueError(f"metadata must be a SAEMetadata, got {type(self.metadata).__name__}")
         if not isinstance(self.device, str):
             raise ValueError(f"device must be a string such as 'cpu' or 'cuda:0', got {self.device!r}")
         for name in ("d_in", "d_sae"):
@@ -139,8 +143,9 @@ class ITDAConfig(SAEConfig):
         self.k, self.signed = coding.k, coding.signed
         self.rtol, self.threshold = coding.rtol, coding.threshold
         if self.l0 is not None:
-            if not isinstance(self.l0, Real) or isinstance(self.l0, bool) or not self.l0 > 0:
-                raise ValueError(f"l0 must be above 0 or None, got {self.l0!r}")
+            number = isinstance(self.l0, Real) and not isinstance(self.l0, bool)
+            if not number or not 0 < self.l0 < math.inf:
+                raise ValueError(f"l0 must be above 0 and finite, or None, got {self.l0!r}")
             self.l0 = float(self.l0)
 
 
@@ -158,6 +163,10 @@ class ITDA(SAE[ITDAConfig]):
     """
 
     def __init__(self, cfg: ITDAConfig, use_error_term: bool = False) -> None:
+        if not isinstance(cfg, ITDAConfig):
+            raise TypeError(f"cfg must be an ITDAConfig, got {type(cfg).__name__}")
+        if not isinstance(use_error_term, bool):
+            raise TypeError(f"use_error_term must be True or False, got {use_error_term!r}")
         super().__init__(cfg, use_error_term)
         # Neither buffers nor parameters: SAELens builds models on device "meta" and assigns weights.
         self._prepared: Prepared | None = None
@@ -265,6 +274,7 @@ class ITDA(SAE[ITDAConfig]):
         """
         return self.encode_sparse(x[:, None] if self.hook_z_reshaping_mode else x)
 
+    @checked
     @torch.no_grad()
     def calibrate(self, x: Float[Tensor, "*batch d_in"], l0: float, k: int | None = None) -> float:
         """Let codes have `l0` nonzeros on average instead of `cfg.k` each.
@@ -295,9 +305,21 @@ class ITDA(SAE[ITDAConfig]):
 
     @override
     def decode(self, feature_acts: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_in"]:
-        """Reconstruction from dense codes."""
+        """Reconstruction from dense codes.
+
+        Raises:
+            TypeError: `feature_acts` is no dense tensor of a floating dtype.
+            ValueError: it has another width than d_sae.
+        """
+        check_floats("feature_acts", feature_acts)
+        if not feature_acts.ndim or feature_acts.shape[-1] != self.cfg.d_sae:
+            raise ValueError(
+                f"feature_acts must have d_sae={self.cfg.d_sae} numbers per row, got "
+                f"{tuple(feature_acts.shape)}"
+            )
         return self._finish_decoding(feature_acts @ self._checked_atoms())
 
+    @checked
     def decode_sparse(self, codes: SparseCodes) -> Float[Tensor, "*batch d_in"]:
         """Reconstruction from sparse codes, read by gather; equal to that of `decode` up to rounding."""
         return self._finish_decoding(codes.decode(self._checked_atoms()).to(self.dtype))
@@ -390,6 +412,7 @@ class ITDA(SAE[ITDAConfig]):
             self._labels = (compact, Labels.from_compact(compact, self.cfg.d_sae))
         return self._labels[1]
 
+    @checked
     def prefix(self, m: int) -> "ITDA":
         """The dictionary of the first `m` atoms, a copy.
 
@@ -445,8 +468,17 @@ class ITDA(SAE[ITDAConfig]):
     # what SAELens does to weights and files
 
     @override
+    @checked
     @torch.no_grad()
     def fold_activation_norm_scaling_factor(self, scaling_factor: float) -> None:
+        """Divide the weights, and the threshold, by a factor that activations were multiplied by.
+
+        Raises:
+            TypeError: the factor is no number.
+            ValueError: it is not above 0 and finite.
+        """
+        if not 0 < scaling_factor < math.inf:
+            raise ValueError(f"scaling_factor must be above 0 and finite, got {scaling_factor}")
         self.W_dec.div_(scaling_factor)
         self.b_dec.div_(scaling_factor)
         self.cfg.threshold /= scaling_factor
@@ -516,6 +548,7 @@ class ITDA(SAE[ITDAConfig]):
             raise ValueError("W_dec's second half must be the negative of the first: mirrored is set")
 
     @override
+    @checked
     def save_model(self, path: str | Path) -> tuple[Path, Path]:
         """Write `sae_weights.safetensors` and `cfg.json` into the folder `path`, made if need be.
 

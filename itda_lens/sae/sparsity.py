@@ -9,13 +9,14 @@ from sae_lens.constants import SAE_CFG_FILENAME, SPARSITY_FILENAME
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from itda_lens.records import replacing
+from itda_lens.records import checked, replacing
 from itda_lens.sae.saved import WEIGHTS_KEY, write_tensors
 
 EPSILON = 1e-10
 """Added to a density before its logarithm is taken, as by SAELens's trainer: dead features read -10."""
 
 
+@checked
 def load_sparsity(folder: str | Path) -> Float[Tensor, " d_sae"] | None:
     """The feature densities beside a dictionary; None where there is no `sparsity.safetensors`.
 
@@ -36,6 +37,7 @@ def load_sparsity(folder: str | Path) -> Float[Tensor, " d_sae"] | None:
     return (10**logarithms - EPSILON).clamp(min=0)
 
 
+@checked
 def save_sparsity(folder: str | Path, feature_density: Float[Tensor, " d_sae"]) -> Path:
     """Write `sparsity.safetensors` into the folder of a dictionary.
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from itda_lens.records import is_leftover
+from itda_lens.records import checked, is_leftover
 from itda_lens.records.files import dead_folders, probe, temporary_folder
 from itda_lens.sae import ITDA, is_dictionary
 
@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 _NEW, _OLD, _DONE = "new", "old", "done"
 
 
+@checked
 @contextmanager
 def output_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
     """A folder beside `path` to write into, which becomes `path` when the block ends well.
@@ -93,7 +94,8 @@ def output_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
             _remove(work)
 
 
-def save_all(dictionaries: Mapping[str, ITDA], folder: Path) -> None:
+@checked
+def save_all(dictionaries: Mapping[str, ITDA], folder: str | Path) -> None:
     """Save each dictionary into the subfolder of its hook name.
 
     Where one cannot be written there, it is saved in a temporary folder of the system, since it may have
@@ -102,6 +104,7 @@ def save_all(dictionaries: Mapping[str, ITDA], folder: Path) -> None:
     Raises:
         OSError: one could not be written into `folder`; the message says where it is instead.
     """
+    folder = Path(folder)
     failed: dict[str, OSError] = {}
     for name, itda in dictionaries.items():
         try:
