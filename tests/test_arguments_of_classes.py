@@ -22,7 +22,7 @@ CONFIG = dict(
     mirrored=SWITCH, apply_b_dec_to_input=SWITCH, l0=[*REAL, 0], method=["x", 3, True, None, ["mp"]],
     dtype=["x", 3, None, torch.float32], device=[3, None, torch.device("cpu"), b"cpu"],
     normalize_activations=["x", 3, None, True], reshape_activations=["x", 3, None, True],
-    metadata=[3, "x", {"a": 1}, None],
+    metadata=[3, "x", [1], None],
 )  # fmt: skip
 
 METHODS = {

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch._C import _functorch  # no public function tells a wrapped tensor
+from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue] (no public function tells)
 from torch.autograd import forward_ad
 
 T = TypeVar("T")
@@ -79,7 +79,7 @@ class _Rowwise(torch.autograd.Function):
         """Nothing is kept: there is no backward pass."""
 
     @staticmethod
-    def vmap(
+    def vmap(  # pyright: ignore[reportIncompatibleMethodOverride]
         info: Any, in_dims: tuple[int | None, ...], function: Rowwise, *tensors: Tensor
     ) -> tuple[tuple[Tensor, ...], int]:
         *rows, shared = tensors

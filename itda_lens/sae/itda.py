@@ -3,7 +3,7 @@
 import copy
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
 from pathlib import Path
@@ -126,6 +126,8 @@ class ITDAConfig(SAEConfig):
         for name, allowed in (("dtype", tuple(DTYPE_MAP)), ("reshape_activations", ("none", "hook_z"))):
             if (value := getattr(self, name)) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+        if isinstance(self.metadata, Mapping):  # as SAELens's from_dict passes it
+            self.metadata = SAEMetadata(**self.metadata)
         if not isinstance(self.metadata, SAEMetadata):
             raise ValueError(f"metadata must be a SAEMetadata, got {type(self.metadata).__name__}")
         if not isinstance(self.device, str):

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from itda_lens.pursuit.precision import at_least_float32
+
 LAYER_NORM_EPS = 1e-5
 """SAELens's; it is added to the standard deviation."""
 
@@ -37,10 +39,10 @@ def layer_norm(sae: Any) -> Normalization:
     """Let each activation have mean 0 and, but for `LAYER_NORM_EPS`, standard deviation 1; and back."""
 
     def normalize(x: Tensor) -> Tensor:
-        exact = x.double()
-        sae.ln_mu = exact.mean(dim=-1, keepdim=True)
-        sae.ln_std = exact.std(dim=-1, keepdim=True)
-        return ((exact - sae.ln_mu) / (sae.ln_std + LAYER_NORM_EPS)).to(x.dtype)
+        exact, kept = x.double(), at_least_float32(x.dtype)
+        mean, std = exact.mean(dim=-1, keepdim=True), exact.std(dim=-1, keepdim=True)
+        sae.ln_mu, sae.ln_std = mean.to(kept), std.to(kept)
+        return ((exact - mean) / (std + LAYER_NORM_EPS)).to(x.dtype)
 
     def undo(x: Tensor) -> Tensor:
         undone = (x * sae.ln_std + sae.ln_mu).to(x.dtype)
