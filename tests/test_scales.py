@@ -146,3 +146,42 @@ def test_normalisation_in_half_precision():
     assert (x.float().norm(dim=-1) > 65_504).any()
     error = (itda(x).float() - x.float()).norm() / x.float().norm()
     assert 0 < error < 0.7
+
+
+@pytest.mark.parametrize("norm", [1e-29, 1e-20, 1e20, 1e29])
+def test_atoms_of_any_norm(norm):
+    """Atoms that folding or training made long or short, all of them or one."""
+    wanted, x = dictionary(torch.float32)(ROWS.float()), ROWS.float()
+    for rows in (slice(None), slice(3, 4)):
+        itda = dictionary(torch.float32)
+        itda.W_dec.data[rows] *= norm
+        torch.testing.assert_close(itda(x), wanted, atol=1e-4, rtol=1e-4)
+        itda.W_dec.data[rows] *= 1e6 if norm > 1 else 1e-6
+        if norm in (1e-29, 1e29):
+            with pytest.raises(ValueError, match="W_dec must have rows of zeros, or of norms between"):
+                itda(x)
+    itda.W_dec.data[:] = ATOMS
+    itda.W_dec.data[3] = 0
+    assert itda(x).isfinite().all()
+
+
+def test_weights_that_are_not_finite_are_named():
+    itda = dictionary(torch.float32)
+    for name in ("b_dec", "W_dec"):
+        getattr(itda, name).data.flatten()[2] = torch.nan
+        with pytest.raises(ValueError, match=f"{name} has NaN or infinite values"):
+            itda(ROWS.float())
+        getattr(itda, name).data.flatten()[2] = 0
+
+
+def test_tensors_that_are_none_of_the_dictionary():
+    itda, x = dictionary(torch.float32), ROWS.float()
+    with pytest.raises(TypeError, match="x must be a dense tensor .*, got a nested tensor"):
+        itda.encode(torch.nested.nested_tensor([x[:2], x[:3]], layout=torch.strided))
+    with pytest.raises(ValueError, match="x must be on the device of the dictionary, cpu, got meta"):
+        itda.encode(x.to("meta"))
+    with pytest.raises(TypeError, match="W_dec must be a Parameter, got NoneType"):
+        itda.W_dec = None
+    codes = itda.encode_sparse(x)
+    with pytest.raises(ValueError, match="codes must have indices and values of one shape"):
+        itda.decode_sparse(codes._replace(values=codes.values[:, :2]))

@@ -36,6 +36,8 @@ def check_floats(name: str, tensor: object) -> None:
     allowed = "a dense tensor of float16, bfloat16, float32 or float64"
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be {allowed}, got {type(tensor).__name__}")
+    if tensor.is_nested:
+        raise TypeError(f"{name} must be {allowed}, got a nested tensor")
     if tensor.layout != torch.strided:
         raise TypeError(f"{name} must be {allowed}, got the layout {tensor.layout}")
     if tensor.dtype not in FLOATS:

@@ -216,7 +216,9 @@ class ITDA(SAE[ITDAConfig]):
             if not isinstance(value, Tensor) or not same_bits(value, self.W_enc):
                 raise ValueError("W_enc must be W_dec.T, of which it is a view; assign W_dec instead")
             return
-        if name == "W_dec" and isinstance(value, Tensor):
+        if name == "W_dec":
+            if not isinstance(value, Tensor):
+                raise TypeError(f"W_dec must be a Parameter, got {type(value).__name__}")
             self._check_atoms(value)
         super().__setattr__(name, value)
 
@@ -323,7 +325,16 @@ class ITDA(SAE[ITDAConfig]):
 
     @checked
     def decode_sparse(self, codes: SparseCodes) -> Float[Tensor, "*batch d_in"]:
-        """Reconstruction from sparse codes, read by gather; equal to that of `decode` up to rounding."""
+        """Reconstruction from sparse codes, read by gather; equal to that of `decode` up to rounding.
+
+        Raises:
+            ValueError: `codes` has indices and values of different shapes.
+        """
+        if codes.indices.shape != codes.values.shape:
+            raise ValueError(
+                "codes must have indices and values of one shape, got "
+                f"{tuple(codes.indices.shape)} and {tuple(codes.values.shape)}"
+            )
         return self._finish_decoding(codes.decode(self._checked_atoms()).to(self.dtype))
 
     @override
@@ -378,6 +389,10 @@ class ITDA(SAE[ITDAConfig]):
             width = x.shape[-1] * x.shape[-2] if x.ndim >= 2 else width
         if width != self.cfg.d_in:
             raise ValueError(f"x must have d_in={self.cfg.d_in} numbers per row, got {tuple(x.shape)}")
+        if x.device != self.W_dec.device:
+            raise ValueError(
+                f"x must be on the device of the dictionary, {self.W_dec.device}, got {x.device}"
+            )
         return x
 
     def _prepare(self, coding: Coding) -> tuple[PreparedAtoms, Tensor | None]:
@@ -386,8 +401,11 @@ class ITDA(SAE[ITDAConfig]):
         Norms and Gram matrix are computed anew when `W_dec` has changed.
 
         Raises:
-            ValueError: `W_dec` has NaN or infinite values, or another shape than the configuration says.
+            ValueError: `W_dec` has NaN or infinite values, norms that no arithmetic serves, or another
+                shape than the configuration says; or `b_dec` has NaN or infinite values.
         """
+        if not beneath(lambda plain: bool(torch.isfinite(plain).all()), self.b_dec):
+            raise ValueError("b_dec has NaN or infinite values")
         atoms = self._checked_atoms()[: self.cfg.n_pursued]
         self._prepared = beneath(lambda plain: prepare(plain, coding, self._prepared), atoms)
         norms = self._prepared.norms
