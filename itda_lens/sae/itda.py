@@ -190,8 +190,8 @@ class ITDA(SAE[ITDAConfig]):
         if self.device.type == "meta":  # SAELens replaces these at once
             atoms = torch.empty(shape, dtype=self.dtype, device=self.device)
         else:
-            generator = torch.Generator().manual_seed(RANDOM_ATOMS)
-            drawn = torch.randn(shape, generator=generator, dtype=torch.float32)
+            generator = torch.Generator("cpu").manual_seed(RANDOM_ATOMS)
+            drawn = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
             atoms = torch.nn.functional.normalize(drawn, dim=-1).to(self.device, self.dtype)
         self.W_dec = nn.Parameter(atoms)
 

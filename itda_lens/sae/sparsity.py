@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -54,12 +55,17 @@ def save_sparsity(folder: str | Path, feature_density: Float[Tensor, " d_sae"]) 
         the weights by the digests in `cfg.json`.
 
     Raises:
-        ValueError: densities are not between 0 and 1.
+        ValueError: densities are not between 0 and 1, or not those of the atoms of that dictionary.
         OSError: the file cannot be written.
     """
     if not ((feature_density >= 0) & (feature_density <= 1)).all():
         raise ValueError("feature_density must be between 0 and 1 for every atom")
     path = Path(folder) / SPARSITY_FILENAME
+    n_atoms = _config_of(path.parent).get("d_sae", len(feature_density))
+    if len(feature_density) != n_atoms:
+        raise ValueError(
+            f"feature_density must have d_sae={n_atoms} numbers, got {len(feature_density)}"
+        )
     with replacing(path) as (temporary,):
         logarithms = torch.log10(feature_density.cpu().float() + EPSILON)
         weights = _weights_of(path.parent)
@@ -71,9 +77,15 @@ def save_sparsity(folder: str | Path, feature_density: Float[Tensor, " d_sae"]) 
 
 def _weights_of(folder: Path) -> str | None:
     """The digests of the weights beside, as text; None where the configuration has none."""
+    metadata = _config_of(folder).get("metadata")
+    recorded = metadata.get(WEIGHTS_KEY) if isinstance(metadata, dict) else None
+    return None if recorded is None else json.dumps(recorded, sort_keys=True)
+
+
+def _config_of(folder: Path) -> dict[str, Any]:
+    """The configuration beside; an empty one where there is none that can be read."""
     try:
         config = json.loads((folder / SAE_CFG_FILENAME).read_text())
-        recorded = config["metadata"][WEIGHTS_KEY]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return json.dumps(recorded, sort_keys=True)
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return config if isinstance(config, dict) else {}

@@ -102,9 +102,14 @@ def save_all(dictionaries: Mapping[str, ITDA], folder: str | Path) -> None:
     taken hours.
 
     Raises:
+        ValueError: a name is none of a subfolder.
         OSError: one could not be written into `folder`; the message says where it is instead.
     """
     folder = Path(folder)
+    for name in dictionaries:
+        parts = Path(name).parts
+        if not parts or ".." in parts or "\0" in name or Path(name).is_absolute():
+            raise ValueError(f"dictionaries must go by names of subfolders, got {name!r}")
     failed: dict[str, OSError] = {}
     for name, itda in dictionaries.items():
         try:
@@ -159,6 +164,11 @@ def _place(path: Path) -> Path:
     if _is_mount(target):
         raise FileExistsError(
             f"{target} is a mount point, which cannot be replaced; choose a folder inside it"
+        )
+    if target.exists() and Path(os.path.realpath(os.curdir)).is_relative_to(target):
+        # A process, and the shell that started it, would go on in the folder that was there before.
+        raise FileExistsError(
+            f"{target} is the current folder or holds it: it cannot be replaced; choose one inside it"
         )
     return target
 
