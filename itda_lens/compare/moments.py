@@ -75,7 +75,9 @@ class RunningMoments:
         check_layers(xs, ys, "xs and ys")
         widths = [layer.shape[1] for layer in (*xs, *ys)]
         if self._shifts and (len(xs), widths) != (self._n_x, [len(s) for s in self._shifts]):
-            raise ValueError(f"xs and ys must be the layers of the first batch, got widths {widths}")
+            raise ValueError(
+                f"xs and ys must be layers like those of the first batch, got widths {widths}"
+            )
         layers = [layer.double() for layer in (*xs, *ys)]
         if not self._shifts:
             # Any fixed point near the mean keeps the sums of squares from cancelling.

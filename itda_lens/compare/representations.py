@@ -129,7 +129,7 @@ class RunningRelative:
         check_layers(xs, ys, "xs and ys")
         widths = [[layer.shape[1] for layer in side] for side in (xs, ys)]
         if widths != [[layer.shape[1] for layer in side] for side in self._anchors]:
-            raise ValueError(f"xs and ys must be the layers of the anchors, got widths {widths}")
+            raise ValueError(f"xs and ys must be layers like those of the anchors, got widths {widths}")
         left, right = (
             [
                 _unit(relative_representation(layer, own, self._centred))

@@ -15,7 +15,7 @@ LAYER_NORM_EPS = 1e-5
 """SAELens's; it is added to the standard deviation."""
 
 Normalization = tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]
-"""What SAELens calls `run_time_activation_norm_fn_in` and `run_time_activation_norm_fn_out`."""
+"""SAELens's `run_time_activation_norm_fn_in` and `run_time_activation_norm_fn_out`."""
 
 
 def constant_norm_rescale(sae: Any) -> Normalization:
@@ -53,4 +53,4 @@ def layer_norm(sae: Any) -> Normalization:
 
 
 NORMALIZATIONS = {"constant_norm_rescale": constant_norm_rescale, "layer_norm": layer_norm}
-"""Those that an SAE applies as it runs, by SAELens's name."""
+"""By SAELens's name, those that an SAE applies as it runs."""
