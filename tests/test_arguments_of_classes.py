@@ -27,7 +27,7 @@ CONFIG = dict(
 
 METHODS = {
     "encode": dict(x=NO_ROWS), "forward": dict(x=NO_ROWS), "encode_sparse": dict(x=NO_ROWS),
-    "encode_rows": dict(x=NO_ROWS), "decode": dict(feature_acts=[*TENSORS, X, X[0, 0]]),
+    "decode": dict(feature_acts=[*TENSORS, X, X[0, 0]]),
     "decode_sparse": dict(codes=[*TENSORS, X, (X, X)]),
     "calibrate": dict(x=[*NO_ROWS, X[:0]], l0=[*REAL, 0, None, 5], k=POSITIVE),
     "prefix": dict(m=[*POSITIVE, None, 9]), "save_model": dict(path=PATHS),

@@ -28,7 +28,7 @@ from itda_lens.pursuit import (
     check_floats,
     threshold_for_l0,
 )
-from itda_lens.records import Labels, checked, replacing
+from itda_lens.records import Labels, Provenance, checked, replacing, without_paths
 from itda_lens.sae.normalization import NORMALIZATIONS
 from itda_lens.sae.prepared import Prepared, prepare, same_bits, unit_up_to_rounding
 from itda_lens.sae.saved import (
@@ -37,6 +37,7 @@ from itda_lens.sae.saved import (
     check_digests,
     digests,
     header_of,
+    write_local,
     write_tensors,
 )
 
@@ -102,13 +103,33 @@ class ITDAConfig(SAEConfig):
     def architecture(cls) -> str:
         return "itda"
 
+    def __new__(cls, *args: Any, **values: Any) -> "ITDAConfig":
+        """Refuse a saved configuration that is not complete, whoever loads it.
+
+        SAELens's loaders call the class with the fields that a file has, and with its metadata as a dict
+        where everybody else passes `SAEMetadata`. A missing field would take its default.
+        """
+        if isinstance(values.get("metadata"), dict):
+            check_config(values, [field.name for field in fields(cls)])
+        return super().__new__(cls)
+
+    @override
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as SAELens writes it to `cfg.json`, which travels with uploads.
+
+        Names stand in place of the paths of this machine that the metadata may hold;
+        `ITDA.save_model` keeps the paths in a file of their own.
+        """
+        config = super().to_dict()
+        return config | {"metadata": without_paths(config["metadata"])}
+
     @override
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any]) -> "ITDAConfig":
         """The configuration that `to_dict` gave, or that `cfg.json` holds.
 
         One with an entry "metadata" is a saved one, which must be complete; others may leave fields to
-        their defaults. (`SAE.load_from_disk` does not ask this class: `itda_lens.load` does.)
+        their defaults.
 
         Raises:
             ValueError: a field is missing, unknown, of another type or out of range; it is named.
@@ -269,14 +290,6 @@ class ITDA(SAE[ITDAConfig]):
         if norms is not None:
             codes = codes._replace(values=codes.values / norms[codes.indices])
         return codes.mirrored(self.cfg.n_pursued) if self.cfg.mirrored else codes
-
-    def encode_rows(self, x: Float[Tensor, "n d_in"]) -> SparseCodes:
-        """`encode_sparse` of flat activations, with hook_z reshaping too: all heads in one row.
-
-        Raises:
-            ValueError: as `encode_sparse`.
-        """
-        return self.encode_sparse(x[:, None] if self.hook_z_reshaping_mode else x)
 
     @checked
     @torch.no_grad()
@@ -578,6 +591,9 @@ class ITDA(SAE[ITDAConfig]):
         digest of the weights in `cfg.json` (`itda_weights` in its metadata) shows when that is needed.
         A `sparsity.safetensors` of the weights that were there is removed.
 
+        Folders of the model and the texts go into `itda_local.json`, which SAELens does not upload, and
+        from which `itda_lens.load` reads them.
+
         Returns:
             Paths of the weights and of the config.
 
@@ -591,6 +607,7 @@ class ITDA(SAE[ITDAConfig]):
         config = self.cfg.to_dict()
         config["metadata"] = config["metadata"] | {WEIGHTS_KEY: digests(state_dict)}
         text = json.dumps(config)
+        write_local(folder, Provenance.of(self.cfg.metadata))
         weights, cfg = folder / SAE_WEIGHTS_FILENAME, folder / SAE_CFG_FILENAME
         # The configuration first: its digests tell that earlier weights are not its own, whoever wrote
         # these. The save is done once the weights are renamed.
