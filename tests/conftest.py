@@ -67,7 +67,8 @@ WORDS = "the a cat dog sat ran on in mat log and or big small red blue said that
 
 SLOW = {
     "test_files.py": {
-        "test_a_kill_between_the_renames_is_told_and_the_new_weights_are_named",
+        "test_a_kill_after_each_rename_leaves_the_old_or_the_new",
+        "test_a_kill_while_weights_of_earlier_versions_are_replaced_names_the_new_ones",
         "test_a_kill_leaves_no_process",
         "test_a_stop_at_every_rename_leaves_the_old_or_the_new",
         "test_every_changed_bit_of_the_weights_is_told",
@@ -147,6 +148,15 @@ SLOW = {
         "test_command",
         "test_figures_names_and_folders",
         "test_goes_on_and_refuses_to_mix",
+    },
+    "test_scales.py": {"test_every_pursuit"},
+    "test_siblings.py": {"test_the_default_device_does_not_matter"},
+    "test_tokenizer_objects.py": {"test_each_loader_takes_each_tokenizer"},
+    "test_transforms.py": {
+        "test_by_the_weights",
+        "test_dictionaries",
+        "test_pursuits",
+        "test_values_are_the_same_bits",
     },
     "test_site.py": {
         "test_a_bad_link_fails_the_build",

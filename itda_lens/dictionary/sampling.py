@@ -135,8 +135,8 @@ class StreamSample:
         """All of it, as tensors; `load` of a sample of the same settings takes it back."""
         columns = {"priorities": self._priorities, "identities": self._identities}
         return {
-            "n_seen": torch.tensor(self.n_seen),
-            "n_beyond": torch.tensor(self._n_beyond),
+            "n_seen": torch.tensor(self.n_seen, device="cpu"),
+            "n_beyond": torch.tensor(self._n_beyond, device="cpu"),
             "rows": self._store.rows.cpu().clone(),
             **{name: torch.from_numpy(column.view(np.int64)) for name, column in columns.items()},
             **{f"places.{name}": torch.from_numpy(part) for name, part in self._places.state().items()},
@@ -217,7 +217,7 @@ class StreamSample:
         pieces = rows.contiguous().view(torch.int32)  # rows are float32 or float64
         digest = torch.cat(
             [_mix(part.long() * self._multipliers).sum(dim=-1) for part in pieces.split(1024)]
-            or [torch.empty(0, dtype=torch.long)]
+            or [torch.empty(0, dtype=torch.long, device="cpu")]
         )
         return digest.cpu().numpy().view(np.uint64)
 

@@ -44,7 +44,9 @@ def replay(
     used = picks >= 0
     support = atoms[picks.clamp(min=0)] * used[..., None]
     inner = support @ support.transpose(-1, -2) + torch.diag_embed((~used).to(x.dtype))
-    return torch.linalg.solve(inner, (support @ x[..., None])).squeeze(-1)
+    # Not torch.linalg.solve, whose derivative has a wrong derivative in forward mode (torch 2.13).
+    factors = torch.linalg.lu_factor(inner)
+    return torch.linalg.lu_solve(*factors, support @ x[..., None]).squeeze(-1)
 
 
 def _signed(

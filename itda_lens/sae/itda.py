@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
@@ -12,6 +13,7 @@ import torch
 from jaxtyping import Float
 from sae_lens import SAE, SAEConfig
 from sae_lens.constants import DTYPE_MAP, SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, SPARSITY_FILENAME
+from sae_lens.saes.sae import SAEMetadata
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -22,6 +24,8 @@ from itda_lens.pursuit import (
     Method,
     PreparedAtoms,
     SparseCodes,
+    beneath,
+    check_fits,
     check_floats,
     first_nonfinite_row,
     threshold_for_l0,
@@ -38,12 +42,14 @@ from itda_lens.records import (
     replacing,
     without_paths,
 )
+from itda_lens.sae.normalization import NORMALIZATIONS
 from itda_lens.sae.prepared import Prepared, prepare, same_bits, unit_up_to_rounding
 from itda_lens.sae.saved import (
     WEIGHTS_KEY,
     check_config,
     check_digests,
     digests,
+    header_of,
     write_local,
     write_tensors,
 )
@@ -161,6 +167,10 @@ class ITDAConfig(SAEConfig):
         for name, allowed in (("dtype", tuple(DTYPE_MAP)), ("reshape_activations", ("none", "hook_z"))):
             if (value := getattr(self, name)) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+        if isinstance(self.metadata, Mapping):  # as SAELens's from_dict passes it
+            self.metadata = SAEMetadata(**self.metadata)
+        if not isinstance(self.metadata, SAEMetadata):
+            raise ValueError(f"metadata must be a SAEMetadata, got {type(self.metadata).__name__}")
         if not isinstance(self.device, str):
             raise ValueError(f"device must be a string such as 'cpu' or 'cuda:0', got {self.device!r}")
         for name in ("d_in", "d_sae"):
@@ -176,8 +186,9 @@ class ITDAConfig(SAEConfig):
         self.k, self.signed = coding.k, coding.signed
         self.rtol, self.threshold = coding.rtol, coding.threshold
         if self.l0 is not None:
-            if not isinstance(self.l0, Real) or isinstance(self.l0, bool) or not self.l0 > 0:
-                raise ValueError(f"l0 must be above 0 or None, got {self.l0!r}")
+            number = isinstance(self.l0, Real) and not isinstance(self.l0, bool)
+            if not number or not 0 < self.l0 < math.inf:
+                raise ValueError(f"l0 must be above 0 and finite, or None, got {self.l0!r}")
             self.l0 = float(self.l0)
 
 
@@ -195,6 +206,10 @@ class ITDA(SAE[ITDAConfig]):
     """
 
     def __init__(self, cfg: ITDAConfig, use_error_term: bool = False) -> None:
+        if not isinstance(cfg, ITDAConfig):
+            raise TypeError(f"cfg must be an ITDAConfig, got {type(cfg).__name__}")
+        if not isinstance(use_error_term, bool):
+            raise TypeError(f"use_error_term must be True or False, got {use_error_term!r}")
         super().__init__(cfg, use_error_term)
         # Neither buffers nor parameters: SAELens builds models on device "meta" and assigns weights.
         self._prepared: Prepared | None = None
@@ -216,10 +231,17 @@ class ITDA(SAE[ITDAConfig]):
         if self.device.type == "meta":  # SAELens replaces these at once
             atoms = torch.empty(shape, dtype=self.dtype, device=self.device)
         else:
-            generator = torch.Generator().manual_seed(RANDOM_ATOMS)
-            drawn = torch.randn(shape, generator=generator, dtype=torch.float32)
+            generator = torch.Generator("cpu").manual_seed(RANDOM_ATOMS)
+            drawn = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
             atoms = torch.nn.functional.normalize(drawn, dim=-1).to(self.device, self.dtype)
         self.W_dec = nn.Parameter(atoms)
+
+    @override
+    def _setup_activation_normalization(self) -> None:
+        super()._setup_activation_normalization()
+        if self.cfg.normalize_activations in NORMALIZATIONS:
+            into, back = NORMALIZATIONS[self.cfg.normalize_activations](self)
+            self.run_time_activation_norm_fn_in, self.run_time_activation_norm_fn_out = into, back
 
     @property
     def W_enc(self) -> Float[Tensor, "d_in d_sae"]:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -235,7 +257,9 @@ class ITDA(SAE[ITDAConfig]):
             if not isinstance(value, Tensor) or not same_bits(value, self.W_enc):
                 raise ValueError("W_enc must be W_dec.T, of which it is a view; assign W_dec instead")
             return
-        if name == "W_dec" and isinstance(value, Tensor):
+        if name == "W_dec":
+            if not isinstance(value, Tensor):
+                raise TypeError(f"W_dec must be a Parameter, got {type(value).__name__}")
             self._check_atoms(value)
         super().__setattr__(name, value)
 
@@ -262,27 +286,32 @@ class ITDA(SAE[ITDAConfig]):
         """Dense codes of `x`, at most `cfg.k` nonzeros each, in the dictionary's dtype.
 
         Raises:
-            ValueError: `x` has the wrong width, NaN or infinite values.
+            ValueError: as `encode_sparse`, or a coefficient is too large for the dictionary's dtype.
         """
-        codes = self.encode_sparse(x).to_dense(self.cfg.d_sae).to(self.dtype)
+        sparse = self.encode_sparse(x)
+        check_fits("coefficients", sparse.values, self.W_dec)
+        codes = sparse.to_dense(self.cfg.d_sae).to(self.dtype)
         return self.hook_sae_acts_post(self.hook_sae_acts_pre(codes))
 
     def encode_sparse(self, x: Float[Tensor, "*batch d_in"]) -> SparseCodes:
         """Codes of `x` as (indices, values), `cfg.k` slots each, unused ones of value 0.
 
         With hook_z reshaping `x` is [*batch, n_heads, d_head]. Values are float32 (float64 for a
-        float64 dictionary).
+        float64 dictionary). Activations are cast to the dictionary's dtype first.
 
         Raises:
-            ValueError: `x` has the wrong width, NaN or infinite values.
+            ValueError: `x` has the wrong width, NaN or infinite values, or is too large for the
+                dictionary's dtype; or it is so small that all of it would be zero there.
         """
-        sae_in = self.process_sae_in(self._check_width(x))
+        check_fits("x", self._check_width(x), self.W_dec)
+        sae_in = self.process_sae_in(x)
         atoms, norms = self._prepare(self.cfg.coding)
         codes = atoms.encode(sae_in)
         if norms is not None:
             codes = codes._replace(values=codes.values / norms[codes.indices])
         return codes.mirrored(self.cfg.n_pursued) if self.cfg.mirrored else codes
 
+    @checked
     @torch.no_grad()
     def calibrate(self, x: Float[Tensor, "*batch d_in"], l0: float, k: int | None = None) -> float:
         """Let codes have `l0` nonzeros on average instead of `cfg.k` each.
@@ -303,7 +332,8 @@ class ITDA(SAE[ITDAConfig]):
             ValueError: l0 or k is out of range; `x` is empty, of another width, NaN or infinite.
         """
         most = self.cfg.k if k is None else k
-        sae_in = self.process_sae_in(self._check_width(x)).reshape(-1, self.cfg.d_in)
+        check_fits("x", self._check_width(x), self.W_dec)
+        sae_in = self.process_sae_in(x).reshape(-1, self.cfg.d_in)
         coding = replace(self.cfg.coding, k=most)
         atoms, _ = self._prepare(coding)
         threshold = threshold_for_l0(sae_in, atoms, l0)
@@ -312,11 +342,32 @@ class ITDA(SAE[ITDAConfig]):
 
     @override
     def decode(self, feature_acts: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_in"]:
-        """Reconstruction from dense codes."""
+        """Reconstruction from dense codes.
+
+        Raises:
+            TypeError: `feature_acts` is no dense tensor of a floating dtype.
+            ValueError: it has another width than d_sae.
+        """
+        check_floats("feature_acts", feature_acts)
+        if not feature_acts.ndim or feature_acts.shape[-1] != self.cfg.d_sae:
+            raise ValueError(
+                f"feature_acts must have d_sae={self.cfg.d_sae} numbers per row, got "
+                f"{tuple(feature_acts.shape)}"
+            )
         return self._finish_decoding(feature_acts @ self._checked_atoms())
 
+    @checked
     def decode_sparse(self, codes: SparseCodes) -> Float[Tensor, "*batch d_in"]:
-        """Reconstruction from sparse codes, read by gather; equal to that of `decode` up to rounding."""
+        """Reconstruction from sparse codes, read by gather; equal to that of `decode` up to rounding.
+
+        Raises:
+            ValueError: `codes` has indices and values of different shapes.
+        """
+        if codes.indices.shape != codes.values.shape:
+            raise ValueError(
+                "codes must have indices and values of one shape, got "
+                f"{tuple(codes.indices.shape)} and {tuple(codes.values.shape)}"
+            )
         return self._finish_decoding(codes.decode(self._checked_atoms()).to(self.dtype))
 
     @override
@@ -371,6 +422,10 @@ class ITDA(SAE[ITDAConfig]):
             width = x.shape[-1] * x.shape[-2] if x.ndim >= 2 else width
         if width != self.cfg.d_in:
             raise ValueError(f"x must have d_in={self.cfg.d_in} numbers per row, got {tuple(x.shape)}")
+        if x.device != self.W_dec.device:
+            raise ValueError(
+                f"x must be on the device of the dictionary, {self.W_dec.device}, got {x.device}"
+            )
         return x
 
     def _prepare(self, coding: Coding) -> tuple[PreparedAtoms, Tensor | None]:
@@ -379,10 +434,13 @@ class ITDA(SAE[ITDAConfig]):
         Norms and Gram matrix are computed anew when `W_dec` has changed.
 
         Raises:
-            ValueError: `W_dec` has NaN or infinite values, or another shape than the configuration says.
+            ValueError: `W_dec` has NaN or infinite values, norms that no arithmetic serves, or another
+                shape than the configuration says; or `b_dec` has NaN or infinite values.
         """
+        if not beneath(lambda plain: bool(torch.isfinite(plain).all()), self.b_dec):
+            raise ValueError("b_dec has NaN or infinite values")
         atoms = self._checked_atoms()[: self.cfg.n_pursued]
-        self._prepared = prepare(atoms.detach(), coding, self._prepared)
+        self._prepared = beneath(lambda plain: prepare(plain, coding, self._prepared), atoms)
         norms = self._prepared.norms
         if norms is not None:
             atoms = atoms.to(norms.dtype) / norms[:, None]
@@ -407,6 +465,7 @@ class ITDA(SAE[ITDAConfig]):
             self._labels = (compact, Labels.from_compact(compact, self.cfg.d_sae))
         return self._labels[1]
 
+    @checked
     def prefix(self, m: int) -> "ITDA":
         """The dictionary of the first `m` atoms, a copy.
 
@@ -622,8 +681,17 @@ class ITDA(SAE[ITDAConfig]):
     # what SAELens does to weights and files
 
     @override
+    @checked
     @torch.no_grad()
     def fold_activation_norm_scaling_factor(self, scaling_factor: float) -> None:
+        """Divide the weights, and the threshold, by a factor that activations were multiplied by.
+
+        Raises:
+            TypeError: the factor is no number.
+            ValueError: it is not above 0 and finite.
+        """
+        if not 0 < scaling_factor < math.inf:
+            raise ValueError(f"scaling_factor must be above 0 and finite, got {scaling_factor}")
         self.W_dec.div_(scaling_factor)
         self.b_dec.div_(scaling_factor)
         self.cfg.threshold /= scaling_factor
@@ -693,14 +761,15 @@ class ITDA(SAE[ITDAConfig]):
             raise ValueError("W_dec's second half must be the negative of the first: mirrored is set")
 
     @override
+    @checked
     def save_model(self, path: str | Path) -> tuple[Path, Path]:
         """Write `sae_weights.safetensors` and `cfg.json` into the folder `path`, made if need be.
 
         Files of these names are replaced, as by every SAELens SAE, but only once both new ones are
-        complete: an interrupt or a full disk leaves both as they were. A digest of the weights in
-        `cfg.json` (`itda_weights` in its metadata) tells files of two saves apart when they are loaded,
-        which a kill between the two renames can leave. A `sparsity.safetensors` of the weights that were
-        there is removed.
+        complete: an interrupt or a full disk leaves both as they were. So does a kill between the two
+        renames, for `itda_lens.load`: the header of the weights holds their own configuration, and a
+        digest of the weights in `cfg.json` (`itda_weights` in its metadata) shows when that is needed.
+        A `sparsity.safetensors` of the weights that were there is removed.
 
         Folders of the model and the texts go into `itda_local.json`, which SAELens does not upload, and
         from which `itda_lens.load` reads them.
@@ -720,9 +789,10 @@ class ITDA(SAE[ITDAConfig]):
         text = json.dumps(config)
         write_local(folder, Provenance.of(self.cfg.metadata))
         weights, cfg = folder / SAE_WEIGHTS_FILENAME, folder / SAE_CFG_FILENAME
-        # The configuration first: with weights of any earlier save its digests tell the mixture.
+        # The configuration first: its digests tell that earlier weights are not its own, whoever wrote
+        # these. The save is done once the weights are renamed.
         with replacing(cfg, weights) as (new_cfg, new_weights):
-            write_tensors(state_dict, new_weights)
+            write_tensors(state_dict, new_weights, header_of(text))
             new_cfg.write_text(text)
             (folder / SPARSITY_FILENAME).unlink(missing_ok=True)
         return weights, cfg

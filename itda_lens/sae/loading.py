@@ -1,9 +1,12 @@
 """Loading a dictionary from a folder or a Hugging Face repository; errors say what is wrong."""
 
 import json
+import logging
 import time
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from sae_lens import SAE
@@ -21,8 +24,11 @@ from itda_lens.sae.saved import (
     MixedFilesError,
     check_config,
     check_digests,
+    load_by_weights,
     read_local,
 )
+
+log = logging.getLogger(__name__)
 
 TRIES, PAUSE_SECONDS = 20, 0.02
 """How often, and how long after one another, files are read that are not of one save: another process
@@ -39,8 +45,10 @@ def load(
     """Load an ITDA.
 
     Where the configuration holds digests of the weights, as `ITDA.save_model` writes them, the weights
-    are compared with them. Files that another process is just replacing are read again. Paths of the
-    model and the texts come from `itda_local.json`, where that is beside.
+    are compared with them. Where they do not belong together, as after a kill in the middle of a save,
+    the weights decide: with the configuration that their own file holds they are the dictionary before
+    that save. A warning is logged then. Files that another process is just replacing are read again.
+    Paths of the model and the texts come from `itda_local.json`, where that is beside.
 
     Args:
         path_or_repo: a folder with `cfg.json` and `sae_weights.safetensors`; or, where no such folder
@@ -69,6 +77,8 @@ def load(
         try:
             return _from_folder(folder, device_name, dtype_name)
         except MixedFilesError:
+            with suppress(MixedFilesError):
+                return _by_weights(folder, device_name, dtype_name)
             time.sleep(PAUSE_SECONDS)
     return _from_folder(folder, device_name, dtype_name)
 
@@ -120,6 +130,26 @@ def _from_folder(folder: Path, device: str, dtype: str | None) -> ITDA:
     return itda if dtype is None else itda.to(dtype=DTYPE_MAP[dtype])
 
 
+def _by_weights(folder: Path, device: str, dtype: str | None) -> ITDA:
+    """The dictionary that the weights file is of, by the configuration in its header."""
+    weights = folder / SAE_WEIGHTS_FILENAME
+    try:
+        config, _ = load_by_weights(folder)
+        _check_config(config)
+        itda = _checked(SAE.load_from_disk(folder, device=device, converter=load_by_weights), folder)
+    except MixedFilesError:
+        raise
+    except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{weights} is truncated or damaged: {error!r}") from error
+    _check_labels(itda, weights)
+    log.warning(
+        "%s is not of the save that %s is of: loaded the dictionary that the weights are of, by the "
+        "configuration in their file; save it again to settle this",
+        folder / SAE_CFG_FILENAME, weights,
+    )  # fmt: skip
+    return itda if dtype is None else itda.to(dtype=DTYPE_MAP[dtype])
+
+
 def _advice(folder: Path) -> str:
     """Advice after a kill between two renames, which leaves a new configuration beside old weights."""
     for file in folder.glob(f".*/{SAE_WEIGHTS_FILENAME}"):
@@ -153,12 +183,16 @@ def _check_config_file(file: Path) -> None:
             f"{file.parent} holds a {architecture!r} SAE, not an ITDA; load it with SAELens"
         )
     try:
-        if "metadata" not in config:
-            raise ValueError("the field 'metadata' is missing")
-        check_config(config, [field.name for field in fields(ITDAConfig)])
-        ITDAConfig.from_dict(config)
+        _check_config(config)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{file} is not a complete config: {error}") from error
+
+
+def _check_config(config: dict[str, Any]) -> None:
+    if "metadata" not in config:
+        raise ValueError("the field 'metadata' is missing")
+    check_config(config, [field.name for field in fields(ITDAConfig)])
+    ITDAConfig.from_dict(config)
 
 
 def _check_floating(file: Path) -> None:

@@ -6,6 +6,10 @@ with paths that no other machine knows.
 tool that writes a configuration with functions of its own writes none, and weights without digests are
 not compared.
 
+The header of the weights file holds the whole configuration once more, under `CONFIG_KEY`. Two files
+cannot be renamed at once: whoever is killed between the two leaves a new `cfg.json` beside old weights.
+The old weights still know their own configuration, so that the folder then holds the old dictionary.
+
 `itda_local.json` holds the paths of this machine that the dictionary was built from. SAELens uploads
 four files by their names, and this is none of them.
 """
@@ -22,7 +26,8 @@ from types import UnionType
 from typing import Any, get_args, get_type_hints
 
 import torch
-from safetensors import SafetensorError
+from sae_lens.constants import SAE_WEIGHTS_FILENAME
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -36,6 +41,12 @@ LOCAL_FILENAME = "itda_local.json"
 WEIGHTS_KEY = "itda_weights"
 """The entry of the metadata: for each tensor, "DTYPE:BLAKE2B", such as "float32:91c1…". The digest is
 BLAKE2b, 32 bytes in hexadecimal digits, of the numbers in row-major order, little-endian."""
+
+CONFIG_KEY = "itda_cfg"
+"""The entry of the weights file's header: the text of the `cfg.json` that was saved with it."""
+
+MOST_HEADER = 2**25
+"""Longest configuration, in bytes, that goes into a header; safetensors allows three times that."""
 
 REQUIRED = (
     "d_in", "d_sae", "dtype", "apply_b_dec_to_input", "normalize_activations", "reshape_activations",
@@ -80,6 +91,33 @@ def check_digests(state: Mapping[str, Tensor], recorded: Mapping[str, str]) -> N
         rounded = torch.promote_types(tensor.dtype, dtype) != tensor.dtype
         if not rounded and _digest(tensor.to(dtype)) != digest:
             raise MixedFilesError(f"{name} is not of the save that the configuration is of")
+
+
+def header_of(config: str) -> dict[str, str] | None:
+    """The header of the weights file that is saved with this `cfg.json`."""
+    return {CONFIG_KEY: config} if len(config.encode()) <= MOST_HEADER else None
+
+
+def load_by_weights(
+    path: str | Path, device: str = "cpu", cfg_overrides: dict[str, Any] | None = None
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The dictionary that the weights file is of, whatever `cfg.json` says; a `converter` for SAELens.
+
+    Returns:
+        The configuration and the tensors.
+
+    Raises:
+        MixedFilesError: the header holds no configuration, or that of other weights.
+        ValueError: the configuration there is damaged.
+    """
+    with safe_open(Path(path) / SAE_WEIGHTS_FILENAME, framework="pt", device=device) as file:
+        text = (file.metadata() or {}).get(CONFIG_KEY)
+        if text is None:
+            raise MixedFilesError("the header holds no configuration")
+        config: dict[str, Any] = json.loads(text)
+        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    check_digests(state, config["metadata"][WEIGHTS_KEY])
+    return config | {"device": device} | (cfg_overrides or {}), state
 
 
 def check_config(config: Mapping[str, Any], known: Collection[str]) -> None:

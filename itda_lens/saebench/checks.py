@@ -7,6 +7,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from itda_lens.records import HookPoint
 from itda_lens.saebench.evaluations import EXTRA_DATA, Evaluation, datasets_of
 from itda_lens.saebench.subjects import Subject
@@ -14,12 +16,29 @@ from itda_lens.saebench.subjects import Subject
 UNLEARNING_DATA = Path(EXTRA_DATA["unlearning"][0]) / "bio-forget-corpus.jsonl"
 """Where SAEBench reads the corpus to forget, relative to the current folder."""
 
+DTYPES = ("float32", "float64", "bfloat16", "float16")
+
 RAVEL_MODELS = ("gemma-2-2b", "pythia-160m-deduped")
 """The models that SAEBench's RAVEL knows (`LLM_NAME_MAP`, evals/ravel/main.py:49)."""
 
 
 RESIDUAL = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_mlp_out", "hook_attn_out")
 """Kinds of hook points at which activations are those of the residual stream, or are added to it."""
+
+
+def check_device(device: str | torch.device | None) -> None:
+    """Raise ValueError unless PyTorch has this device here."""
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(f"device {device!r} is not one that PyTorch has here: {reason}") from error
+
+
+def check_dtype(dtype: str) -> None:
+    """Raise ValueError unless it is the name of a dtype that models and SAEs are loaded in."""
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
 
 
 def check_package(evaluations: Sequence[Evaluation]) -> None:

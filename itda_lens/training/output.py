@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from itda_lens.records import is_leftover
+from itda_lens.records import checked, is_leftover
 from itda_lens.records.files import dead_folders, probe, temporary_folder
 from itda_lens.sae import ITDA, is_dictionary
 
@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 _NEW, _OLD, _DONE = "new", "old", "done"
 
 
+@checked
 @contextmanager
 def output_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
     """A folder beside `path` to write into, which becomes `path` when the block ends well.
@@ -63,15 +64,22 @@ def output_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
             _put_or_keep(new, target, found)
 
 
-def save_all(dictionaries: Mapping[str, ITDA], folder: Path) -> None:
+@checked
+def save_all(dictionaries: Mapping[str, ITDA], folder: str | Path) -> None:
     """Save each dictionary into the subfolder of its hook name.
 
     Where one cannot be written there, it is saved in a temporary folder of the system, since it may have
     taken hours.
 
     Raises:
+        ValueError: a name is none of a subfolder.
         OSError: one could not be written into `folder`; the message says where it is instead.
     """
+    folder = Path(folder)
+    for name in dictionaries:
+        parts = Path(name).parts
+        if not parts or ".." in parts or "\0" in name or Path(name).is_absolute():
+            raise ValueError(f"dictionaries must go by names of subfolders, got {name!r}")
     failed: dict[str, OSError] = {}
     for name, itda in dictionaries.items():
         try:
@@ -186,6 +194,11 @@ def _place(path: Path) -> Path:
     if _is_mount(target):
         raise FileExistsError(
             f"{target} is a mount point, which cannot be replaced; choose a folder inside it"
+        )
+    if target.exists() and Path(os.path.realpath(os.curdir)).is_relative_to(target):
+        # A process, and the shell that started it, would go on in the folder that was there before.
+        raise FileExistsError(
+            f"{target} is the current folder or holds it: it cannot be replaced; choose one inside it"
         )
     return target
 
