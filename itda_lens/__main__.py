@@ -43,6 +43,7 @@ app = typer.Typer(
 )
 app.command("demo", cls=_Command)(demo)
 app.command("build", cls=_Command)(cli.build_command)
+app.command("fit", cls=_Command)(cli.fit_command)
 app.command("info", cls=_Command)(cli.info_command)
 app.command("decompose", cls=_Command)(cli.decompose_command)
 app.command("eval", cls=_Command)(cli.eval_command)

@@ -1,8 +1,12 @@
 """Where activations come from: models and texts, and the tokens between them; arrays."""
 
 from itda_lens.records import HookPoint
-from itda_lens.sources.array_source import ArraySource, check_activations
+from itda_lens.sources._as_source import as_source
+from itda_lens.sources.array_source import ArraySource
+from itda_lens.sources.batch_source import BatchSource
+from itda_lens.sources.caches import CachedSource, cache
 from itda_lens.sources.contexts import Context, ContextBatch, Tokenization
+from itda_lens.sources.hidden_states import HiddenStatesSource
 from itda_lens.sources.hooked import HookedModel
 from itda_lens.sources.hooks import Site, unknown_hook
 from itda_lens.sources.hugging_face_models import HuggingFaceModel
@@ -10,6 +14,8 @@ from itda_lens.sources.model_source import ModelSource, hook_list, tokenization_
 from itda_lens.sources.models import LIBRARIES, language_model
 from itda_lens.sources.naming import register_with_transformer_lens
 from itda_lens.sources.readable import Loader, ReadableModel, Replace
+from itda_lens.sources.row_tensors import check_activations
+from itda_lens.sources.saelens_sources import SAELensCache, SAELensStore
 from itda_lens.sources.source import Activations, ActivationSource, Rows, gathered
 from itda_lens.sources.texts import describe_texts, iterate_texts, names_data_set
 from itda_lens.sources.transformer_lens_models import TransformerLensModel
@@ -28,8 +34,11 @@ __all__ = [
     "ActivationSource",
     "Activations",
     "ArraySource",
+    "BatchSource",
+    "CachedSource",
     "Context",
     "ContextBatch",
+    "HiddenStatesSource",
     "HookPoint",
     "HookedModel",
     "HuggingFaceModel",
@@ -39,9 +48,13 @@ __all__ = [
     "ReadableModel",
     "Replace",
     "Rows",
+    "SAELensCache",
+    "SAELensStore",
     "Site",
     "Tokenization",
     "TransformerLensModel",
+    "as_source",
+    "cache",
     "check_activations",
     "describe_texts",
     "gathered",
