@@ -188,7 +188,7 @@ def loader_source(loader: Any, labels: Any, **options: Any) -> BatchSource:
 
 
 def _regrouped(parts: Iterable[tuple[Tensor, Places]], size: int) -> Iterator[tuple[Tensor, Places]]:
-    """The same rows in batches of `size`; the last may have fewer."""
+    """Rows in batches of `size`; the last may have fewer."""
     values: list[Tensor] = []
     places: list[Places] = []
     n = 0

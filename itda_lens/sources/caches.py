@@ -27,7 +27,7 @@ FORMAT = 1
 """The form of the record and of the shards. Folders of a later form are refused."""
 
 UNFINISHED = ".unfinished"
-"""What the name of a folder ends in while the cache in it is not complete."""
+"""The end of a folder's name while the cache in it is not complete."""
 
 CLOSE = 0.02
 """The most by which rows of the same model may differ from those in the cache, as |x - y| / |x| over one

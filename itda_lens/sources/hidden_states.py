@@ -109,7 +109,7 @@ class HiddenStatesSource:
             raise ValueError("the requests gave no token that counts: all were special tokens")
 
     def provenance(self, hook: str) -> Provenance:
-        """What the user says, and the number of rows."""
+        """The facts that the user gave, and the number of rows."""
         return replace(
             self._provenance,
             hook_name=hook,

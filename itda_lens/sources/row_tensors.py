@@ -21,7 +21,7 @@ CHECKED_AT_ONCE = 2**16
 
 
 def as_rows(values: Any) -> Float[Tensor, "n d"]:
-    """Some rows as a tensor: of a tensor, of a numpy array, or of what numpy takes for one.
+    """Some rows as a tensor: of a tensor, of a numpy array, or of an array that numpy reads.
 
     float8 becomes float32, since torch does not compute with it. Lists of Python's numbers become
     torch's default dtype, as in `torch.tensor`. Numbers are copied only where they must be.

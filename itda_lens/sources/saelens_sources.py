@@ -99,7 +99,7 @@ class SAELensCache:
             raise ValueError("the cache gave no token that counts: all were special tokens")
 
     def provenance(self, hook: str) -> Provenance:
-        """What the folder and the user say."""
+        """The facts that the folder and the user give."""
         return replace(
             self._provenance,
             hook_name=hook,
@@ -187,7 +187,7 @@ class SAELensStore:
             )
 
     def provenance(self, hook: str) -> Provenance:
-        """What the store and the user say."""
+        """The facts that the store and the user give."""
         known, store = self._provenance, self.store
         name = getattr(getattr(store.model, "cfg", None), "model_name", None)
         return replace(
