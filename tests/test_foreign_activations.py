@@ -19,6 +19,8 @@ from itda_lens.records import Places, Provenance
 from itda_lens.sources import HiddenStatesSource, SAELensCache, SAELensStore, cache, gathered
 from itda_lens.training import build_from, recipe_of
 
+pytestmark = pytest.mark.filterwarnings("ignore:To copy construct:UserWarning")  # of SAELens's own
+
 HOOK = "blocks.1.hook_resid_post"
 CONTEXT = 16
 QUIET = dict(progress=False)
@@ -40,6 +42,7 @@ def token_rows(tokenizer) -> Dataset:
 
 
 def store_of(bridge, data, **options):
+    data = data and data.with_format(None)  # a copy: SAELens sets the format of its data set
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of SAELens: fewer samples than tokens
         return ActivationsStore(
@@ -68,7 +71,7 @@ def saelens_folder(bridge, token_rows, tmp_path_factory):
     with patch.context() as inside, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         inside.setattr(module, "load_model", lambda **_: bridge)
-        CacheActivationsRunner(cfg, override_dataset=token_rows).run()
+        CacheActivationsRunner(cfg, override_dataset=token_rows.with_format(None)).run()
     return folder
 
 
@@ -179,6 +182,9 @@ class TestSAELensStore:
         folder = gathered(SAELensCache(saelens_folder, tokenizer=bridge.tokenizer))[HOOK]
         assert torch.equal(ours.values, folder.values)
         assert list(ours.labels) == list(folder.labels)
+        half = store_of(bridge, None, cached_activations_path=str(saelens_folder), dtype="bfloat16")
+        labels = gathered(SAELensStore(half))[HOOK].labels
+        assert str(labels[0]) == "context 0, position 1"  # its ids were rounded
 
     def test_bad_arguments(self, bridge, token_rows):
         with pytest.raises(TypeError, match="store must be SAELens's ActivationsStore, got list"):
@@ -186,7 +192,7 @@ class TestSAELensStore:
         with pytest.raises(ValueError, match="max_tokens must be at least 1"):
             SAELensStore(store_of(bridge, token_rows), max_tokens=0)
         small = store_of(bridge, token_rows.select(range(3)))
-        with pytest.raises(ValueError, match="gave no token that counts: no batch is full"):
+        with pytest.raises(ValueError, match="gave no token that counts: it has no full batch"):
             gathered(SAELensStore(small))
 
 

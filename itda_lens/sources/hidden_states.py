@@ -84,8 +84,8 @@ class HiddenStatesSource:
             raise ValueError(f"the layers must be one or more different ones, got {names}")
         self.hooks = names
         self._provenance, self._keep_special = provenance, keep_special_tokens
-        self._vocabulary = None if tokenizer is None else len(tokenizer)
         self._token_places = TokenPlaces(tokenizer, keep_special_tokens, kind="request")
+        self._vocabulary = None if tokenizer is None else len(tokenizer)
         self._expected = {_stem(name): list(ids) for name, ids in (requests or {}).items()}
         self._files = self._checked_files(skip_failed)
         self.n_rows = None

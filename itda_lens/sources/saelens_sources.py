@@ -115,7 +115,8 @@ class SAELensStore:
 
     Tested against SAELens 6.54. Tokens of the store's `exclude_special_tokens` do not count, and those
     of a last batch that is not full are not read, as SAELens does it. A context is labelled by its
-    number.
+    number. A store that reads a cached folder in 16 bits does not give exact token ids, and labels then
+    name none; `SAELensCache` reads such a folder with its ids.
 
     Args:
         store: the store. Each reading sets it back to its beginning.
@@ -164,9 +165,10 @@ class SAELensStore:
             except StopIteration:
                 break
             x = x.reshape(-1, len(positions), x.shape[-1])
+            known = _ids(tokens, len(x))
             found = []
             for i in range(len(x)):
-                ids = None if tokens is None else tokens.reshape(len(x), -1)[i].cpu().numpy()
+                ids = None if known is None else known[i]
                 keep, places = self._token_places.of(row + i, positions, ids)
                 if ids is not None and store.exclude_special_tokens is not None:
                     counts = ~np.isin(ids, store.exclude_special_tokens.cpu().numpy())
@@ -201,6 +203,17 @@ class SAELensStore:
             batch_size=store.store_batch_size_prompts,
             n_tokens=self._n_read,
         )
+
+
+def _ids(tokens: Tensor | None, n_contexts: int) -> np.ndarray | None:
+    """Token ids of a batch of the store, [context, position]; None if they are not known.
+
+    A store of a cached folder gives them in the dtype of its activations, and a dtype of 16 bits does
+    not hold every id.
+    """
+    if tokens is None or (tokens.is_floating_point() and tokens.element_size() < 4):
+        return None
+    return tokens.long().reshape(n_contexts, -1).cpu().numpy()
 
 
 def _kept(
