@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from itda_lens.compare import jaccard
     from itda_lens.pursuit import SparseCodes
     from itda_lens.records import Label, Labels
-    from itda_lens.sae import ITDA, ITDAConfig, load
-    from itda_lens.training import build, fit
+    from itda_lens.sae import ITDA, ITDAConfig, load, union
+    from itda_lens.training import build, fit, open_plan, plan
 
     __version__: str
 
@@ -29,6 +29,9 @@ __all__ = [
     "fit",
     "jaccard",
     "load",
+    "open_plan",
+    "plan",
+    "union",
 ]
 
 _HOMES = {
@@ -41,6 +44,9 @@ _HOMES = {
     "fit": "training",
     "jaccard": "compare",
     "load": "sae",
+    "open_plan": "training",
+    "plan": "training",
+    "union": "sae",
 }
 
 

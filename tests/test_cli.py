@@ -15,7 +15,7 @@ import pytest
 from safetensors.torch import load_file
 
 import itda_lens
-from itda_lens import analysis, cli, compare, saebench
+from itda_lens import analysis, cli, compare, sae, saebench
 from itda_lens.__main__ import BAD_INPUT, FAILURE, INTERRUPTED, TERMINATED, main
 from itda_lens.cli import choices
 from itda_lens.cli.options import completing
@@ -219,6 +219,7 @@ def test_choices_are_those_of_the_library():
         (choices.Measure, parameter_type(compare.compare, "measure")),
         (choices.Match, parameter_type(compare.compare, "match")),
         (choices.Codes, parameter_type(saebench.bench, "codes")),
+        (choices.Exposed, parameter_type(sae.push, "labels")),
         (choices.Evaluation, tuple(saebench.EVALUATIONS)),
         (choices.Baseline, flat(saebench.Baseline)),
     ):

@@ -12,6 +12,7 @@ Loader = Literal["bridge", "hooked_transformer", "huggingface"]
 Measure = Literal["jaccard", "weighted", "cka", "svcca", "regression", "relative", "relative-centred"]
 Match = Literal["auto", "position", "span", "overlap"]
 Codes = Literal["both", "signed", "nonnegative"]
+Exposed = Literal["full", "places", "none"]
 Evaluation = Literal[
     "saelens",
     "core",

@@ -86,9 +86,11 @@ def model_of(itdas: "Sequence[ITDA]", model: str | None, loader: Loader | None) 
     chosen: Any = loader or (loaders.pop() if len(loaders) == 1 else "bridge")
     if model is not None:
         return model, chosen
-    models = {record.model for record in records} - {None}
-    if len(models) != 1:
-        raise ValueError(
-            f"pass --model: the dictionaries name {len(models)} models that could be loaded, not one"
-        )
+    models = {record.model for record in records if record.model is not None}
+    if len(models) > 1:
+        raise ValueError(f"pass --model: the dictionaries name several: {', '.join(sorted(models))}")
+    if not models:
+        names = sorted({record.model_name for record in records if record.model_name})
+        called = f", which is called {' or '.join(names)}" if names else ""
+        raise ValueError(f"pass --model: nothing here says where the dictionaries' model is{called}")
     return models.pop(), chosen

@@ -166,6 +166,23 @@ class Labels(Sequence[Label]):
         return labels
 
 
+GivenLabel = Label | str | int | tuple[int, int, int]
+"""A label as a user may give it: a name, a number, a `Label`, or a (row, chunk, position) triple."""
+
+
+def label_from(given: GivenLabel, row: int, kind: str) -> Label:
+    """The label of row `row` of some vectors: a string is its name, and an int its number in a list.
+
+    Raises:
+        TypeError: `given` is none of the forms of `GivenLabel`.
+    """
+    if isinstance(given, str):
+        return Label(row=row, kind=kind, name=given)
+    if isinstance(given, int) and not isinstance(given, bool):
+        return Label(row=given, kind=kind)
+    return as_label(given)
+
+
 def _most_bytes(count: int) -> int:
     fixed, each = MOST_BYTES
     return fixed + each * count

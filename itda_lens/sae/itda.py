@@ -2,11 +2,11 @@
 
 import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
@@ -15,6 +15,7 @@ from sae_lens.constants import DTYPE_MAP, SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
 from torch import Tensor, nn
 from typing_extensions import override
 
+from itda_lens.dictionary import more_atoms
 from itda_lens.pursuit import (
     DEFAULT_RTOL,
     Coding,
@@ -22,15 +23,41 @@ from itda_lens.pursuit import (
     PreparedAtoms,
     SparseCodes,
     check_floats,
+    first_nonfinite_row,
     threshold_for_l0,
 )
-from itda_lens.records import Labels, replacing
+from itda_lens.records import (
+    GivenLabel,
+    Label,
+    Labels,
+    Places,
+    Provenance,
+    at_least,
+    checked,
+    label_from,
+    replacing,
+    without_paths,
+)
 from itda_lens.sae.prepared import Prepared, prepare, same_bits, unit_up_to_rounding
-from itda_lens.sae.saved import WEIGHTS_KEY, check_config, check_digests, digests, write_tensors
+from itda_lens.sae.saved import (
+    WEIGHTS_KEY,
+    check_config,
+    check_digests,
+    digests,
+    write_local,
+    write_tensors,
+)
+
+if TYPE_CHECKING:
+    from itda_lens.sae.from_atoms import Duplicates, Zeros
+    from itda_lens.sae.hub import Exposed
 
 LABELS_KEY = "itda_labels"
 """Where the labels live in `cfg.metadata`: SAELens saves, loads and uploads that, and casts no integer
 in it, which it would do to a tensor of the weights file."""
+
+EXTENDED_KEY = "extended"
+"""The entry of the build record that says which atoms `ITDA.extended` added."""
 
 RANDOM_ATOMS = 6174
 """Seed of the atoms that a new dictionary holds until it is given others. Any but those that people
@@ -90,13 +117,33 @@ class ITDAConfig(SAEConfig):
     def architecture(cls) -> str:
         return "itda"
 
+    def __new__(cls, *args: Any, **values: Any) -> "ITDAConfig":
+        """Refuse a saved configuration that is not complete, whoever loads it.
+
+        SAELens's loaders call the class with the fields that a file has, and with its metadata as a dict
+        where everybody else passes `SAEMetadata`. A missing field would take its default.
+        """
+        if isinstance(values.get("metadata"), dict):
+            check_config(values, [field.name for field in fields(cls)])
+        return super().__new__(cls)
+
+    @override
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as SAELens writes it to `cfg.json`, which travels with uploads.
+
+        Names stand in place of the paths of this machine that the metadata may hold;
+        `ITDA.save_model` keeps the paths in a file of their own.
+        """
+        config = super().to_dict()
+        return config | {"metadata": without_paths(config["metadata"])}
+
     @override
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any]) -> "ITDAConfig":
         """The configuration that `to_dict` gave, or that `cfg.json` holds.
 
         One with an entry "metadata" is a saved one, which must be complete; others may leave fields to
-        their defaults. (`SAE.load_from_disk` does not ask this class: `itda_lens.load` does.)
+        their defaults.
 
         Raises:
             ValueError: a field is missing, unknown, of another type or out of range; it is named.
@@ -235,14 +282,6 @@ class ITDA(SAE[ITDAConfig]):
         if norms is not None:
             codes = codes._replace(values=codes.values / norms[codes.indices])
         return codes.mirrored(self.cfg.n_pursued) if self.cfg.mirrored else codes
-
-    def encode_rows(self, x: Float[Tensor, "n d_in"]) -> SparseCodes:
-        """`encode_sparse` of flat activations, with hook_z reshaping too: all heads in one row.
-
-        Raises:
-            ValueError: as `encode_sparse`.
-        """
-        return self.encode_sparse(x[:, None] if self.hook_z_reshaping_mode else x)
 
     @torch.no_grad()
     def calibrate(self, x: Float[Tensor, "*batch d_in"], l0: float, k: int | None = None) -> float:
@@ -386,7 +425,7 @@ class ITDA(SAE[ITDAConfig]):
         if not 1 <= m <= self.cfg.d_sae:
             raise ValueError(f"m must be between 1 and d_sae={self.cfg.d_sae}, got {m}")
         labels = None if self.cfg.metadata[LABELS_KEY] is None else self.labels[:m]
-        return self._with_atoms(self.W_dec[:m], labels, k=min(m, self.cfg.k), l0=None)
+        return self.with_atoms(self.W_dec[:m], labels, k=min(m, self.cfg.k), l0=None)
 
     # non-negative codes
 
@@ -405,11 +444,19 @@ class ITDA(SAE[ITDAConfig]):
         if self.cfg.metadata[LABELS_KEY] is not None:
             opposite = [replace(label, cosine=-label.cosine) for label in self.labels]
             labels = Labels([*self.labels, *opposite])
-        return self._with_atoms(torch.cat([self.W_dec, -self.W_dec]), labels, mirrored=True)
+        return self.with_atoms(torch.cat([self.W_dec, -self.W_dec]), labels, mirrored=True)
 
     @torch.no_grad()
-    def _with_atoms(self, atoms: Tensor, labels: Labels | None, **changes: Any) -> "ITDA":
-        """A copy with other atoms and their labels, and some fields of the configuration changed."""
+    def with_atoms(
+        self, atoms: Float[Tensor, "n d_in"], labels: Labels | None, **changes: Any
+    ) -> "ITDA":
+        """A copy with other atoms and their labels, and some fields of the configuration changed.
+
+        Args:
+            atoms: rows of any norm; a copy of them is stored in the dictionary's dtype.
+            labels: a label for each atom; None keeps the metadata as they are.
+            changes: fields of `ITDAConfig` with their new values; `d_sae` follows from `atoms`.
+        """
         cfg = copy.deepcopy(self.cfg)
         for name, value in {"d_sae": len(atoms), **changes}.items():
             setattr(cfg, name, value)
@@ -419,6 +466,158 @@ class ITDA(SAE[ITDAConfig]):
         made.W_dec.copy_(atoms)
         made.b_dec.copy_(self.b_dec)
         return made
+
+    # other ways to a dictionary
+
+    @classmethod
+    def from_atoms(
+        cls,
+        vectors: Float[Tensor, "n d_in"],
+        labels: Sequence[GivenLabel] | None = None,
+        *,
+        k: int,
+        b_dec: Float[Tensor, " d_in"] | None = None,
+        kind: str = "vector",
+        method: Method | None = None,
+        signed: bool = True,
+        rtol: float = DEFAULT_RTOL,
+        zeros: "Zeros" = "refuse",
+        duplicates: "Duplicates" = "keep",
+        metadata: dict[str, Any] | None = None,
+    ) -> "ITDA":
+        """The dictionary whose atoms are these vectors, scaled to norm 1, each with a label.
+
+        Vectors may be anything of the width of an activation: unembedding rows
+        (`itda_lens.sources.unembedding`), class means, probe directions, another SAE's decoder. The
+        arguments are described at `itda_lens.sae.from_atoms`.
+
+        Examples:
+            >>> directions = torch.eye(3)
+            >>> itda = ITDA.from_atoms(directions, ["north", "east", "up"], k=2, kind="direction")
+            >>> print(itda.labels[1])
+            direction 1: east
+
+        Raises:
+            ValueError, TypeError: as `itda_lens.sae.from_atoms`.
+        """
+        from itda_lens.sae.from_atoms import from_atoms  # which imports this module
+
+        return from_atoms(
+            vectors, labels, k=k, b_dec=b_dec, kind=kind, method=method, signed=signed, rtol=rtol,
+            zeros=zeros, duplicates=duplicates, metadata=metadata,
+        )  # fmt: skip
+
+    @torch.no_grad()
+    @checked
+    def extended(
+        self,
+        activations: Float[Tensor, "*batch d_in"],
+        n: int,
+        *,
+        labels: Sequence[GivenLabel] | None = None,
+        seed: int = 0,
+        progress: bool = False,
+    ) -> "ITDA":
+        """The dictionary with `n` more atoms, chosen for the error that it leaves; a copy.
+
+        The new atoms are activations. They are chosen as by preset "best", but beside the old atoms: an
+        activation counts for the energy that no old atom explains better.
+
+        The old atoms come first, with their labels, and do not change by a bit; neither do `b_dec`, k
+        and the threshold. So a code stays the same where no step of its pursuit prefers a new atom. With
+        a threshold, mean L0 becomes another one, and `cfg.l0` becomes None: calibrate again if it
+        matters.
+
+        Args:
+            activations: some thousands, such as those of a domain that is new to the dictionary.
+            n: how many atoms to add.
+            labels: where each activation came from; strings, ints, `Label`s, triples or `Places`.
+                Default: row i is labelled row=i, of kind "row". The numbers of texts that are not those
+                of the first build say nothing beside the old ones: give such labels a kind of their own.
+            seed: seed of the samples that candidates are drawn from and scored on.
+            progress: show a progress bar.
+
+        Raises:
+            ValueError: this is a non-negative view; `activations` are none, of another width, NaN or
+                infinite; or fewer than `n` of them point where no atom does.
+            TypeError: a label is of none of these kinds.
+
+        See also:
+            docs/extending.md, which measures it against building anew.
+        """
+        at_least(1, n=n)
+        at_least(0, seed=seed)
+        if self.cfg.mirrored:
+            raise ValueError("extend the dictionary first, then take its non-negative view")
+        rows = self.process_sae_in(self._check_width(activations)).reshape(-1, self.cfg.d_in)
+        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+        if labels is not None and len(labels) != len(rows):
+            raise ValueError(f"labels must be one per row: {len(labels)} labels for {len(rows)} rows")
+        if n > len(rows):
+            raise ValueError(f"n must be at most the number of activations, {len(rows)}, got {n}")
+        bad = first_nonfinite_row(rows)
+        if bad is not None:
+            raise ValueError(f"activations must be finite, but row {bad} has NaN or infinite values")
+        if labels is None:
+            places = Places.numbered(0, len(rows))
+        elif isinstance(labels, Places):
+            places = labels
+        else:
+            places = Places.of([label_from(one, i, "row") for i, one in enumerate(labels)])
+        coding = self.cfg.coding
+        if self.cfg.l0 is not None:
+            coding = replace(coding, k=max(1, round(self.cfg.l0)))
+        atoms = self._prepare(self.cfg.coding)[0].atoms
+        more, own = more_atoms(rows, places, atoms, n, coding, seed=seed, progress=progress)
+        if self.cfg.metadata[LABELS_KEY] is None:
+            old = [Label(row=i, kind="atom") for i in range(self.cfg.d_sae)]
+        else:
+            old = list(self.labels)
+        made = self.with_atoms(
+            torch.cat([self.W_dec, more.to(self.W_dec)]), Labels([*old, *own]), l0=None
+        )
+        provenance = Provenance.of(made.cfg.metadata)
+        step = {"first": self.cfg.d_sae, "n": n, "rows": len(rows), "seed": seed}
+        steps = [*provenance.others.get(EXTENDED_KEY, []), step]
+        others = {**provenance.others, EXTENDED_KEY: steps}
+        replace(provenance, others=others).into(made.cfg.metadata)
+        return made
+
+    def push_to_hub(
+        self,
+        repo: str,
+        *,
+        name: str | None = None,
+        labels: "Exposed" = "full",
+        private: bool = False,
+        figures: Mapping[str, float] | None = None,
+        token: str | None = None,
+    ) -> str:
+        """Upload the dictionary to a repository on the Hugging Face hub, with a card.
+
+        Then `itda_lens.load(repo)` loads it, and so does SAELens once `itda_lens` is imported.
+
+        Args:
+            repo: "org/name"; it is made if it does not exist.
+            name: its folder in the repository; default: the hook name, or "dictionary".
+            labels: "full", "places" (without any text) or "none".
+            private: make the repository a private one.
+            figures: figures by name for the card, such as FVU and L0 on held-out text.
+            token: of the hub; default: the one that you are logged in with.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            ValueError, OSError: as `itda_lens.sae.push`, which uploads several.
+        """
+        from itda_lens.sae.hub import push  # which imports this module
+
+        name = self.cfg.metadata.hook_name or "dictionary" if name is None else name
+        return push(
+            {name: self}, repo, labels=labels, private=private, token=token,
+            figures=None if figures is None else {name: figures},
+        )  # fmt: skip
 
     # what SAELens does to weights and files
 
@@ -503,6 +702,9 @@ class ITDA(SAE[ITDAConfig]):
         which a kill between the two renames can leave. A `sparsity.safetensors` of the weights that were
         there is removed.
 
+        Folders of the model and the texts go into `itda_local.json`, which SAELens does not upload, and
+        from which `itda_lens.load` reads them.
+
         Returns:
             Paths of the weights and of the config.
 
@@ -516,6 +718,7 @@ class ITDA(SAE[ITDAConfig]):
         config = self.cfg.to_dict()
         config["metadata"] = config["metadata"] | {WEIGHTS_KEY: digests(state_dict)}
         text = json.dumps(config)
+        write_local(folder, Provenance.of(self.cfg.metadata))
         weights, cfg = folder / SAE_WEIGHTS_FILENAME, folder / SAE_CFG_FILENAME
         # The configuration first: with weights of any earlier save its digests tell the mixture.
         with replacing(cfg, weights) as (new_cfg, new_weights):

@@ -16,9 +16,17 @@ from itda_lens.sources.naming import register_with_transformer_lens
 from itda_lens.sources.readable import Loader, ReadableModel, Replace
 from itda_lens.sources.row_tensors import check_activations
 from itda_lens.sources.saelens_sources import SAELensCache, SAELensStore
-from itda_lens.sources.source import Activations, ActivationSource, Rows, gathered
+from itda_lens.sources.source import (
+    Activations,
+    ActivationSource,
+    Listed,
+    Listing,
+    Rows,
+    gathered,
+)
 from itda_lens.sources.texts import describe_texts, iterate_texts, names_data_set
 from itda_lens.sources.transformer_lens_models import TransformerLensModel
+from itda_lens.sources.unembedding import Vectors, unembedding
 
 LanguageModel = ReadableModel
 """The earlier name of `ReadableModel`."""
@@ -43,6 +51,8 @@ __all__ = [
     "HookedModel",
     "HuggingFaceModel",
     "LanguageModel",
+    "Listed",
+    "Listing",
     "Loader",
     "ModelSource",
     "ReadableModel",
@@ -53,6 +63,7 @@ __all__ = [
     "Site",
     "Tokenization",
     "TransformerLensModel",
+    "Vectors",
     "as_source",
     "cache",
     "check_activations",
@@ -65,5 +76,6 @@ __all__ = [
     "names_data_set",
     "register_with_transformer_lens",
     "tokenization_for",
+    "unembedding",
     "unknown_hook",
 ]

@@ -1,7 +1,7 @@
 """Activations that the user has already, as an array in memory or on a disk."""
 
 import mmap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from itda_lens.records import Provenance, at_least, checked
 from itda_lens.sources.row_labels import RowLabels
 from itda_lens.sources.row_tensors import CHECKED_AT_ONCE, RowChecks, as_rows, check_layout
-from itda_lens.sources.source import Rows, full_precision
+from itda_lens.sources.source import Listing, Rows, full_precision
 
 ONLY_HOOK = "activations"
 """The name of an array's one hook point, where its provenance names none."""
@@ -68,17 +68,30 @@ class ArraySource:
     def rows(self, skip: int = 0) -> Iterator[Rows]:
         """The rows, `batch_size` at a time; see `ActivationSource.rows`."""
         checks = None
+        for part in self._parts(skip):
+            x = as_rows(self._activations[part])
+            if self._on_disk:
+                checks = checks or RowChecks(first=part.start)
+                checks.update(x)
+            places = self._labels.places(part.start, part.stop)
+            yield Rows(places, {self.hooks[0]: full_precision(x)})
+        if checks is not None and not skip:
+            checks.finish()
+
+    def rows_from(self, mark: Mapping[str, int]) -> Iterator[Rows]:
+        """The rows from a batch of `listing` on."""
+        return self.rows(mark["n"])
+
+    def listing(self) -> Iterator[Listing]:
+        """The places of each batch; see `Listed.listing`."""
+        for part in self._parts(0):
+            yield Listing(self._labels.places(part.start, part.stop), {"n": part.start})
+
+    def _parts(self, skip: int) -> Iterator[slice]:
         for start in range(0, self.n_rows, self._batch_size):
             part = slice(max(start, skip), min(start + self._batch_size, self.n_rows))
             if part.start < part.stop:
-                x = as_rows(self._activations[part])
-                if self._on_disk:
-                    checks = checks or RowChecks(first=part.start)
-                    checks.update(x)
-                places = self._labels.places(part.start, part.stop)
-                yield Rows(places, {self.hooks[0]: full_precision(x)})
-        if checks is not None:
-            checks.finish()
+                yield part
 
     def provenance(self, hook: str) -> Provenance:
         """The provenance that the user gave, and the number of rows."""
