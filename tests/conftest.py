@@ -89,6 +89,8 @@ SLOW = {
         "test_filters_of_texts",
         "test_in_shards",
     },
+    "test_arrays.py": {"test_a_file_larger_than_the_memory_it_takes"},
+    "test_caches.py": {"test_kills_and_a_second_writer"},
     "test_cli.py": {
         "test_a_signal_leaves_nothing_half_written",
         "test_a_terminal_that_knows_ascii_only",

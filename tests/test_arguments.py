@@ -31,6 +31,12 @@ ROWS = [
     None, "x", 3, [[1.0]], X.numpy(), X.long(), X + 1j, X > 0, X[0], X[None], X.to_sparse(), X[:0],
     X / 0, X.log(),
 ]  # fmt: skip
+ANY_ROWS = [
+    None, "x", 3, True, b"x", {"a"}, {"a": X}, X.long(), X.long().numpy(), X + 1j, X > 0, X[None],
+    X.to_sparse(),
+    X[:0], X / 0, X.log(), [], [3], [X.long()], ["x"], iter([]), "missing.npy", Path("missing.parquet"),
+    object(),
+]  # fmt: skip
 DICTIONARIES = [None, 3, "x", object(), [], [3], torch.nn.Linear(2, 2), {"a": 3}]
 MAPPING = [3, "x", [1], True]
 LABELS = [3, "x", ["x"] * 40, [(0, 0)] * 40, [(0, 0, 0)], [(0.5, 0, 0)] * 40, [None] * 40]
@@ -55,6 +61,9 @@ NONSENSE = {
     "dtype": ["float31", 3, True, ["x"]],
     "tokenizer": [3, True, ["x"], object(), "./no-such-tokenizer"],
     **dict.fromkeys(("activations", "x", "y", "anchors"), ROWS),
+    "activations of any form": ANY_ROWS,
+    **{key: ["", 3, True, b"x", ["x"], object()] for key in ("item", "column")},
+    "shard_bytes": POSITIVE,
     **{key: [None, 3, "x", X, [X]] for key in ("activations_a", "activations_b")},
     **{key: [None, 3, "x", [], [3], X, X[0].long(), X[0] * NAN] for key in ("usage_a", "usage_b")},
     **dict.fromkeys(("dictionaries", "itdas", "sae"), DICTIONARIES),
@@ -86,6 +95,10 @@ NONSENSE = {
 """Values that no argument of that name takes. A family of its own is chosen by `SPECIAL`."""
 
 SPECIAL = {
+    **{(f, "activations"): "activations of any form"
+       for f in ("fit", "ArraySource", "as_source", "evaluate_rows")},
+    ("cache", "source"): "source of rows",
+    ("cache", "dtype"): "kind",
     ("gathered", "source"): "source of rows",
     ("build_from", "source"): "source of rows",
     ("unembedding", "tokens"): "token ids",
@@ -104,6 +117,8 @@ SPECIAL = {
 }  # fmt: skip
 
 ALLOWED = {
+    ("as_source", "activations", str(X[:0])): "it has no rows, which is told when it is read",
+    **{(f, "labels", str(["x"] * 40)): "names of rows" for f in ("fit", "ArraySource", "as_source")},
     ("*", "tokenizer", "./no-such-tokenizer"): "a wrapped model brings its own tokenizer",
     ("activations_of", "model", None): "the dictionaries name it",
     ("hook_list", "hook_names", "nowhere"): "it does not look at a model",
@@ -181,8 +196,16 @@ def calls(tiny, tiny_folder, texts, tmp_path_factory):
             model=chatty, chats=chats, hook_names=HOOK, context_size=None, tokens=None, batch_size=4,
             max_tokens=64, model_name=None, **named,
         ),
-        "fit": dict(activations=X, labels=None, batch_size=16, metadata=None) | atoms | quiet,
-        "ArraySource": dict(activations=X, labels=None, batch_size=16),
+        "fit": dict(activations=X, labels=None, item=None, column=None, batch_size=16, metadata=None)
+        | atoms | quiet,
+        "ArraySource": dict(activations=X, labels=None, item=None, batch_size=16),
+        "as_source": dict(activations=X, labels=None, item=None, column=None, batch_size=16),
+        "cache": dict(
+            source=ArraySource(X), folder=folder / "cache", dtype="exact", shard_bytes=2**20,
+            progress=False,
+        ),
+        "evaluate_rows": dict(dictionaries=itda_lens.fit(X, d_sae=8, k=2), activations=X, column=None)
+        | dict(batch_size=16) | quiet,
         "recipe_of": atoms,
         "load": dict(path_or_repo=folder / "a", device="cpu", dtype=None, revision=None),
         "union": dict(a=a, b=b, k=None, method=None, signed=None, b_dec=None),
@@ -255,6 +278,8 @@ def called(name: str, arguments: dict[str, object]) -> None:
     result = FUNCTIONS[name](**arguments)
     if name == "iterate_texts":
         list(result)
+    if name == "as_source":  # rows that are not in memory are checked when they are read
+        list(result.rows())
 
 
 def test_every_public_function_is_walked(calls):

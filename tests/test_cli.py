@@ -127,7 +127,7 @@ def test_decompose(itda_command, built):
     assert "+" in out
 
 
-COMMANDS = ["demo", "build", "info", "decompose", "eval", "bench", "compare"]
+COMMANDS = ["demo", "build", "fit", "info", "decompose", "eval", "bench", "compare"]
 
 
 @pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)])

@@ -12,9 +12,10 @@ from sae_lens import SAE
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from itda_lens.analysis.meter import CodeMeter
 from itda_lens.dictionary import RunningFVU
 from itda_lens.records import TokenFilter, agreed_cutting, at_least, checked
-from itda_lens.sae import check_codable, coded, hook_name_of, provenance_of
+from itda_lens.sae import check_codable, hook_name_of, provenance_of
 from itda_lens.sources import (
     ChatReading,
     Chats,
@@ -223,10 +224,8 @@ class _Meter:
     def __init__(self, sae: SAE[Any]) -> None:
         self._sae = sae
         self.hook = hook_name_of(sae)
-        self._fvu = RunningFVU()
+        self._codes = CodeMeter(sae)
         self._parts: dict[str, RunningFVU] = {}
-        self._fired = torch.zeros(sae.cfg.d_sae, dtype=torch.int64)
-        self._nonzeros = 0
         self._kl = 0.0
         self._losses = {"base": 0.0, "spliced": 0.0, "zero": 0.0}
         self._n_losses = 0
@@ -251,8 +250,7 @@ class _Meter:
                     f"dictionary has d_in={self._sae.cfg.d_in}: it belongs to another model or hook"
                 )
             x = flat[keep]
-            reconstruction = self._reconstruct(x)
-            self._fvu.update(x, reconstruction)
+            reconstruction = self._codes.update(x)
             for name, part in _parts_of(batch, keep):
                 self._parts.setdefault(name, RunningFVU()).update(x[part], reconstruction[part])
             out = flat.clone()
@@ -261,37 +259,22 @@ class _Meter:
 
         return splice
 
-    def _reconstruct(self, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_in"]:
-        reconstructions = []
-        for part in coded(self._sae, x):
-            fired = part.codes.indices[part.codes.values != 0].cpu()
-            self._fired += fired.bincount(minlength=len(self._fired))
-            self._nonzeros += len(fired)
-            reconstructions.append(part.reconstruction.to(x.device))
-        return torch.cat(reconstructions)
-
     def result(self) -> Evaluation:
         n_losses = max(1, self._n_losses)
         base, spliced, zero = (self._losses[name] / n_losses for name in ("base", "spliced", "zero"))
         gap = zero - base
-        n = self._fvu.n
         return Evaluation(
             hook_name=self.hook,
-            d_sae=self._sae.cfg.d_sae,
-            k=getattr(self._sae.cfg, "k", getattr(self._sae.cfg, "max_iterations", None)),
-            n_tokens=n,
-            l0=self._nonzeros / n,
-            fvu=self._fvu.value(),
-            alive_fraction=(self._fired > 0).float().mean().item(),
+            n_tokens=self._codes.n,
             ce_loss=base,
             ce_loss_spliced=spliced,
             ce_loss_zero=zero,
             ce_loss_score=(zero - spliced) / gap if gap != 0 else float("nan"),
-            kl=self._kl / n,
-            feature_density=self._fired / n,
+            kl=self._kl / self._codes.n,
             fvu_content=self._parts["content"].value() if self._parts else None,
             fvu_form=self._parts["form"].value() if self._parts else None,
             n_form=self._parts["form"].n if self._parts else None,
+            **self._codes.figures(),
         )
 
 

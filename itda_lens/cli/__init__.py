@@ -3,6 +3,7 @@
 from itda_lens.cli.bench import bench_command
 from itda_lens.cli.build import build_command
 from itda_lens.cli.compare import compare_command
+from itda_lens.cli.fit import fit_command
 from itda_lens.cli.look import decompose_command, eval_command, info_command
 from itda_lens.cli.push import push_command
 from itda_lens.cli.shards import build_finish_command, build_shard_command
@@ -15,6 +16,7 @@ __all__ = [
     "compare_command",
     "decompose_command",
     "eval_command",
+    "fit_command",
     "info_command",
     "push_command",
 ]

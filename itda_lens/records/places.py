@@ -96,10 +96,17 @@ class Places(Sequence[Label]):
         return cls(columns, _nothing(len(row))).tagged(tags)
 
     @classmethod
-    def of(cls, labels: "Sequence[Label | tuple[int, int, int]]") -> "Places":
+    def of(
+        cls, labels: "Sequence[Label | tuple[int, int, int]]", seen: dict[int, int] | None = None
+    ) -> "Places":
         """The places that these labels name; places themselves stay as they are.
 
         Rows of one label are told apart by their order.
+
+        Args:
+            labels: one for each row.
+            seen: for labels that come in parts: an empty dictionary for the first part, and the same
+                dictionary for each later part. All parts then are as one list of labels.
 
         Raises:
             TypeError: one is neither a `Label` nor a (row, chunk, position) triple.
@@ -113,7 +120,10 @@ class Places(Sequence[Label]):
             head = _NO_HEAD if label.head is None else label.head
             columns[i] = (label.row, label.chunk, label.position, start, end, 0, head, 0)
         columns["identity"] = _with_head(_identity_without_text(columns), columns["head"])
-        columns["identity"] = mix64(columns["identity"] + _occurrence(columns["identity"]))
+        occurrence = _occurrence(columns["identity"])
+        if seen is not None:
+            occurrence += _seen_before(columns["identity"], seen)
+        columns["identity"] = mix64(columns["identity"] + occurrence)
         origins = np.empty(len(given), dtype=object)
         origins[:] = given
         return cls(columns, origins)
@@ -205,12 +215,14 @@ class Places(Sequence[Label]):
 
         Texts go as they are held: call `quoting` or `bare` first where whole texts would be too much.
         """
-        origins = [asdict(o) if isinstance(o, Label) else o for o in self._origins]
+        held = list(dict.fromkeys(self._origins.tolist()))  # rows of a text hold one string
+        texts = {origin: i for i, origin in enumerate(held)}
         numbers = {tag: i for i, tag in enumerate(dict.fromkeys(self._tags.tolist()))}
         columns = np.stack([self._columns[name].astype(np.int64) for name in _COLUMNS.names or ()])
         return {
             "columns": columns,
-            "origins": _as_bytes(origins),
+            "origins": _as_bytes([asdict(o) if isinstance(o, Label) else o for o in held]),
+            "origin": np.array([texts[origin] for origin in self._origins], dtype=np.int64),
             "tags": _as_bytes(list(numbers)),
             "tag": np.array([numbers[tag] for tag in self._tags], dtype=np.int64),
         }
@@ -221,11 +233,12 @@ class Places(Sequence[Label]):
         columns = _empty(state["columns"].shape[1])
         for name, values in zip(_COLUMNS.names or (), state["columns"], strict=True):
             columns[name] = values.astype(_COLUMNS[name])
-        origins = np.empty(len(columns), dtype=object)
-        for i, origin in enumerate(json.loads(state["origins"].tobytes())):
+        held = json.loads(state["origins"].tobytes())
+        for i, origin in enumerate(held):
             if isinstance(origin, dict):
-                origin = Label(**{**origin, "chars": origin["chars"] and tuple(origin["chars"])})
-            origins[i] = origin
+                held[i] = Label(**{**origin, "chars": origin["chars"] and tuple(origin["chars"])})
+        origins = _nothing(len(columns))
+        origins[:] = [held[i] for i in state["origin"].tolist()]
         tags = _nothing(len(columns))
         known = [tag and Tag(*tag) for tag in json.loads(state["tags"].tobytes())]
         tags[:] = [known[i] for i in state["tag"].tolist()]
@@ -358,3 +371,12 @@ def _occurrence(values: UInt64[np.ndarray, " n"]) -> UInt64[np.ndarray, " n"]:
     count = np.empty(len(values), dtype=np.uint64)
     count[order] = np.arange(len(values)) - begins
     return count
+
+
+def _seen_before(values: UInt64[np.ndarray, " n"], seen: dict[int, int]) -> UInt64[np.ndarray, " n"]:
+    """How often each value came in earlier parts; `seen` then counts this part too."""
+    distinct, where, counts = np.unique(values, return_inverse=True, return_counts=True)
+    earlier = [seen.get(value, 0) for value in distinct.tolist()]
+    for value, before, count in zip(distinct.tolist(), earlier, counts.tolist(), strict=True):
+        seen[value] = before + count
+    return np.array(earlier, dtype=np.uint64)[where]

@@ -6,7 +6,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from itda_lens.analysis import Evaluation, TokenDecomposition
+from itda_lens.analysis import Evaluation, RowsEvaluation, TokenDecomposition
 from itda_lens.records import CONTEXT_CHARS, Label
 from itda_lens.sae import ITDA, provenance_of
 from itda_lens.terminal import printable, shown
@@ -19,12 +19,16 @@ QUOTED_BEFORE, QUOTED_AFTER = 24, 32
 
 
 def evaluation_table(
-    evaluations: Sequence[Evaluation],
+    evaluations: Sequence[Evaluation | RowsEvaluation],
     build_tokens: Mapping[str, int] | None = None,
     build_seconds: Mapping[str, float] | None = None,
     title: str = "Evaluation",
 ) -> Table:
-    """One row a dictionary; tokens and seconds of their builds, by hook name, where given."""
+    """One row a dictionary; tokens and seconds of their builds, by hook name, where given.
+
+    Where the evaluations are of activations alone, there are no columns for the effect on a model.
+    """
+    of_model = all(isinstance(e, Evaluation) for e in evaluations)
     table = Table(
         title=shown(title, TITLE),
         caption=_evaluation_caption(evaluations),
@@ -34,10 +38,10 @@ def evaluation_table(
     )
     # In a narrow terminal the hook's name folds and headers wrap; figures are never cut.
     table.add_column("hook", overflow="fold")
-    chats = any(e.fvu_form is not None for e in evaluations)
+    chats = any(isinstance(e, Evaluation) and e.fvu_form is not None for e in evaluations)
     for name, width in {
         "atoms": 6, "L0": 4, "FVU": 5, **({"FVU content": 7, "FVU form": 5} if chats else {}),
-        "CE-loss score": 7, "KL": 5, "alive": 6,
+        **({"CE-loss score": 7, "KL": 5} if of_model else {}), "alive": 6,
     }.items():  # fmt: skip
         table.add_column(name, justify="right", min_width=width)
     if build_tokens is not None:
@@ -50,9 +54,8 @@ def evaluation_table(
             f"{e.d_sae:,}",
             f"{e.l0:.1f}",
             f"{e.fvu:.3f}",
-            *(_figure(part) for part in (e.fvu_content, e.fvu_form) if chats),
-            f"{e.ce_loss_score:.4f}",
-            f"{e.kl:.3f}",
+            *(_figure(getattr(e, part, None)) for part in ("fvu_content", "fvu_form") if chats),
+            *([f"{e.ce_loss_score:.4f}", f"{e.kl:.3f}"] if isinstance(e, Evaluation) else []),
             f"{e.alive_fraction:.1%}",
         ]
         if build_tokens is not None:
@@ -124,11 +127,13 @@ def info_table(itda: ITDA, name: str) -> Table:
 
 def labels_table(itda: ITDA, n: int) -> Table:
     """The first `n` atoms and where they came from."""
+    labels = itda.labels[:n]
     table = Table(title=f"First {min(n, itda.cfg.d_sae)} atoms")
-    for name in ("atom", "text", "chunk", "position"):
-        table.add_column(name, justify="right", no_wrap=True)
+    kinds = {label.kind for label in labels}
+    for name in ("atom", kinds.pop() if len(kinds) == 1 else "row", "chunk", "position"):
+        table.add_column(shown(name), justify="right", no_wrap=True)
     table.add_column("came from")
-    for i, label in enumerate(itda.labels[:n]):
+    for i, label in enumerate(labels):
         table.add_row(str(i), str(label.row), str(label.chunk), str(label.position), quote(label))
     return table
 
@@ -180,8 +185,10 @@ def _around(label: Label, context: str) -> tuple[str, str, str]:
     return context[:start], token, context[start + len(marked) :]
 
 
-def _evaluation_caption(evaluations: Sequence[Evaluation]) -> str:
+def _evaluation_caption(evaluations: Sequence[Evaluation | RowsEvaluation]) -> str:
     if not evaluations:
         return ""
     e = evaluations[0]
+    if isinstance(e, RowsEvaluation):
+        return f"on {e.n_rows:,} rows"
     return f"on {e.n_tokens:,} tokens; the model's own CE loss there is {e.ce_loss:.3f} nats"

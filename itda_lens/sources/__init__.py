@@ -1,7 +1,10 @@
 """Where activations come from: models and texts, and the tokens between them; arrays."""
 
 from itda_lens.records import HookPoint
-from itda_lens.sources.array_source import ArraySource, check_activations
+from itda_lens.sources._as_source import as_source
+from itda_lens.sources.array_source import ArraySource
+from itda_lens.sources.batch_source import BatchSource
+from itda_lens.sources.caches import CachedSource, cache
 from itda_lens.sources.chat_source import (
     ChatReading,
     ChatSource,
@@ -11,6 +14,7 @@ from itda_lens.sources.chat_source import (
 from itda_lens.sources.chat_templates import ChatTemplate, RenderedChat
 from itda_lens.sources.chats import Chats, SpecialTokens
 from itda_lens.sources.contexts import Context, ContextBatch, Tokenization
+from itda_lens.sources.hidden_states import HiddenStatesSource
 from itda_lens.sources.hooked import HookedModel
 from itda_lens.sources.hooks import Site, unknown_hook
 from itda_lens.sources.hugging_face_models import HuggingFaceModel
@@ -18,6 +22,8 @@ from itda_lens.sources.model_source import ModelSource, hook_list, tokenization_
 from itda_lens.sources.models import LIBRARIES, language_model
 from itda_lens.sources.naming import register_with_transformer_lens
 from itda_lens.sources.readable import Loader, ReadableModel, Replace
+from itda_lens.sources.row_tensors import check_activations
+from itda_lens.sources.saelens_sources import SAELensCache, SAELensStore
 from itda_lens.sources.source import (
     Activations,
     ActivationSource,
@@ -44,12 +50,15 @@ __all__ = [
     "ActivationSource",
     "Activations",
     "ArraySource",
+    "BatchSource",
+    "CachedSource",
     "ChatReading",
     "ChatSource",
     "ChatTemplate",
     "Chats",
     "Context",
     "ContextBatch",
+    "HiddenStatesSource",
     "HookPoint",
     "HookedModel",
     "HuggingFaceModel",
@@ -62,11 +71,15 @@ __all__ = [
     "RenderedChat",
     "Replace",
     "Rows",
+    "SAELensCache",
+    "SAELensStore",
     "Site",
     "SpecialTokens",
     "Tokenization",
     "TransformerLensModel",
     "Vectors",
+    "as_source",
+    "cache",
     "chat_context_size",
     "check_activations",
     "describe_texts",
