@@ -190,13 +190,11 @@ def main() -> None:
         atoms, l0, new, before, same, kept, seconds = (
             statistics.mean(column) for column in zip(*rows, strict=True)
         )
-        spread = [
-            statistics.stdev(column) if len(rows) > 1 else 0.0 for column in zip(*rows, strict=True)
-        ]
+        spread = [statistics.stdev(row[i] for row in rows) if len(rows) > 1 else 0.0 for i in (2, 3)]
         share = " | " if same != same else f"{same:.1%} | {kept:.0%}"
         print(
-            f"| {name} | {atoms:.0f} | {l0:.1f} | {new:.4f} ± {spread[2]:.4f} | {before:.4f} ± "
-            f"{spread[3]:.4f} | {share} | {seconds:.1f} |"
+            f"| {name} | {atoms:.0f} | {l0:.1f} | {new:.4f} ± {spread[0]:.4f} | {before:.4f} ± "
+            f"{spread[1]:.4f} | {share} | {seconds:.1f} |"
         )
 
 
