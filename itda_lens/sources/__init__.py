@@ -9,6 +9,7 @@ from itda_lens.sources.hugging_face_models import HuggingFaceModel
 from itda_lens.sources.model_source import ModelSource, hook_list, tokenization_for
 from itda_lens.sources.models import LIBRARIES, language_model
 from itda_lens.sources.naming import register_with_transformer_lens
+from itda_lens.sources.passes import Pass, Watch
 from itda_lens.sources.readable import Loader, ReadableModel, Replace
 from itda_lens.sources.source import Activations, ActivationSource, Rows, gathered
 from itda_lens.sources.texts import describe_texts, iterate_texts, names_data_set
@@ -36,12 +37,14 @@ __all__ = [
     "LanguageModel",
     "Loader",
     "ModelSource",
+    "Pass",
     "ReadableModel",
     "Replace",
     "Rows",
     "Site",
     "Tokenization",
     "TransformerLensModel",
+    "Watch",
     "check_activations",
     "describe_texts",
     "gathered",
