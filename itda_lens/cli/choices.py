@@ -11,6 +11,8 @@ Method = Literal["mp", "omp", "ols"]
 Loader = Literal["bridge", "hooked_transformer", "huggingface"]
 Measure = Literal["jaccard", "weighted", "cka", "svcca", "regression", "relative", "relative-centred"]
 Match = Literal["auto", "position", "span", "overlap"]
+Contrast = Literal["difference", "sets", "f1", "strongest"]
+AmountUnit = Literal["norm", "absolute"]
 Codes = Literal["both", "signed", "nonnegative"]
 Evaluation = Literal[
     "saelens",

@@ -12,6 +12,7 @@ from itda_lens.control.measuring import (
 )
 from itda_lens.control.operations import OPERATIONS, Add, Clamp, ProjectOut, Scale, Swap
 from itda_lens.control.running import Tally, applied
+from itda_lens.control.saved import load_edits, save_edits
 from itda_lens.control.seen import Gate, Operation, Reading, Rows
 from itda_lens.control.selection import (
     Scored,
@@ -62,9 +63,11 @@ __all__ = [
     "gate_scores",
     "interpret_then_deactivate",
     "labelled",
+    "load_edits",
     "opening_at",
     "output_scores",
     "pole",
+    "save_edits",
     "swapped",
     "tiered",
     "typical_coefficients",

@@ -20,7 +20,7 @@ from itda_lens.control.selection import first_token, prompt_batch, read_codes
 from itda_lens.control.writing import written
 from itda_lens.records import at_least, check_fields, checked
 from itda_lens.sae import provenance_of
-from itda_lens.sources import Loader, ReadableModel, language_model, tokenization_for
+from itda_lens.sources import ContextBatch, Loader, ReadableModel, language_model, tokenization_for
 
 logger = logging.getLogger(__name__)
 
@@ -156,8 +156,9 @@ def effects(
     variants = _variants(bench, own, random_draws, seed)
     bar = tqdm(variants, desc="measuring", unit="edit", disable=not progress)
     measured: dict[str, list[dict[str, list[float]]]] = {}
-    for name, which in bar:
-        found = bench.measure(which)
+    on_retained = bench.on_retained([which for _, which in variants])
+    for (name, which), others in zip(bar, on_retained, strict=True):
+        found = bench.on_prompts(which) | others
         if new_tokens:
             found |= bench.write(which, new_tokens, temperature, seed, _judge(concept), bool(concept))
         measured.setdefault(name, []).append(found)
@@ -301,8 +302,8 @@ class _Bench:
         self._batches = list(tokenization.batches(retained, batch_size))
 
     @torch.no_grad()
-    def measure(self, edits: Sequence[Edit]) -> dict[str, list[float]]:
-        """Figures of each prompt and of each retained text."""
+    def on_prompts(self, edits: Sequence[Edit]) -> dict[str, list[float]]:
+        """Figures of each prompt."""
         found: dict[str, list[float]] = {"probability": []}
         if self._foils is not None:
             found["logit difference"] = []
@@ -323,37 +324,22 @@ class _Bench:
             changed = sum(tally.changed for tally in tallies)
             shares += [changed / max(1, sum(t.tokens for t in tallies))] * len(part)
             sizes += [sum(t.relative for t in tallies) / max(1, changed)] * len(part)
-        found |= {"changed": shares, "norm": sizes}
-        return found | (self._on_retained(edits) if self.retained else {})
+        return found | {"changed": shares, "norm": sizes}
 
-    def _on_retained(self, edits: Sequence[Edit]) -> dict[str, list[float]]:
-        names = ("KL", "loss", "accuracy")
-        sums = {name: np.zeros(len(self.retained)) for name in names}
-        counts = {name: np.zeros(len(self.retained)) for name in names}
+    @torch.no_grad()
+    def on_retained(self, variants: Sequence[Sequence[Edit]]) -> list[dict[str, list[float]]]:
+        """Figures of each retained text, for each list of edits; none if there are no such texts."""
+        if not self.retained:
+            return [{} for _ in variants]
+        meters = [_TextMeter(len(self.retained)) for _ in variants]
         for batch in self._batches:
             plain = self.lm.logits(batch.tokens, batch.attention_mask)
-            logits, _ = self._run(edits, batch.tokens, batch.attention_mask)
-            keep = batch.keep.to(logits.device)
-            which = np.array([c.row for c in batch.contexts])[batch.keep.nonzero()[:, 0].numpy()]
-            p, q = (each[keep].float().log_softmax(dim=-1) for each in (plain, logits))
-            kl = torch.where(p.exp() > 0, p.exp() * (p - q), 0.0).sum(dim=-1).cpu().numpy()
-            np.add.at(sums["KL"], which, kl)
-            np.add.at(counts["KL"], which, 1)
-            followed = batch.attention_mask.roll(-1, dims=1).clone()
-            followed[:, -1] = False
-            there = followed[batch.keep]
-            ids = batch.tokens.roll(-1, dims=1)[batch.keep][there]
-            chosen = q.cpu()[there]
-            loss = -chosen.gather(1, ids[:, None])[:, 0].numpy()
-            right = (chosen.argmax(dim=-1) == ids).numpy()
-            rows = which[there.numpy()]
-            for name, values in (("loss", loss), ("accuracy", right)):
-                np.add.at(sums[name], rows, values)
-                np.add.at(counts[name], rows, 1)
-        return {
-            name: (sums[name][counts[name] > 0] / counts[name][counts[name] > 0]).tolist()
-            for name in names
-        }
+            for edits, meter in zip(variants, meters, strict=True):
+                if edits:
+                    meter.update(batch, plain, self._run(edits, batch.tokens, batch.attention_mask)[0])
+                else:
+                    meter.update(batch, plain, plain)
+        return [meter.result() for meter in meters]
 
     def _run(self, edits: Sequence[Edit], tokens: Tensor, mask: Tensor) -> tuple[Tensor, list[Any]]:
         if not edits:
@@ -406,6 +392,42 @@ class _Bench:
             torch.zeros(edit.sae.cfg.d_in).double() if tally.change is None else tally.change
             for edit, tally in zip(edits, tallies, strict=True)
         ]
+
+
+class _TextMeter:
+    """Means over the tokens of each text."""
+
+    NAMES = ("KL", "loss", "accuracy")
+
+    def __init__(self, n_texts: int) -> None:
+        self._sums = {name: np.zeros(n_texts) for name in self.NAMES}
+        self._counts = {name: np.zeros(n_texts) for name in self.NAMES}
+
+    def update(self, batch: ContextBatch, plain: Tensor, edited: Tensor) -> None:
+        keep = batch.keep.to(plain.device)
+        rows = np.array([c.row for c in batch.contexts])[batch.keep.nonzero()[:, 0].numpy()]
+        p, q = (each[keep].float().log_softmax(dim=-1) for each in (plain, edited))
+        # A token of probability 0 adds nothing, whatever its logarithm.
+        kl = torch.where(p.exp() > 0, p.exp() * (p - q), 0.0).sum(dim=-1)
+        self._add("KL", rows, kl)
+        followed = batch.attention_mask.roll(-1, dims=1).clone()
+        followed[:, -1] = False
+        there = followed[batch.keep]
+        ids = batch.tokens.roll(-1, dims=1)[batch.keep][there].to(q.device)
+        predicted = q[there.to(q.device)]
+        self._add("loss", rows[there.numpy()], -predicted.gather(1, ids[:, None])[:, 0])
+        self._add("accuracy", rows[there.numpy()], (predicted.argmax(dim=-1) == ids).float())
+
+    def _add(self, name: str, rows: np.ndarray, values: Tensor) -> None:
+        np.add.at(self._sums[name], rows, values.double().cpu().numpy())
+        np.add.at(self._counts[name], rows, 1)
+
+    def result(self) -> dict[str, list[float]]:
+        """Each figure of each text that has a token for it."""
+        return {
+            name: (self._sums[name][counts > 0] / counts[counts > 0]).tolist()
+            for name, counts in self._counts.items()
+        }
 
 
 def _variants(bench: _Bench, edits: list[Edit], draws: int, seed: int) -> list[tuple[str, list[Edit]]]:
