@@ -3,7 +3,7 @@
     python benchmarks/control.py SYSTEM [--out FOLDER] [--layer 15] [--d-sae 4096] [--k 20]
     python benchmarks/control.py tables [--out FOLDER]
 
-SYSTEM is one of itd, tiers, sauce, signed, exemplar, ioi. Each takes less than 20 minutes on two
+SYSTEM is one of itd, tiers, sauce, signed, exemplar, ioi, recsae. Each takes less than 20 minutes on two
 processors. Figures are kept in FOLDER/results.jsonl as they come, and a run that was stopped goes on.
 Dictionaries are kept in FOLDER too.
 
@@ -15,11 +15,14 @@ of atoms has seen.
 import argparse
 import itertools
 import math
+import random
 import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import control_ioi as task
+import control_recommender as recommender
 import control_texts as data
 import torch
 from results import Results
@@ -63,11 +66,14 @@ class Setup:
         return f"blocks.{self.layer if layer is None else layer}.hook_resid_post"
 
     def itda(self, layer: int | None = None, d_sae: int | None = None) -> itda_lens.ITDA:
-        d_sae, hook = d_sae or self.d_sae, self.hook(layer)
+        hook = self.hook(layer)
+        if d_sae is not None:
+            return self.itda(layer).prefix(d_sae)
+        d_sae = self.d_sae
         folder = self.out / f"{hook}-{d_sae}"
         if not folder.exists():
-            texts = data.sentences() + reference_prose()[0][:40]
-            made = itda_lens.build(self.lm, texts, hook, d_sae=d_sae, k=self.k, max_tokens=60_000)
+            texts = data.sentences() + reference_prose()[0][:15]
+            made = itda_lens.build(self.lm, texts, hook, d_sae=d_sae, k=self.k, max_tokens=40_000)
             made[hook].save_model(folder)
         return itda_lens.load(folder)
 
@@ -99,75 +105,76 @@ def itd(setup: Setup) -> None:
     for country in data.ERASED:
         targets = data.about(country, data.LEARNED)
         retained = data.others(data.LEARNED)
-        for factor, replaced in ((0.0, False), (-2.0, False), (-8.0, True)):
-            setting = dict(system="itd", concept=country, factor=factor, replace=replaced)
+        for by, top, factor in (("difference", 16, 0.0), ("difference", 16, -2.0), ("sets", 32, -2.0)):
 
-            def compute(factor=factor, replaced=replaced, targets=targets, retained=retained, c=country):
+            def compute(by=by, top=top, factor=factor, c=country, targets=targets, retained=retained):
                 edit = interpret_then_deactivate(
-                    setup.lm, sae, targets, retained, factor=factor, replace=replaced, whole=replaced
-                )
-                free = replace(edit, gate=Always())
+                    setup.lm, sae, targets, retained, factor=factor, by=by, top=top,
+                    count=4 if by == "difference" else 64, coverage=0.75,
+                )  # fmt: skip
                 held = data.about(c, data.HELD_OUT)
                 near, far = data.neighbours(c, data.HELD_OUT), data.unrelated()
                 on, close, other = (gate_scores(setup.lm, edit, texts) for texts in (held, near, far))
-                shut = [t for t, s in zip(near + far, close + other, strict=True)
-                        if s < edit.gate.threshold]  # fmt: skip
+                opens = edit.gates[0].threshold
+                shut = [t for t, s in zip(near + far, close + other, strict=True) if s < opens]
                 prompts = [Prompt(*answer) for answer in data.answers(c)]
-                gated = effects(setup.lm, edit, prompts, near + far, progress=False)
-                only_shut = effects(setup.lm, edit, prompts, shut, random_draws=0, progress=False)
-                ungated = effects(setup.lm, free, prompts, near + far, random_draws=0, progress=False)
-                open_ = [s >= edit.gate.threshold for s in on]
+                options = dict(progress=False)
+                gated = effects(setup.lm, edit, prompts, near + far, random_draws=2, **options)
+                only_shut = effects(setup.lm, edit, prompts[:1], shut, random_draws=0, **options)
+                free = replace(edit, gate=Always())
+                ungated = effects(setup.lm, free, prompts, near + far, random_draws=0, **options)
                 return dict(
                     atoms=[[a, str(sae.labels[a])] for a in edit.atoms],
-                    auc_near=roc_auc_score([1] * len(on) + [0] * len(close), on + close),
-                    auc_far=roc_auc_score([1] * len(on) + [0] * len(other), on + other),
-                    opens_held_out=sum(open_) / len(open_),
-                    opens_near=sum(s >= edit.gate.threshold for s in close) / len(close),
-                    opens_far=sum(s >= edit.gate.threshold for s in other) / len(other),
+                    **aucs(on, close, other),
+                    opens=[sum(s >= opens for s in each) / len(each) for each in (on, close, other)],
                     gated=flat(gated),
+                    shut=len(shut),
                     kl_where_shut=flat(only_shut)["edit"]["KL"][0],
                     ungated=flat(ungated),
                 )
 
-            setup.once(compute, **setting)
+            setup.once(compute, system="itd", concept=country, by=by, factor=factor)
         setup.once(
             lambda c=country: _rivals_of_the_gate(setup, sae, c), system="itd-rivals", concept=country
         )
     setup.once(lambda: _later(setup, sae), system="itd-later")
 
 
-def _rivals_of_the_gate(setup: Setup, sae: itda_lens.ITDA, country: str) -> dict[str, float]:
-    """The gate's AUC with random atoms, and that of the difference in means."""
+def aucs(on: list[float], near: list[float], far: list[float]) -> dict[str, float]:
+    """How well scores tell prompts of the concept from near neighbours and from unrelated text."""
+    return {
+        f"auc_{name}": roc_auc_score([1] * len(on) + [0] * len(off), on + off)
+        for name, off in (("near", near), ("far", far))
+    }
+
+
+def _rivals_of_the_gate(setup: Setup, sae: itda_lens.ITDA, country: str) -> dict[str, object]:
+    """AUC of gates of random atoms, equal in number, and of the difference in means."""
     targets, retained = data.about(country, data.LEARNED), data.others(data.LEARNED)
-    held = data.about(country, data.HELD_OUT)
-    near, far = data.neighbours(country, data.HELD_OUT), data.unrelated()
-    chosen = interpret_then_deactivate(setup.lm, sae, targets, retained, gated=False).atoms
-    found: dict[str, list[float]] = {"near": [], "far": []}
+    sets = (
+        data.about(country, data.HELD_OUT),
+        data.neighbours(country, data.HELD_OUT),
+        data.unrelated(),
+    )
     generator = torch.Generator().manual_seed(SEED)
     codes = read_codes(setup.lm, sae, targets)
     alive = torch.unique(codes.codes.indices[codes.codes.values != 0])
+    draws = []
     for _ in range(5):
-        atoms = alive[torch.randperm(len(alive), generator=generator)[: len(chosen)]].tolist()
+        atoms = alive[torch.randperm(len(alive), generator=generator)[:4]].tolist()
         edit = Edit(sae, atoms, Scale(0.0), Excess(0.0))
-        on, close, other = (gate_scores(setup.lm, edit, texts) for texts in (held, near, far))
-        found["near"].append(roc_auc_score([1] * len(on) + [0] * len(close), on + close))
-        found["far"].append(roc_auc_score([1] * len(on) + [0] * len(other), on + other))
+        draws.append(aucs(*(gate_scores(setup.lm, edit, texts) for texts in sets)))
     vector = codes.x.mean(dim=0) - read_codes(setup.lm, sae, retained).x.mean(dim=0)
 
-    def probe(texts):
+    def along(texts: list[str]) -> list[float]:
         read = read_codes(setup.lm, sae, texts)
         scores = read.x @ (vector / vector.norm())
-        return [
-            scores[torch.from_numpy(read.places.row.copy()) == i].max().item() for i in range(len(texts))
-        ]
+        rows = torch.from_numpy(read.places.row.copy())
+        return [scores[rows == i].max().item() for i in range(len(texts))]
 
-    on, close, other = map(probe, (held, near, far))
     return dict(
-        random_near=sum(found["near"]) / 5,
-        random_far=sum(found["far"]) / 5,
-        means_near=roc_auc_score([1] * len(on) + [0] * len(close), on + close),
-        means_far=roc_auc_score([1] * len(on) + [0] * len(other), on + other),
-        atoms=len(chosen),
+        random={name: sum(draw[name] for draw in draws) / 5 for name in draws[0]},
+        means=aucs(*map(along, sets)),
     )
 
 
@@ -175,7 +182,14 @@ def _later(setup: Setup, sae: itda_lens.ITDA) -> dict[str, object]:
     """Three countries erased at once, then a fourth added: what the first three and others get."""
     edits = [
         interpret_then_deactivate(
-            setup.lm, sae, data.about(c, data.LEARNED), data.others(data.LEARNED), factor=-2.0
+            setup.lm,
+            sae,
+            data.about(c, data.LEARNED),
+            data.others(data.LEARNED),
+            factor=-2.0,
+            by="difference",
+            count=4,
+            coverage=0.75,
         )
         for c in (*data.ERASED, data.LATER)
     ]
@@ -192,12 +206,11 @@ def tiers(setup: Setup) -> None:
     """Steer towards food: constant, per input, per token; five strengths; two sizes of dictionary."""
     prompts = [Prompt(text, " food") for text in data.STORIES]
     for d_sae in (setup.d_sae, 512):
-        sae = setup.itda(d_sae=d_sae)
+        sae = setup.itda(d_sae=None if d_sae == setup.d_sae else d_sae)
+        amounts = (0.1, 0.2, 0.4, 0.7, 1.0) if d_sae == setup.d_sae else (0.2, 0.7)
         chosen = contrast(setup.lm, sae, data.FOOD, data.NOT_FOOD, by="difference", count=4)
         atoms = [each.atom for each in chosen]
-        for tier, amount in itertools.product(
-            ("constant", "input", "token"), (0.1, 0.2, 0.3, 0.45, 0.6)
-        ):
+        for tier, amount in itertools.product(("constant", "input", "token"), amounts):
             setting = dict(system="tiers", d_sae=d_sae, tier=tier, amount=amount)
 
             def compute(tier=tier, amount=amount, sae=sae, atoms=atoms):
@@ -205,7 +218,7 @@ def tiers(setup: Setup) -> None:
                 gate = Always() if tier == "constant" else FiresAbove(0.0, sign=1, scope=tier)
                 edit = Edit(sae, atoms, Add(-amount / math.sqrt(len(atoms)), "norm"), gate)
                 found = effects(
-                    setup.lm, edit, prompts, data.unrelated(), new_tokens=24, concept=data.FOOD_WORDS,
+                    setup.lm, edit, prompts, data.unrelated(), new_tokens=16, concept=data.FOOD_WORDS,
                     random_draws=1, batch_size=12, temperature=1.0, seed=SEED, progress=False,
                 )  # fmt: skip
                 return dict(atoms=[[a, str(sae.labels[a])] for a in atoms], effects=flat(found))
@@ -218,9 +231,8 @@ def sauce(setup: Setup) -> None:
     country = data.ERASED[0]
     targets, retained = data.about(country, data.LEARNED), data.others(data.LEARNED)
     prompts = [Prompt(*answer) for answer in data.answers(country)]
-    for layer, by, gamma in itertools.product(
-        (setup.layer, 10), ("difference", "sets", "f1", "strongest"), (1.0, 0.5, 0.0, -0.5, -1.0)
-    ):
+    ways = [(setup.layer, by) for by in ("difference", "sets", "f1")] + [(10, "difference")]
+    for (layer, by), gamma in itertools.product(ways, (0.5, 0.0, -0.5, -1.0)):
         sae = setup.itda(layer)
 
         def compute(sae=sae, by=by, gamma=gamma):
@@ -299,10 +311,10 @@ def signed(setup: Setup) -> None:
 def exemplar(setup: Setup) -> None:
     """Project one atom's direction out of every activation: does one suffice?"""
     sae = setup.itda()
-    for country in data.ERASED:
+    for country in data.ERASED[:2]:
         targets, retained = data.about(country, data.LEARNED), data.others(data.LEARNED)
         prompts = [Prompt(*answer) for answer in data.answers(country)]
-        for count in (1, 2, 4, 8):
+        for count in (1, 4):
             for way in ("project", "scale"):
 
                 def compute(
@@ -320,7 +332,58 @@ def exemplar(setup: Setup) -> None:
                 setup.once(compute, system="exemplar", concept=country, count=count, way=way)
 
 
-SYSTEMS = {f.__name__: f for f in (itd, tiers, sauce, signed, exemplar)}
+def ioi(setup: Setup) -> None:
+    """Supervised evaluation on the IOI task; first, whether the model does the task at all."""
+    train, test = task.cases(300, SEED), task.cases(60, SEED + 1)
+
+    def able():
+        every = task.Task(setup.lm, setup.hook(20), test)
+        logits = every.at_end()
+        difference = every.difference(logits)
+        found = dict(
+            accuracy=(difference > 0).double().mean().item(),
+            first=(logits.argmax(dim=1) == every.io).double().mean().item(),
+            difference=difference.mean().item(),
+        )
+        rng = random.Random(SEED)
+        for layer in (10, 15, 20, 25):  # where the last token holds the answer
+            at = task.Task(setup.lm, setup.hook(layer), test)
+            other = task.Task(setup.lm, at.hook, [case.changed("IO", rng) for case in test])
+            patched = at.at_end(other.activations())
+            rows = torch.arange(len(test))
+            found[f"patched_{layer}"] = (
+                (patched[rows, other.io] - patched[rows, at.io] > 0).double().mean().item()
+            )
+        return found
+
+    setup.once(able, system="ioi-able")
+    layer = 20
+    fitted = task.Task(setup.lm, setup.hook(layer), train)
+    held = task.Task(setup.lm, setup.hook(layer), test)
+    seen, x = fitted.activations(), held.activations()
+    clean, ablated = held.at_end(), held.at_end(seen.mean(dim=0).expand_as(x))
+    made = task.dictionaries(seen, train, d_sae=128, k=8)
+    for name, own in made.items():
+
+        def compute(own=own):
+            code = own.coded(x, test)
+            figures = task.measured(held, own, x, clean, ablated)
+            figures |= dict(f1=task.best_f1(code, test), split=task.split(code, test))
+            for attribute in task.ATTRIBUTES:
+                rng = random.Random(SEED)
+                figures[attribute] = task.controlled(held, own, x, attribute, (2, 4, 8), rng)
+            return figures
+
+        setup.once(compute, system="ioi", dictionary=name)
+
+
+def recsae(setup: Setup) -> None:
+    """Ablate the atoms of a category in a small recommender, after RecSAE (arXiv 2411.06112)."""
+    for seed in range(3):
+        setup.once(lambda seed=seed: recommender.measured(seed), system="recsae", seed=seed)
+
+
+SYSTEMS = {f.__name__: f for f in (itd, tiers, sauce, signed, exemplar, ioi, recsae)}
 
 
 def main() -> None:

@@ -22,6 +22,14 @@ LEARNED = (
     "She has studied the {people} language for years.", "The {people} government met in {capital}.",
     "People in {country} often speak {people}.", "We flew to {capital} and stayed in {country} for a week.",
 )  # fmt: skip
+OF_DICTIONARIES = (
+    "The president of {country} gave a speech on television.", "{country} exports cars and machines.",
+    "The football team of {country} won the match.", "Our {people} teacher was born in {capital}.",
+    "{capital} is a beautiful old city.", "The train to {capital} leaves at noon.",
+    "A map of {country} hung on the wall.", "The {people} painter lived near {capital}.",
+    "The king of {country} was very old.", "I have never been to {country}, but I have seen {capital}.",
+    "{people} music is played at the festival.", "The border of {country} is closed at night.",
+)  # fmt: skip
 HELD_OUT = (
     "He wrote a book about the rivers of {country}.", "Many tourists visit {capital} in spring.",
     "The food in {country} is famous.", "A {people} friend of mine moved to another town.",
@@ -118,7 +126,7 @@ def answers(country: str) -> list[tuple[str, str, str]]:
 
 def sentences() -> list[str]:
     """Texts of the dictionaries: everything but held-out templates, questions and `unrelated`."""
-    found = [filled(t, c) for c, t in itertools.product(CAPITALS, LEARNED)]
+    found = [filled(t, c) for c, t in itertools.product(CAPITALS, LEARNED + OF_DICTIONARIES)]
     found += FOOD + NOT_FOOD
     for first, second in PAIRS.values():
         found += first[: len(first) // 2] + second[: len(second) // 2]

@@ -280,7 +280,7 @@ class TestEffects:
             (dict(confidence=1.0), "confidence must be between 0 and 1"),
             (dict(batch_size=0), "batch_size must be at least 1"),
             (dict(new_tokens=-1), "new_tokens must be at least 0"),
-            (dict(edits=[]), "edits must be an Edit or"),
+            (dict(edits=[]), "edits must hold at least one"),
         ],
     )
     def test_bad_input(self, model, itda, change, message):

@@ -1,6 +1,7 @@
 """Effects of edits: on the answers that they aim at, on other text, and on what the model writes."""
 
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,7 +17,7 @@ from itda_lens.control.edit import Edit
 from itda_lens.control.gates import Excess
 from itda_lens.control.running import applied, several
 from itda_lens.control.seen import Operation, Rows
-from itda_lens.control.selection import first_token, prompt_batch, read_codes
+from itda_lens.control.selection import check_prompts, first_token, prompt_batch, read_codes
 from itda_lens.control.writing import written
 from itda_lens.records import at_least, check_fields, checked
 from itda_lens.sae import provenance_of
@@ -145,6 +146,8 @@ def effects(
             out of range; see `applied` for the edits.
     """
     at_least(0, new_tokens=new_tokens, random_draws=random_draws, temperature=temperature, seed=seed)
+    if not math.isfinite(temperature):
+        raise ValueError(f"temperature must be finite, got {temperature}")
     at_least(1, batch_size=batch_size)
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must be between 0 and 1, got {confidence}")
@@ -198,8 +201,7 @@ def gate_scores(
             such gate.
     """
     at_least(1, batch_size=batch_size)
-    if not texts or isinstance(texts, str):
-        raise ValueError(f"texts must be a list of at least one string, got {texts!r:.80}")
+    check_prompts(texts=texts)
     gate = next((gate for gate in edit.gates if isinstance(gate, Excess)), None)
     if gate is None:
         raise ValueError("edit must have a gate `Excess`, whose scores these are")
@@ -223,39 +225,55 @@ def opening_at(
     targets: Sequence[str],
     *,
     margin: float = 0.99,
+    coverage: float = 1.0,
     tokenizer: Any = None,
     loader: Loader = "bridge",
     device: str | torch.device | None = None,
 ) -> Edit:
-    """The edit with a gate that opens on all target prompts, and on whatever scores like them.
+    """The edit with a gate that opens on the target prompts, and on whatever scores like them.
 
-    The threshold is `margin` times the smallest score of the targets, as in ItD (arXiv 2503.09446).
+    The threshold is `margin` times the smallest score of the targets that must open it. With all of
+    them, that is the rule of ItD (arXiv 2503.09446).
 
     Args:
         model, tokenizer, loader, device: as in `build`.
         edit: its gate `Excess` gets another threshold; an edit without one gets one for inputs.
         targets: prompts on which it must open.
         margin: above 0, at most 1.
+        coverage: share of the targets on which it must open, those with the highest scores; above 0, at
+            most 1.
 
     Raises:
-        ValueError: the margin is out of range, or a target scores 0: no atom of the edit fires there.
+        ValueError: a number is out of range, or a target that must open the gate scores 0: no atom of
+            the edit fires there.
     """
-    if not 0 < margin <= 1:
-        raise ValueError(f"margin must be above 0 and at most 1, got {margin}")
+    check_prompts(targets=targets)
+    check_shares(margin=margin, coverage=coverage)
     if not any(isinstance(gate, Excess) for gate in edit.gates):
         edit = replace(edit, gate=Excess(0.0))
     scores = gate_scores(model, edit, targets, tokenizer=tokenizer, loader=loader, device=device)
-    least = min(scores)
+    least = sorted(scores, reverse=True)[math.ceil(coverage * len(scores)) - 1]
     if least == 0:
         raise ValueError(
             f"targets[{scores.index(0.0)}] scores 0: none of the edit's {len(edit.atoms)} atoms fires "
-            "there, so that no threshold lets it through"
+            "there, so that no threshold lets it through; pass a smaller coverage, or choose other atoms"
         )
     gates = [
         replace(gate, threshold=margin * least) if isinstance(gate, Excess) else gate
         for gate in edit.gates
     ]
     return replace(edit, gate=gates[0] if len(gates) == 1 else gates)
+
+
+def check_shares(**shares: float) -> None:
+    """Refuse numbers that are not above 0 and at most 1.
+
+    Raises:
+        ValueError: one is not; it is named.
+    """
+    for name, share in shares.items():
+        if not 0 < share <= 1:
+            raise ValueError(f"{name} must be above 0 and at most 1, got {share}")
 
 
 @dataclass(frozen=True)

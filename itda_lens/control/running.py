@@ -13,6 +13,7 @@ from itda_lens.control.edit import Edit
 from itda_lens.control.gates import Excess, Masked, Tokens
 from itda_lens.control.seen import Reading, Rows
 from itda_lens.pursuit import SparseCodes
+from itda_lens.records import checked
 from itda_lens.sae import coded
 from itda_lens.sources import Loader, Pass, ReadableModel, Watch, language_model
 
@@ -39,6 +40,7 @@ class Tally:
     scores: Float[Tensor, " inputs"] | None = field(default=None, repr=False)
 
 
+@checked
 @contextmanager
 def applied(
     model: Any,
@@ -219,16 +221,12 @@ def several(edits: Edit | Sequence[Edit]) -> list[Edit]:
     """The edits as a list.
 
     Raises:
-        TypeError: they are no edits, or none.
+        ValueError: there are none.
     """
-    own = [edits] if isinstance(edits, Edit) else list(edits) if _is_list(edits) else []
-    if not own or not all(isinstance(edit, Edit) for edit in own):
-        raise TypeError(f"edits must be an Edit or a list of at least one, got {edits!r:.80}")
+    own = [edits] if isinstance(edits, Edit) else list(edits)
+    if not own:
+        raise ValueError("edits must hold at least one edit, got none")
     return own
-
-
-def _is_list(value: object) -> bool:
-    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
 
 
 def _special_ids(lm: ReadableModel) -> Tensor:

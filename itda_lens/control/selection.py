@@ -115,7 +115,7 @@ def contrast(
         ValueError: there are no targets or retained prompts, or no atom has a score above 0.
     """
     at_least(1, count=count, top=top)
-    _check_prompts(targets=targets, retained=retained)
+    check_prompts(targets=targets, retained=retained)
     lm = language_model(model, tokenizer=tokenizer, loader=loader, device=device)
     on, off = (read_codes(lm, sae, prompts) for prompts in (targets, retained))
     scores = _score(by, on, off, top)
@@ -157,7 +157,7 @@ def output_scores(
     Raises:
         ValueError: there are no atoms, words or prompts, or they are not usable.
     """
-    _check_prompts(words=words, prompts=prompts)
+    check_prompts(words=words, prompts=prompts)
     lm = language_model(model, tokenizer=tokenizer, loader=loader, device=device)
     ids = torch.tensor([first_token(lm, word) for word in words])
     tokens, mask = prompt_batch(lm, sae, prompts)
@@ -204,7 +204,7 @@ def typical_coefficients(
     Raises:
         ValueError: there is no text, or an atom fires on none.
     """
-    _check_prompts(texts=texts)
+    check_prompts(texts=texts)
     chosen = Edit(sae, atoms).atoms
     lm = language_model(model, tokenizer=tokenizer, loader=loader, device=device)
     found = read_codes(lm, sae, texts)
@@ -344,7 +344,12 @@ def _plain(label: Label) -> str:
     return (label.token or "").strip().casefold()
 
 
-def _check_prompts(**lists: Sequence[str]) -> None:
+def check_prompts(**lists: Sequence[str]) -> None:
+    """Refuse lists without a prompt, and a single string.
+
+    Raises:
+        ValueError: one is so; it is named.
+    """
     for name, texts in lists.items():
         if isinstance(texts, str) or not texts:
             raise ValueError(f"{name} must be a list of at least one string, got {texts!r:.80}")

@@ -1,5 +1,6 @@
 """Published ways to control a model, each as a short recipe of edits."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -8,9 +9,9 @@ from sae_lens import SAE
 
 from itda_lens.control.edit import Edit
 from itda_lens.control.gates import Always, Excess, FiresAbove
-from itda_lens.control.measuring import opening_at
+from itda_lens.control.measuring import check_shares, opening_at
 from itda_lens.control.operations import Add, Clamp, ProjectOut, Scale, Unit
-from itda_lens.control.selection import Contrast, contrast
+from itda_lens.control.selection import Contrast, check_prompts, contrast
 from itda_lens.records import checked
 from itda_lens.sources import Loader, language_model
 
@@ -29,7 +30,9 @@ def interpret_then_deactivate(
     factor: float = 0.0,
     top: int = 16,
     count: int = 64,
+    by: Contrast = "sets",
     gated: bool = True,
+    coverage: float = 1.0,
     whole: bool = False,
     replace: bool = False,
     tokenizer: Any = None,
@@ -38,9 +41,10 @@ def interpret_then_deactivate(
 ) -> Edit:
     """Erase a concept, as ItD (arXiv 2503.09446) does.
 
-    Interpret: atoms among the `top` strongest of a target prompt and of no retained one. Deactivate:
-    multiply their coefficients. A gate opens only on inputs that score like the targets; all others pass
-    untouched. To add a concept later, make another edit for it and apply both.
+    Interpret: atoms among the `top` strongest of a target prompt and of no retained one (or another way
+    of `contrast`). Deactivate: multiply their coefficients. A gate opens only on inputs that score like
+    the targets; all others pass untouched. To add a concept later, make another edit for it and apply
+    both.
 
     The paper's code multiplies by a negative factor, puts the reconstruction in the activation's place
     and compares the whole reconstruction error: `factor=-8, replace=True, whole=True`.
@@ -50,7 +54,9 @@ def interpret_then_deactivate(
         factor: multiplies coefficients; 0 removes the atoms.
         top: strongest atoms of each prompt.
         count: the most atoms to take.
+        by: how atoms are chosen; the paper's way is "sets".
         gated: without a gate, the edit holds on all inputs.
+        coverage: see `opening_at`; the paper's rule is 1.
         whole: see `Excess`.
         replace: see `Edit`.
 
@@ -58,11 +64,13 @@ def interpret_then_deactivate(
         ValueError: the contrast is empty; or no atom fires on one of the targets, so that no gate opens
             there.
     """
+    check_prompts(targets=targets, retained=retained)
+    check_shares(coverage=coverage)
     lm = language_model(model, tokenizer=tokenizer, loader=loader, device=device)
-    found = contrast(lm, sae, targets, retained, by="sets", top=top, count=count)
+    found = contrast(lm, sae, targets, retained, by=by, top=top, count=count)
     gate = Excess(0.0, whole=whole) if gated else Always()
     edit = Edit(sae, [each.atom for each in found], Scale(factor), gate, replace=replace)
-    return opening_at(lm, edit, targets) if gated else edit
+    return opening_at(lm, edit, targets, coverage=coverage) if gated else edit
 
 
 @checked
@@ -88,8 +96,10 @@ def unlearn(
         gamma: multiplies coefficients; negative ones invert the concept.
 
     Raises:
-        ValueError: the contrast is empty.
+        ValueError: the contrast is empty, or gamma is not finite.
     """
+    if not math.isfinite(gamma):
+        raise ValueError(f"gamma must be finite, got {gamma}")
     found = contrast(
         model, sae, targets, retained, by=by, count=count, tokenizer=tokenizer, loader=loader,
         device=device,

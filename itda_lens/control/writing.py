@@ -1,13 +1,16 @@
 """Generation of text, by whichever library runs the model."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+from itda_lens.records import at_least, checked
 from itda_lens.sources import ReadableModel
 
 
+@checked
 @torch.no_grad()
 def written(
     lm: ReadableModel,
@@ -24,7 +27,16 @@ def written(
         new_tokens: the most tokens to write; a text also ends where the model ends it.
         temperature: 0 takes the likeliest token each time.
         seed: of the draws; torch's global random state is as before afterwards.
+
+    Raises:
+        ValueError: a prompt has no tokens, or a number is out of range.
     """
+    at_least(1, new_tokens=new_tokens)
+    at_least(0, temperature=temperature, seed=seed)
+    if not math.isfinite(temperature):
+        raise ValueError(f"temperature must be finite, got {temperature}")
+    if not prompts or not all(len(ids) for ids in prompts):
+        raise ValueError("prompts must be at least one, and each hold at least one token")
     model: Any = getattr(lm, "model", None)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
