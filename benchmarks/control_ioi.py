@@ -202,20 +202,38 @@ def measured(task: Task, test: Dictionary, x: Tensor, clean: Tensor, mean_ablate
     )
 
 
-def controlled(
-    task: Task, test: Dictionary, x: Tensor, attribute: str, ks: Sequence[int], rng: random.Random
-) -> dict:
-    """Share of prompts at which k changes give the token that the counterfactual activation gives."""
-    counter = [case.changed(attribute, rng) for case in task.cases]
-    other_task = Task(task.lm, task.hook, counter)
-    y = other_task.activations()
+class Aim(NamedTuple):
+    """Counterfactual prompts, which differ in one attribute.
+
+    Attributes:
+        cases: the prompts.
+        x: their activations.
+        wanted: the likeliest tokens once their activations are put in.
+        nothing: share of prompts whose likeliest token is that one already.
+    """
+
+    cases: list[Case]
+    x: Tensor
+    wanted: Tensor
+    nothing: float
+
+
+def aim(task: Task, x: Tensor, attribute: str, rng: random.Random) -> Aim:
+    cases = [case.changed(attribute, rng) for case in task.cases]
+    y = Task(task.lm, task.hook, cases).activations()
     wanted = task.at_end(y).argmax(dim=1)
-    own, other = test.coded(x, task.cases), test.coded(y, counter)
-    found = {"nothing": (task.at_end().argmax(dim=1) == wanted).double().mean().item()}
+    nothing = (task.at_end(x).argmax(dim=1) == wanted).double().mean().item()
+    return Aim(cases, y, wanted, nothing)
+
+
+def controlled(task: Task, test: Dictionary, x: Tensor, aim: Aim, ks: Sequence[int]) -> dict:
+    """Share of prompts at which k changes give the token that the counterfactual activation gives."""
+    own, other = test.coded(x, task.cases), test.coded(aim.x, aim.cases)
+    found = {"nothing": aim.nothing}
     for k in ks:
-        edits = [greedy(x[i], y[i], own[i], other[i], test.rows, k) for i in range(len(x))]
-        edited = torch.stack([edit for edit, _ in edits])
-        found[str(k)] = (task.at_end(edited).argmax(dim=1) == wanted).double().mean().item()
+        edits = [greedy(x[i], aim.x[i], own[i], other[i], test.rows, k)[0] for i in range(len(x))]
+        edited = task.at_end(torch.stack(edits)).argmax(dim=1)
+        found[str(k)] = (edited == aim.wanted).double().mean().item()
     return found
 
 

@@ -1,8 +1,8 @@
 """A small sequential recommender with known categories, for `control.py recsae`.
 
 Items belong to categories. A user stays in a category for a while, then moves to another one. A GRU
-learns to tell the next item; an ITDA is fitted to the state before its prediction. Removing the atoms of a
-category should lower the rate at which its items are recommended, and no other rate.
+learns to tell the next item; an ITDA is fitted to the state before its prediction. Removing the atoms of
+a category should lower the rate at which its items are recommended, and no other rate.
 """
 
 import torch

@@ -38,8 +38,6 @@ HELD_OUT = (
 QUESTIONS = (
     "The capital of {country} is", "The capital city of {country} is called",
     "Question: What is the capital of {country}? Answer:", "{country}'s capital is the city of",
-    "When you visit {country}, do not miss its capital,",
-    "The largest and best known city in {country} is",
 )  # fmt: skip
 
 _SUBJECTS = ("The old man", "My sister", "A young doctor", "The teacher", "Our neighbour", "The farmer",
@@ -101,21 +99,21 @@ def about(country: str, templates: tuple[str, ...]) -> list[str]:
 
 
 def neighbours(country: str, templates: tuple[str, ...]) -> list[str]:
-    """The same sentences about other countries: five that atoms were chosen against, or not."""
-    near = [c for c in ("Spain", "Germany", "Russia", "Greece", "China") if c != country]
-    return [filled(t, c) for c, t in itertools.product(near, templates)]
+    """Sentences about other countries; atoms were chosen against Russia and Greece, not against Spain."""
+    near = [c for c in ("Spain", "Russia", "Greece") if c != country]
+    return [filled(t, c) for c, t in itertools.product(near, templates[:4])]
 
 
 def others(templates: tuple[str, ...]) -> list[str]:
     """Sentences about countries that are never erased, and about no country."""
-    kept = [c for c in CAPITALS if c not in (*ERASED, LATER, KEPT)]
-    return [filled(t, c) for c, t in itertools.product(kept, templates)] + NOT_FOOD
+    kept = ("Russia", "Egypt", "England", "Greece", "China")
+    return [filled(t, c) for c, t in itertools.product(kept, templates)] + NOT_FOOD[:8]
 
 
 def unrelated() -> list[str]:
     """Sentences that no dictionary was built from."""
     return [f"{o[0].upper()}{o[1:]} was all that {s[0].lower()}{s[1:]} could see."
-            for s, o in itertools.product(_SUBJECTS[:5], _OBJECTS[:4])]  # fmt: skip
+            for s, o in itertools.product(_SUBJECTS[:3], _OBJECTS[:4])]  # fmt: skip
 
 
 def answers(country: str) -> list[tuple[str, str, str]]:

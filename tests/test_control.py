@@ -151,6 +151,7 @@ class TestWhatStays:
 
     def test_position_0_special_tokens_and_padding(self, model, itda, tokens):
         tokens[1, 4] = 1  # <eos>
+        tokens[0, 0] = 7  # no special token, but the first
         mask = mask_of(tokens)
         mask[2, 6:] = False
         moved = {}
@@ -341,6 +342,24 @@ class TestGates:
         each = FiresAbove((1e9, threshold, *[1e9] * 13))
         found = self.changed(model, tokens, itda, each, CHOSEN)
         assert torch.equal(found, codes[..., CHOSEN[1]].abs() > threshold)
+
+    def test_an_input_that_was_open_does_not_open_the_next_one(self, model, itda, tokens):
+        codes = self.codes(model, tokens, itda).abs().amax(dim=1)
+        threshold = codes.sort(dim=0).values[1:].mean(dim=0)
+        atom = int((codes.max(dim=0).values - threshold).argmax())
+        gate = FiresAbove(threshold[atom].item(), scope="input")
+        row = int(codes[:, atom].argmax())
+        with (
+            torch.no_grad(),
+            applied(model, Edit(itda, [atom], Add(1.0), gate, special=True)) as (tally,),
+        ):
+            changed = []
+            for one in (row, (row + 1) % 3, (row + 2) % 3):
+                model.logits(tokens[[one]], mask_of(tokens[[one]]))
+                changed.append(tally.changed)
+        assert changed[0] == 9
+        expected = (codes[:, atom] > threshold[atom]).sum() * 9
+        assert changed[2] == expected < 27
 
     @pytest.mark.parametrize("whole", [False, True])
     def test_excess(self, model, itda, tokens, whole):

@@ -138,7 +138,7 @@ class FiresAbove:
         check_fields(self)
         if isinstance(self.threshold, Sequence):
             object.__setattr__(self, "threshold", tuple(map(float, self.threshold)))
-        numbers = self.threshold if isinstance(self.threshold, tuple) else (self.threshold,)
+        numbers = self.threshold if isinstance(self.threshold, Sequence) else (self.threshold,)
         if not all(0 <= number < float("inf") for number in numbers):
             raise ValueError(f"threshold must be at least 0 and finite, got {self.threshold}")
 

@@ -1,4 +1,4 @@
-"""Effects of edits: on the answers that they aim at, on other text, and on what the model writes."""
+"""Effects of edits: on the answers that they aim at, on other text, and on generated text."""
 
 import logging
 import math

@@ -155,7 +155,7 @@ class _Running:
     def _change(
         self, kept: Float[Tensor, "rows d_in"], where: Tensor, positions: Tensor, now: Pass | None
     ) -> tuple[Float[Tensor, "rows d_in"], Bool[Tensor, " rows"]]:
-        """What is added to the activations, and to which, on their device."""
+        """The changes of the activations, and which of these change, on their device."""
         edit = self.edit
         inputs, columns = (column.to(edit.sae.device) for column in where.nonzero().T)
         places = positions.to(edit.sae.device)[inputs, columns]

@@ -42,7 +42,7 @@ def save_edits(
 
     Args:
         edits: one or several; of several, in the order in which they are applied.
-        path: the file; one that exists is replaced.
+        path: the file. If it exists, it is replaced.
         folders: where the dictionary of each edit is saved, so that `load_edits` finds it.
 
     Raises:

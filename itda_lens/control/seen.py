@@ -102,7 +102,7 @@ class Operation(Protocol):
     one."""
 
     def change(self, rows: Rows) -> Float[Tensor, "rows d_in"]:
-        """What is added to the activations; 0 in all numbers of a row that stays."""
+        """The vectors to add to the activations; zeros for a row that stays."""
         ...
 
 
