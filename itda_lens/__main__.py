@@ -52,6 +52,8 @@ app.command("eval", cls=_Command)(cli.eval_command)
 app.command("bench", cls=_Command)(cli.bench_command)
 app.command("compare", cls=_Command)(cli.compare_command)
 app.command("push", cls=_Command)(cli.push_command)
+app.command("steer", cls=_Command)(cli.steer_command)
+app.command("erase", cls=_Command)(cli.erase_command)
 
 
 def _print_version(wanted: bool) -> None:

@@ -14,7 +14,7 @@ ROOMS = [
     {"cli", "demo"},
     {"reports"},
     {"saebench"},
-    {"compare", "analysis"},
+    {"compare", "analysis", "control"},
     {"architectures"},
     {"training"},
     {"samples"},

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import itda_lens
-from itda_lens import analysis, architectures, compare, fit, sources, training
+from itda_lens import analysis, architectures, compare, control, fit, sources, training
 from itda_lens.compare import Moments
 from itda_lens.records import Cutting, Places, TokenFilter, check_fields, checked
 from itda_lens.sources import ArraySource, Chats, ChatSource, ModelSource, language_model
@@ -91,6 +91,25 @@ NONSENSE = {
     "b_dec": [3, "x", X, X[0].long(), X[0] * NAN, X[0, :1]],
     "tokens": [3, "x", {}, ["user"]],
     "chats": [None, 3, [], [3], ["x"], "missing.jsonl", {"messages": []}, b"x"],
+    **dict.fromkeys(("count", "top", "new_tokens"), POSITIVE),
+    **dict.fromkeys(("random_draws", "new_tokens of effects"), WHOLE),
+    "atom": [*WHOLE, 8],
+    **dict.fromkeys(("temperature", "confidence", "margin", "threshold", "coverage"), REAL),
+    **{key: ["0.3", True, 1j, NAN, INF] for key in ("factor", "gamma", "amount", "value")},
+    **dict.fromkeys(("gated", "whole", "replace"), SWITCH),
+    **dict.fromkeys(("by", "tier", "unit"), NAME),
+    **{key: [None, 3, "x", [], [3], {"a": 1}] for key in ("edit", "edits")},
+    **{key: [None, 3, "", "x", [], [3], {"a": "b"}] for key in ("targets", "retained", "words")},
+    "prompts": [None, 3, "", "x", [], [3], {"a": "b"}],
+    "prompt": [None, 3, ["x"], b"x"],
+    "atoms": [None, 3, "x", [], ["a"], [8], [-1], [1, 1], [1.5], [True]],
+    "typical": [3, "x", ["a"]],
+    "concept": [3, [3], object()],
+    "label match": [None, 3, ["x"], b"x", "no such token"],
+    "vector": [None, 3, "x", [1.0], X, X[0] * 0, X[0] * NAN],
+    "mean": [3, "x", [1.0], X],
+    "path": [None, 3, True, ["x"], b"x"],
+    "folders": [3, True, [3], ["a", "b"]],
 }
 """Values that no argument of that name takes. A family of its own is chosen by `SPECIAL`."""
 
@@ -112,6 +131,8 @@ SPECIAL = {
     ("similarity_matrix", "measure"): "functions",
     ("diff_models", "a"): "model",
     ("diff_models", "b"): "model",
+    ("labelled", "match"): "label match",
+    ("effects", "new_tokens"): "new_tokens of effects",
     **{(f, side): "dictionaries" for side in "ab"
        for f in ("jaccard", "weighted_jaccard", "diff", "check_diffable", "union")},
 }  # fmt: skip
@@ -122,6 +143,10 @@ ALLOWED = {
     ("*", "tokenizer", "./no-such-tokenizer"): "a wrapped model brings its own tokenizer",
     ("activations_of", "model", None): "the dictionaries name it",
     ("hook_list", "hook_names", "nowhere"): "it does not look at a model",
+    ("hook_list", "hooks", "nowhere"): "it does not look at a model",
+    ("direction", "hook_name", "nowhere"): "it does not look at a model",
+    ("effects", "retained", ()): "then nothing is measured on other texts",
+    ("load_edits", "dictionaries", ()): "the file names their folders",
     ("iterate_texts", "texts", ()): "an empty list is one; whoever needs a text says so",
     **{
         ("recorded_settings", "model", one): "only whether it is given counts" for one in map(str, MODEL)
@@ -180,6 +205,10 @@ def calls(tiny, tiny_folder, texts, tmp_path_factory):
     chatty = language_model(str(tiny_folder), device="cpu")
     chatty.tokenizer.chat_template = "{% for m in messages %}{{ m['content'] + ' ' }}{% endfor %}"
     chats = [[{"role": "user", "content": "the cat sat"}]] * 3
+    edit = control.Edit(a, [1], gate=control.Excess(0.0))
+    saved = control.save_edits(edit, folder / "edit.json")
+    prompted = dict(model=tiny, sae=a, targets=texts[:6], retained=[texts[7]])
+    often = int(a.encode_sparse(x.values).indices[:, 0].bincount().argmax())
     return {
         "build": own | dict(hook_names=HOOK, model_name=None, folder=None) | atoms | cut | read | quiet,
         "plan": own | dict(hook_names=HOOK, model_name=None, shard_rows=50, spare=1.0)
@@ -249,11 +278,43 @@ def calls(tiny, tiny_folder, texts, tmp_path_factory):
         "build_from": dict(
             source=ArraySource(X), recipe=training.recipe_of(d_sae=8, k=2), metadata=None, progress=False
         ),
+        "applied": dict(model=tiny, edits=edit, **named),
+        "contrast": prompted | dict(by="difference", count=4, top=4, **named),
+        "direction": dict(vector=X[0], hook_name=HOOK, mean=None),
+        "effects": dict(
+            model=tiny, edits=edit, prompts=[control.Prompt("the cat", " sat")], retained=["a dog ran"],
+            new_tokens=1, concept=["cat"], temperature=0.0, random_draws=0, confidence=0.9, seed=0,
+            batch_size=2, progress=False, **named,
+        ),
+        "exemplar_ablation": dict(sae=a, atoms=[1], centred=False),
+        "gate_scores": dict(model=tiny, edit=edit, texts=["the cat sat"], batch_size=2, **named),
+        "interpret_then_deactivate": prompted | dict(
+            factor=0.0, top=8, count=8, by="sets", gated=False, coverage=1.0, whole=False,
+            replace=False, **named
+        ),
+        "labelled": dict(sae=a, match=a.labels[0].token),
+        "load_edits": dict(path=saved, dictionaries=a),
+        "opening_at": dict(
+            model=tiny, edit=control.Edit(a, range(8)), targets=["the cat sat"], margin=0.9,
+            coverage=1.0, **named
+        ),
+        "output_scores": dict(
+            model=tiny, sae=a, atoms=[1], words=["cat"], prompts=["the"], amount=0.1, **named
+        ),
+        "pole": dict(sae=a, atom=1, value=0.5, unit="norm"),
+        "save_edits": dict(edits=edit, path=folder / "e.json", folders=()),
+        "swapped": dict(model=tiny, sae=a, atoms=[1], prompt="the cat", **named),
+        "tiered": dict(
+            sae=a, atoms=[1], amount=0.5, tier="token", unit="norm", typical=None, threshold=0.0
+        ),
+        "typical_coefficients": dict(model=tiny, sae=a, atoms=[often], texts=texts, **named),
+        "unlearn": prompted | dict(gamma=0.0, by="difference", count=4, **named),
+        "written": dict(lm=tiny, prompts=[[0, 5]], new_tokens=1, temperature=0.0, seed=0),
         "check_enough": dict(recipe=training.recipe_of(d_sae=8, k=2), n_rows=40),
     }  # fmt: skip
 
 
-FACES = [itda_lens, analysis, architectures, compare, sources, training]
+FACES = [itda_lens, analysis, architectures, compare, control, sources, training]
 FUNCTIONS = {
     name: function
     for face in FACES
@@ -280,6 +341,9 @@ def called(name: str, arguments: dict[str, object]) -> None:
         list(result)
     if name == "as_source":  # rows that are not in memory are checked when they are read
         list(result.rows())
+    if name == "applied":
+        with result:
+            pass
 
 
 def test_every_public_function_is_walked(calls):

@@ -15,7 +15,7 @@ import pytest
 from safetensors.torch import load_file
 
 import itda_lens
-from itda_lens import analysis, cli, compare, sae, saebench, sources
+from itda_lens import analysis, cli, compare, control, sae, saebench, sources
 from itda_lens.__main__ import BAD_INPUT, FAILURE, INTERRUPTED, TERMINATED, main
 from itda_lens.cli import choices
 from itda_lens.cli.options import completing
@@ -128,6 +128,7 @@ def test_decompose(itda_command, built):
 
 
 COMMANDS = ["demo", "build", "fit", "info", "decompose", "eval", "bench", "compare"]
+COMMANDS = ["demo", "build", "info", "decompose", "eval", "bench", "compare", "steer", "erase"]
 
 
 @pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)])
@@ -218,6 +219,7 @@ def test_choices_are_those_of_the_library():
         (choices.Loader, parameter_type(itda_lens.build, "loader")),
         (choices.Measure, parameter_type(compare.compare, "measure")),
         (choices.Match, parameter_type(compare.compare, "match")),
+        (choices.Contrast, parameter_type(control.contrast, "by")),
         (choices.Codes, parameter_type(saebench.bench, "codes")),
         (choices.Exposed, parameter_type(sae.push, "labels")),
         (choices.Evaluation, tuple(saebench.EVALUATIONS)),

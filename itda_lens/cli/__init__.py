@@ -3,6 +3,7 @@
 from itda_lens.cli.bench import bench_command
 from itda_lens.cli.build import build_command
 from itda_lens.cli.compare import compare_command
+from itda_lens.cli.control import erase_command, steer_command
 from itda_lens.cli.fit import fit_command
 from itda_lens.cli.look import decompose_command, eval_command, info_command
 from itda_lens.cli.push import push_command
@@ -15,8 +16,10 @@ __all__ = [
     "build_shard_command",
     "compare_command",
     "decompose_command",
+    "erase_command",
     "eval_command",
     "fit_command",
     "info_command",
     "push_command",
+    "steer_command",
 ]

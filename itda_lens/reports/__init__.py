@@ -9,6 +9,7 @@ from itda_lens.reports.comparisons import (
     save_comparison,
     save_differences,
 )
+from itda_lens.reports.control import chosen_table, effects_table, save_effects, writings_table
 from itda_lens.reports.neuronpedia import (
     neuronpedia_features,
     neuronpedia_id,
@@ -24,10 +25,12 @@ from itda_lens.terminal import make_console, printable, shown
 
 __all__ = [
     "bench_table",
+    "chosen_table",
     "comparison_heatmap",
     "comparison_table",
     "decomposition_table",
     "differences_table",
+    "effects_table",
     "evaluation_table",
     "info_table",
     "labels_table",
@@ -39,6 +42,8 @@ __all__ = [
     "printable",
     "save_comparison",
     "save_differences",
+    "save_effects",
     "save_neuronpedia_features",
     "shown",
+    "writings_table",
 ]

@@ -6,6 +6,7 @@ from itda_lens.sae.codes import (
     Coded,
     check_codable,
     coded,
+    moved,
     reconstructed,
     sparse_codes,
 )
@@ -35,6 +36,7 @@ __all__ = [
     "labels_of",
     "load",
     "load_sparsity",
+    "moved",
     "provenance_of",
     "push",
     "reconstructed",

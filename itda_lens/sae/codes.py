@@ -145,6 +145,33 @@ def reconstructed(
     return torch.cat(parts).reshape(x.shape)
 
 
+def moved(
+    sae: SAE[Any], x: Float[Tensor, "rows d_in"], change: Float[Tensor, "rows m"], atoms: Sequence[int]
+) -> Float[Tensor, "rows d_in"]:
+    """How far reconstructions move when some coefficients of codes change: `change @ W_dec[atoms]`.
+
+    Scales that an SAE has beside `W_dec` count too: norms of its latents, and of the activations.
+    A row without a change moves by exactly 0. Gradients are kept.
+
+    Args:
+        sae: see `ARCHITECTURES`.
+        x: the activations that were encoded, heads in one row, on the SAE's device.
+        change: what is added to the coefficients of `atoms`, a column each.
+        atoms: distinct numbers of atoms.
+    """
+    if isinstance(sae, ITDA) and sae.cfg.normalize_activations == "none":
+        return change @ sae.W_dec[list(atoms)].to(change.dtype)
+    dense = change.new_zeros(len(change), sae.cfg.d_sae, dtype=sae.dtype)
+    columns = torch.tensor(list(atoms), dtype=torch.long, device=dense.device)
+    dense = dense.index_copy(1, columns, change.to(sae.dtype))
+    with _heads_in_one_row(sae):
+        ends = []
+        for code in (dense, torch.zeros_like(dense)):
+            sae.run_time_activation_norm_fn_in(x.to(sae.dtype))  # what `decode` scales back by
+            ends.append(sae.decode(code))
+    return torch.where((change != 0).any(dim=-1, keepdim=True), ends[0] - ends[1], 0.0)
+
+
 def _coded(sae: SAE[Any], rows: Float[Tensor, "rows d_in"]) -> Coded:
     with _heads_in_one_row(sae):
         if isinstance(sae, ITDA):

@@ -21,6 +21,7 @@ from itda_lens.sources.hugging_face_models import HuggingFaceModel
 from itda_lens.sources.model_source import ModelSource, hook_list, tokenization_for
 from itda_lens.sources.models import LIBRARIES, language_model
 from itda_lens.sources.naming import register_with_transformer_lens
+from itda_lens.sources.passes import Pass, Watch
 from itda_lens.sources.readable import Loader, ReadableModel, Replace
 from itda_lens.sources.row_tensors import check_activations
 from itda_lens.sources.saelens_sources import SAELensCache, SAELensStore
@@ -67,6 +68,7 @@ __all__ = [
     "Listing",
     "Loader",
     "ModelSource",
+    "Pass",
     "ReadableModel",
     "RenderedChat",
     "Replace",
@@ -78,6 +80,7 @@ __all__ = [
     "Tokenization",
     "TransformerLensModel",
     "Vectors",
+    "Watch",
     "as_source",
     "cache",
     "chat_context_size",

@@ -8,7 +8,7 @@ model, and how to load one.
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from itda_lens.sources.hooks import Site, attached, evaluation_mode, finished_passes, silent_hook
+from itda_lens.sources.passes import Watch, watching
 from itda_lens.sources.readable import Loader, Replace
 
 logger = logging.getLogger(__name__)
@@ -91,6 +92,15 @@ class HookedModel(ABC):
         """Modules that have run when a forward pass is over, by whichever method it was started."""
         return [self.model]
 
+    def _readers(self) -> Sequence[nn.Module]:
+        """Modules that are called with a mask and a key-value cache, if there is one, before the
+        embedding."""
+        return self._ends()
+
+    def _blocks(self) -> Sequence[nn.Module]:
+        """Modules that are called with the cache after the embedding, where `_readers` may not be."""
+        return []
+
     # What follows is the same for all.
 
     @property
@@ -154,6 +164,10 @@ class HookedModel(ABC):
         error = silent_hook(list(edits), fired)
         if finished and error is not None:
             raise error
+
+    def watched(self) -> AbstractContextManager[Watch]:
+        """Inside this context, the `Watch` knows the tokens of the pass that is running."""
+        return watching(self._embedding(), self._readers(), self._blocks())
 
     def _edit(self, hook: str, edit: Replace, fired: set[str]) -> Replace:
         def run(activation: Tensor) -> Tensor:

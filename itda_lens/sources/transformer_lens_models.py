@@ -73,6 +73,13 @@ class TransformerLensModel(HookedModel):
         # HookedTransformer.generate calls `forward` itself, which fires no hook of the whole model.
         return [self.model, self._original if self._original is not None else self.model.unembed]
 
+    def _readers(self) -> Sequence[nn.Module]:
+        return [self.model] if self._original is None else [self.model, self._original]
+
+    def _blocks(self) -> Sequence[nn.Module]:
+        # HookedTransformer.generate calls `forward` itself, and only blocks then see the cache.
+        return [] if self._original is not None else list(self.model.blocks)[:1]
+
     def _run(self, tokens: Tensor, attention_mask: Tensor) -> Any:
         return self.model(tokens, attention_mask=attention_mask.long(), return_type="logits")
 
