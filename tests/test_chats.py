@@ -362,6 +362,10 @@ class TestWhichTokensCount:
     def test_a_special_token_in_a_content_is_special(self, lm):
         x = self.rows(lm, Chats([said("the <eos> cat")], "exclude"))
         assert [label.token for label in x.labels] == ["the", "cat"]
+        every = self.rows(lm, Chats([said("the <eos> cat")])).labels
+        assert [(label.token, label.special) for label in every[-4:-1]] == [
+            ("the", False), ("<eos>", True), ("cat", False),
+        ]  # fmt: skip
 
     def test_filters(self, lm, conversations):
         chats = Chats(conversations)
