@@ -557,8 +557,8 @@ class TestFiles:
             ([[{"role": "user", "content": None}]], "content must be a string, got None"),
             ([said("a \ud800")], "conversation 0, message 0 is no valid text"),
             ([{"text": "a"}], "conversation 0 has no field 'messages', only"),
-            ([said("a"), [{"role": "asistant", "content": "b"}]],
-             "conversation 1, message 0: role must be one of system, .*got 'asistant'"),
+            ([*[said("a")] * 40, [{"role": "asistant", "content": "b"}]],
+             "conversation 40, message 0: role must be one of system, .*got 'asistant'"),
             ("missing.jsonl", "conversations must be a file that is there, got 'missing.jsonl'"),
         ],
     )  # fmt: skip
