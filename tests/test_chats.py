@@ -376,6 +376,7 @@ class TestWhichTokensCount:
             (TokenFilter(kinds=["word"], roles=["user", "system"]),
              lambda label: label.token.strip("<>").isalpha() and label.role in ("user", "system")),
             (TokenFilter(only=r"the|\bc"), lambda label: label.token in ("the", "cat")),
+            (TokenFilter(drop=r"\bca"), lambda label: label.token != "cat"),
             (TokenFilter(drop=r"user : (\w+|[.,])"), None),
         ]:  # fmt: skip
             found = [label.key for label in self.rows(lm, chats, tokens=tokens).labels]
