@@ -362,6 +362,10 @@ class TestWhichTokensCount:
     def test_a_special_token_in_a_content_is_special(self, lm):
         x = self.rows(lm, Chats([said("the <eos> cat")], "exclude"))
         assert [label.token for label in x.labels] == ["the", "cat"]
+        every = self.rows(lm, Chats([said("the <eos> cat")])).labels
+        assert [(label.token, label.special) for label in every[-4:-1]] == [
+            ("the", False), ("<eos>", True), ("cat", False),
+        ]  # fmt: skip
 
     def test_filters(self, lm, conversations):
         chats = Chats(conversations)
@@ -372,6 +376,7 @@ class TestWhichTokensCount:
             (TokenFilter(kinds=["word"], roles=["user", "system"]),
              lambda label: label.token.strip("<>").isalpha() and label.role in ("user", "system")),
             (TokenFilter(only=r"the|\bc"), lambda label: label.token in ("the", "cat")),
+            (TokenFilter(drop=r"\bca"), lambda label: label.token != "cat"),
             (TokenFilter(drop=r"user : (\w+|[.,])"), None),
         ]:  # fmt: skip
             found = [label.key for label in self.rows(lm, chats, tokens=tokens).labels]
@@ -553,8 +558,8 @@ class TestFiles:
             ([[{"role": "user", "content": None}]], "content must be a string, got None"),
             ([said("a \ud800")], "conversation 0, message 0 is no valid text"),
             ([{"text": "a"}], "conversation 0 has no field 'messages', only"),
-            ([said("a"), [{"role": "asistant", "content": "b"}]],
-             "conversation 1, message 0: role must be one of system, .*got 'asistant'"),
+            ([*[said("a")] * 40, [{"role": "asistant", "content": "b"}]],
+             "conversation 40, message 0: role must be one of system, .*got 'asistant'"),
             ("missing.jsonl", "conversations must be a file that is there, got 'missing.jsonl'"),
         ],
     )  # fmt: skip
