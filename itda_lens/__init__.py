@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from itda_lens.pursuit import SparseCodes
     from itda_lens.records import Label, Labels
     from itda_lens.sae import ITDA, ITDAConfig, load
-    from itda_lens.training import build, fit
+    from itda_lens.training import build, build_module, fit
 
     __version__: str
 
@@ -26,6 +26,7 @@ __all__ = [
     "Labels",
     "SparseCodes",
     "build",
+    "build_module",
     "fit",
     "jaccard",
     "load",
@@ -38,6 +39,7 @@ _HOMES = {
     "Labels": "records",
     "SparseCodes": "pursuit",
     "build": "training",
+    "build_module": "training",
     "fit": "training",
     "jaccard": "compare",
     "load": "sae",

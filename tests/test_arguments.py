@@ -16,7 +16,7 @@ import itda_lens
 from itda_lens import analysis, architectures, compare, fit, sources, training
 from itda_lens.compare import Moments
 from itda_lens.records import Cutting, Places, check_fields, checked
-from itda_lens.sources import ArraySource, ModelSource, language_model
+from itda_lens.sources import ArraySource, ModelSource, ModuleSource, language_model
 
 NAN, INF = float("nan"), float("inf")
 X = torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
@@ -39,7 +39,7 @@ MODEL = [None, 3, object(), torch.nn.Linear(2, 2), "./no-such-model", ["x"]]
 
 NONSENSE = {
     **dict.fromkeys(("k", "batch_size", "epochs", "n_anchors", "d_sae", "context_size"), POSITIVE),
-    **dict.fromkeys(("max_tokens", "n_rows"), POSITIVE),
+    **dict.fromkeys(("max_tokens", "n_rows", "max_rows"), POSITIVE),
     "seed": WHOLE,
     **dict.fromkeys(("l0", "rtol", "loss_threshold", "least_cosine", "learning_rate", "keep"), REAL),
     **dict.fromkeys(
@@ -47,7 +47,9 @@ NONSENSE = {
     ),
     **dict.fromkeys(("preset", "method", "loader", "match", "measure", "architecture", "kind"), NAME),
     "rule": [*NAME, object()],
-    **dict.fromkeys(("text_field", "split", "hook_name", "model_name", "name", "source"), STRING),
+    **dict.fromkeys(
+        ("text_field", "split", "hook_name", "model_name", "name", "source", "item"), STRING
+    ),
     "device": [3, True, b"x", ["x"], "nonsense"],
     "dtype": ["float31", 3, True, ["x"]],
     "tokenizer": [3, True, ["x"], object(), "./no-such-tokenizer"],
@@ -61,6 +63,12 @@ NONSENSE = {
     "model": MODEL,
     "hook_names": [None, 3, [], [3], "nowhere", {"a": 1}, ["a", "a"]],
     "hooks": [None, 3, [], [3], "nowhere", {"a": 1}, ["a", "a"]],
+    "module": [None, 3, object(), "x", torch.nn.Linear],
+    "paths": [None, 3, [], [3], "nowhere", "*.nowhere", {"a": 1}, ["0", "0"], [""]],
+    "inputs": [None, 3, "x", {"x": X}, [], [{"a": X}], [(X, X)], X, X.numpy(), [X[0]], [X * NAN]],
+    "label": [3, "x", lambda: 1, lambda *_: 2.5, lambda *_: None],
+    "call": [3, "x", lambda module, batch: None],
+    "axis": ["0", 0.5, True, 2, -3],
     "models": [None, 3, "x", {}, {"a": 3}, {"a": []}, [3]],
     "kinds": [None, 3, ["nonsense"], [3]],
     **{key: [None, 3, True, ["x"], b"x"] for key in ("folder", "path_or_repo")},
@@ -105,7 +113,8 @@ ALLOWED = {
 
 ALSO_CALLED = {
     "a": "models|dictionar|activations", "b": "models|dictionar|activations", "hooks": "hook",
-    "hook_name": "hook", "hook_names": "hook",
+    "hook_name": "hook", "hook_names": "hook", "inputs": "row 0|batch|activations",
+    "call": "hook",
 }  # fmt: skip
 
 
@@ -148,12 +157,18 @@ def calls(tiny, texts, tmp_path_factory):
         d_sae=8, k=2, preset="best", rule=None, seed=0, method=None, signed=True, loss_threshold=None,
         l0=None, update=False, least_cosine=None, rtol=1e-3,
     )  # fmt: skip
+    module = dict(
+        module=torch.nn.Sequential(torch.nn.Linear(6, 8)), paths="0", inputs=[X], label=None, call=None,
+        item="row", axis=-1, max_rows=None, name=None,
+    )  # fmt: skip
     trained = dict(activations=X, k=2, d_sae=8, seed=0, metadata=None)
     quiet = dict(progress=False)
     return {
         "build": own | dict(hook_names=HOOK, model_name=None) | atoms | cut | read | quiet,
         "collect": own | dict(hook_names=HOOK) | cut | read | quiet,
         "ModelSource": own | dict(hooks=HOOK, cutting=Cutting(), model_name=None) | read,
+        "build_module": module | atoms | quiet,
+        "ModuleSource": module,
         "fit": dict(activations=X, labels=None, batch_size=16, metadata=None) | atoms | quiet,
         "ArraySource": dict(activations=X, labels=None, batch_size=16),
         "recipe_of": atoms,
@@ -207,7 +222,7 @@ FUNCTIONS = {
     for face in FACES
     for name in face.__all__
     if inspect.isfunction(function := getattr(face, name))
-} | {"ModelSource": ModelSource, "ArraySource": ArraySource}
+} | {"ModelSource": ModelSource, "ArraySource": ArraySource, "ModuleSource": ModuleSource}
 
 NOT_WALKED = {
     "describe_texts": "for metadata: called once the texts were looked at",
@@ -224,6 +239,8 @@ def called(name: str, arguments: dict[str, object]) -> None:
     result = FUNCTIONS[name](**arguments)
     if name == "iterate_texts":
         list(result)
+    if name == "ModuleSource":
+        list(result.rows())
 
 
 def test_every_public_function_is_walked(calls):

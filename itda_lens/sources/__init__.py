@@ -8,6 +8,8 @@ from itda_lens.sources.hooks import Site, unknown_hook
 from itda_lens.sources.hugging_face_models import HuggingFaceModel
 from itda_lens.sources.model_source import ModelSource, hook_list, tokenization_for
 from itda_lens.sources.models import LIBRARIES, language_model
+from itda_lens.sources.module_source import ModuleSource
+from itda_lens.sources.modules import AnyModule
 from itda_lens.sources.naming import register_with_transformer_lens
 from itda_lens.sources.readable import Loader, ReadableModel, Replace
 from itda_lens.sources.source import Activations, ActivationSource, Rows, gathered
@@ -27,6 +29,7 @@ __all__ = [
     "LIBRARIES",
     "ActivationSource",
     "Activations",
+    "AnyModule",
     "ArraySource",
     "Context",
     "ContextBatch",
@@ -36,6 +39,7 @@ __all__ = [
     "LanguageModel",
     "Loader",
     "ModelSource",
+    "ModuleSource",
     "ReadableModel",
     "Replace",
     "Rows",

@@ -12,8 +12,8 @@ from itda_lens.dictionary import Rule
 from itda_lens.pursuit import DEFAULT_RTOL, Method
 from itda_lens.records import Cutting, at_least, checked
 from itda_lens.sae import ITDA, provenance_of
-from itda_lens.sources import Activations, Loader, ModelSource, gathered
-from itda_lens.training.recipe import Preset, recipe_of
+from itda_lens.sources import Activations, ActivationSource, Loader, ModelSource, gathered
+from itda_lens.training.recipe import Preset, Recipe, recipe_of
 from itda_lens.training.run import build_from, check_enough
 
 _DEFAULT = Cutting()
@@ -91,6 +91,11 @@ def build(
         batch_size=batch_size, max_tokens=max_tokens, text_field=text_field, split=split,
         tokenizer=tokenizer, model_name=model_name, loader=loader, device=device,
     )  # fmt: skip
+    return build_timed(source, recipe, progress)
+
+
+def build_timed(source: ActivationSource, recipe: Recipe, progress: bool) -> dict[str, ITDA]:
+    """`build_from`, with the time that it took in the metadata of each dictionary."""
     start = time.perf_counter()
     dictionaries = build_from(source, recipe, progress=progress)
     seconds = round(time.perf_counter() - start, 2)
