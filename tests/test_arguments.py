@@ -104,6 +104,8 @@ ALLOWED = {
     ("*", "tokenizer", "./no-such-tokenizer"): "a wrapped model brings its own tokenizer",
     ("activations_of", "model", None): "the dictionaries name it",
     ("hook_list", "hooks", "nowhere"): "it does not look at a model",
+    ("hook_list", "hooks", "3"): "a layer",
+    ("hook_list", "hooks", "[3]"): "a layer",
     ("iterate_texts", "texts", ()): "an empty list is one; whoever needs a text says so",
     **{
         ("recorded_settings", "model", one): "only whether it is given counts" for one in map(str, MODEL)

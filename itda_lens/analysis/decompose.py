@@ -9,8 +9,8 @@ from sae_lens import SAE
 
 from itda_lens.analysis.evaluate import tokenization_of
 from itda_lens.records import Label, checked
-from itda_lens.sae import check_codable, coded, hook_name_of, labels_of
-from itda_lens.sources import Loader, language_model
+from itda_lens.sae import check_codable, coded, hook_name_of, labels_of, provenance_of
+from itda_lens.sources import Loader, by_head, heads_at, language_model
 
 
 @dataclass(frozen=True)
@@ -37,12 +37,14 @@ class TokenDecomposition:
         token: the token's text.
         components: atoms by falling absolute coefficient.
         explained: 1 - |x - xhat|^2 / |x - b_dec|^2.
+        head: the attention head whose output was coded; None unless the dictionary is of single heads.
     """
 
     position: int
     token: str
     components: Sequence[Component]
     explained: float
+    head: int | None = None
 
 
 @checked
@@ -56,6 +58,8 @@ def decompose(
     device: str | torch.device | None = None,
 ) -> list[TokenDecomposition]:
     """Decompose the activation of each token of `text` (of its first context, if it is long).
+
+    A dictionary of single heads decomposes each head's part of a token, one after the other.
 
     Args:
         model, tokenizer, loader, device: as in `build`; the model that `sae` belongs to.
@@ -75,12 +79,15 @@ def decompose(
         raise ValueError(f"text must hold at least one token that counts, got {text!r}")
     with torch.no_grad():
         activation = lm.capture(batch.tokens, batch.attention_mask, [hook])[hook]
-        kept = activation[batch.keep.to(activation.device)]
+        kept, places = activation[batch.keep.to(activation.device)], batch.places()
+        if provenance_of(sae).per_head:
+            n_heads = heads_at(lm, [hook])
+            kept, places = by_head(kept, n_heads), places.by_head(n_heads)
         ((x, codes, reconstruction),) = coded(sae, kept, batch_size=len(kept))
     centred = (x - sae.b_dec).square().sum(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
     explained = 1 - (x - reconstruction).square().sum(dim=-1) / centred
     found = []
-    for i, place in enumerate(batch.places()):
+    for i, place in enumerate(places):
         order = codes.values[i].abs().argsort(descending=True)
         components = [
             Component(atom, value, None if labels is None else labels[atom])
@@ -90,6 +97,8 @@ def decompose(
             if value != 0
         ]
         found.append(
-            TokenDecomposition(place.position, place.token or "", components, explained[i].item())
+            TokenDecomposition(
+                place.position, place.token or "", components, explained[i].item(), place.head
+            )
         )
     return found

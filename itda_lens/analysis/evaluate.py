@@ -35,7 +35,7 @@ class Evaluation:
         d_sae: atoms.
         k: most nonzeros per code; None for an SAE that has no such limit.
         n_tokens: tokens that counted (not position 0, special tokens or padding).
-        l0: mean nonzeros per code.
+        l0: mean nonzeros per code; a dictionary of single heads has a code for each head.
         fvu: sum |x - xhat|^2 / sum |x - mean x|^2.
         alive_fraction: share of atoms with a nonzero coefficient somewhere.
         ce_loss: next-token loss of the model, nats per token.
@@ -68,7 +68,7 @@ class Evaluation:
 def evaluate(
     model: Any,
     dictionaries: SAE[Any] | Sequence[SAE[Any]],
-    texts: str | Path | Iterable[str],
+    texts: str | Path | Iterable[Any],
     *,
     batch_size: int = 8,
     max_tokens: int | None = None,
@@ -184,6 +184,8 @@ class _Meter:
     def __init__(self, sae: SAE[Any]) -> None:
         self._sae = sae
         self.hook = hook_name_of(sae)
+        self._per_head = bool(provenance_of(sae).per_head)
+        self._n_tokens = 0
         self._fvu = RunningFVU()
         self._fired = torch.zeros(sae.cfg.d_sae, dtype=torch.int64)
         self._nonzeros = 0
@@ -204,17 +206,19 @@ class _Meter:
     def _splice(self, batch: ContextBatch):
         def splice(activation: Tensor) -> Tensor:
             keep = batch.keep.to(activation.device)
-            flat = activation.flatten(2)
+            flat = activation if self._per_head else activation.flatten(2)
             if flat.shape[-1] != self._sae.cfg.d_in:
                 raise ValueError(
                     f"the model gives activations of width {flat.shape[-1]} at {self.hook!r}, but the "
                     f"dictionary has d_in={self._sae.cfg.d_in}: it belongs to another model or hook"
                 )
-            x = flat[keep]
+            kept = flat[keep]
+            x = kept.flatten(0, -2)  # with a row for each head, if the dictionary is of single heads
             reconstruction = self._reconstruct(x)
             self._fvu.update(x, reconstruction)
+            self._n_tokens += len(kept)
             out = flat.clone()
-            out[keep] = reconstruction.to(out.dtype)
+            out[keep] = reconstruction.to(out.dtype).reshape(kept.shape)
             return out.reshape(activation.shape)
 
         return splice
@@ -237,7 +241,7 @@ class _Meter:
             hook_name=self.hook,
             d_sae=self._sae.cfg.d_sae,
             k=getattr(self._sae.cfg, "k", getattr(self._sae.cfg, "max_iterations", None)),
-            n_tokens=n,
+            n_tokens=self._n_tokens,
             l0=self._nonzeros / n,
             fvu=self._fvu.value(),
             alive_fraction=(self._fired > 0).float().mean().item(),
@@ -245,6 +249,6 @@ class _Meter:
             ce_loss_spliced=spliced,
             ce_loss_zero=zero,
             ce_loss_score=(zero - spliced) / gap if gap != 0 else float("nan"),
-            kl=self._kl / n,
+            kl=self._kl / self._n_tokens,
             feature_density=self._fired / n,
         )

@@ -17,7 +17,7 @@ from itda_lens.compare.measures import shared_tokens
 from itda_lens.compare.places import Match, Place, places, resolve_match
 from itda_lens.records import Label, at_least, checked
 from itda_lens.sae import ITDA, check_codable, coded, labels_of, sparse_codes
-from itda_lens.sources import Activations, Loader, iterate_texts, language_model
+from itda_lens.sources import Activations, Ids, Loader, iterate_texts, language_model
 from itda_lens.training import check_enough, collect, fit, recipe_of
 
 logger = logging.getLogger(__name__)
@@ -174,7 +174,7 @@ def check_diffable(a: SAE[Any], b: SAE[Any], match: Match = "auto") -> Match:
 def diff_models(
     a: Any,
     b: Any,
-    texts: str | Path | Iterable[str],
+    texts: str | Path | Iterable[Any],
     hook_name: str,
     *,
     d_sae: int = 1024,
@@ -206,7 +206,7 @@ def diff_models(
     """
     at_least(1, max_tokens=max_tokens, batch_size=batch_size)
     check_enough(recipe_of(d_sae=d_sae, k=k, seed=seed), max_tokens)  # checks all of them
-    read: list[str] = []  # texts of the first model, for the second: an iterator gives them once
+    read: list[str | Ids] = []  # texts of the first model, for the second: an iterator gives them once
     sides: list[tuple[ITDA, Activations]] = []
     tokenizers = []
     for model in (a, b):
@@ -231,7 +231,7 @@ def diff_models(
     return diff(itda_a, itda_b, x_a, x_b, match)
 
 
-def _recorded(texts: Iterable[str], into: list[str]) -> Iterator[str]:
+def _recorded(texts: Iterable[str | Ids], into: list[str | Ids]) -> Iterator[str | Ids]:
     for text in texts:
         into.append(text)
         yield text

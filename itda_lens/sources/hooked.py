@@ -125,6 +125,24 @@ class HookedModel(ABC):
         self._check_per_token(captured, tokens)
         return {hook: rearrange(captured[hook], "batch seq ... -> batch seq (...)") for hook in hooks}
 
+    def n_heads(self, hook: str) -> int:
+        """Number of attention heads whose parts stand side by side in a row of `capture` at a hook.
+
+        A pass over two tokens shows it.
+
+        Raises:
+            ValueError: the hook does not exist or fire, or its activations are not split by head.
+        """
+        tokens = torch.zeros((1, 2), dtype=torch.long, device=self.device)
+        with self._edits_paused():
+            activation = self._read(tokens, torch.ones_like(tokens, dtype=torch.bool), [hook])[hook]
+        if activation.ndim != 4 or not _follows(activation, tokens):
+            raise ValueError(
+                f"hook {hook!r} must be split by head, as 'blocks.0.attn.hook_z' is, to give a row for "
+                f"each head, but gives {tuple(activation.shape)} for the tokens {tuple(tokens.shape)}"
+            )
+        return activation.shape[2]
+
     def logits(
         self, tokens: Int[Tensor, "batch seq"], attention_mask: Bool[Tensor, "batch seq"],
         replace: Mapping[str, Replace] | None = None,

@@ -17,6 +17,14 @@ MOST_BETWEEN = 16
 other layers; after more of them, "*" looks no further."""
 
 
+_ONLY_A_LAYER = re.compile(
+    r"(?:layers?|blocks?|(?:hook_)?resid(?:_post)?|[hl])?[ ._-]*([0-9]+)"
+    r"[ ._-]*(?:(?:hook_)?resid(?:_post)?)?",
+    re.IGNORECASE,
+)
+"""Names that somebody may give to the output of a layer."""
+
+
 class Layout(Protocol):
     """How a library lays activations out in memory, and how it shows them."""
 
@@ -180,9 +188,16 @@ def unknown_hook(name: str, known: Iterable[str]) -> ValueError:
 
 
 def near(name: str, known: Iterable[str]) -> list[str]:
-    """The names, four at most, that somebody who wrote `name` may have meant."""
+    """The names, four at most, that somebody who wrote `name` may have meant.
+
+    Whoever names nothing but a layer, such as "layer 5", most likely means its output.
+    """
     known = list(known)
     alike = difflib.get_close_matches(name, known, n=4, cutoff=0.5)
+    if layer := _ONLY_A_LAYER.fullmatch(name):
+        output = f"blocks.{int(layer[1])}.hook_resid_post"
+        if output in known:
+            return [output, *(other for other in alike if other != output)][:4]
     if not alike:  # a name of another library's scheme: offer names that share its last word
         last = re.split(r"[._]", name)[-1]
         alike = [other for other in known if last in other][:4] or known[:4]

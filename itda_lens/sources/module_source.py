@@ -148,10 +148,10 @@ class ModuleSource:
         labels = [self._labelled(number, batch, index) for index in indices]
         keep = np.array([label is not None for label in labels], dtype=bool)
         kept = [label for label in labels if label is not None]
-        if any(isinstance(label, Label) for label in kept):
-            if not all(isinstance(label, Label) for label in kept):
+        if own := [label for label in kept if isinstance(label, Label)]:
+            if len(own) < len(kept):
                 raise TypeError("label must return a Label for each row that counts, or for none")
-            return torch.from_numpy(keep), Places.of(kept)
+            return torch.from_numpy(keep), Places.of(own)
         tags = {name: tag._replace(name=name) for name in dict.fromkeys(kept)}
         return torch.from_numpy(keep), Places.at(
             first_item + item[keep], 0, position[keep], [tags[name] for name in kept]

@@ -22,8 +22,8 @@ _DEFAULT = Cutting()
 @checked
 def build(
     model: Any,
-    texts: str | Path | Iterable[str],
-    hook_names: str | Sequence[str],
+    texts: str | Path | Iterable[Any],
+    hook_names: str | int | Sequence[str | int],
     *,
     d_sae: int | None,
     k: int,
@@ -42,6 +42,7 @@ def build(
     keep_special_tokens: bool = _DEFAULT.keep_special_tokens,
     batch_size: int = 16,
     max_tokens: int | None = None,
+    per_head: bool = False,
     text_field: str = "text",
     split: str = "train",
     tokenizer: Any = None,
@@ -58,9 +59,10 @@ def build(
     Args:
         model: a Hugging Face name or local folder, a HookedTransformer, a TransformerBridge or a
             Hugging Face model; see `itda_lens.sources.language_model`.
-        texts: strings, a text or jsonl file, or the name of a `datasets` data set; see
+        texts: strings, a file or folder, or the name of a `datasets` data set; see
             `itda_lens.sources.iterate_texts`.
-        hook_names: one hook point or several, by TransformerLens's names.
+        hook_names: one hook point or several, by TransformerLens's names. A "*" in a name stands for the
+            number of each layer, and a whole number n for "blocks.n.hook_resid_post".
         d_sae, k, preset, rule, seed, method, signed, loss_threshold, l0, update, least_cosine, rtol:
             as in `fit`.
         context_size: tokens per context, the BOS token included; longer texts are cut.
@@ -68,6 +70,8 @@ def build(
         keep_special_tokens: let position 0 and special tokens count; padding never does.
         batch_size: contexts per forward pass.
         max_tokens: stop once this number of tokens has counted; default: all of the texts.
+        per_head: make each attention head's part of a token a row of its own, with the head in its
+            label; for hooks that are split by head, such as "blocks.0.attn.hook_z".
         text_field, split: for jsonl files and data sets.
         tokenizer, model_name, loader, device: as in `language_model`.
         progress: show a progress bar with tokens/s, atoms and running FVU.
@@ -85,11 +89,12 @@ def build(
         loss_threshold=loss_threshold, l0=l0, update=update, least_cosine=least_cosine, rtol=rtol,
     )  # fmt: skip
     at_least(1, max_tokens=max_tokens)
-    check_enough(recipe, max_tokens)
+    check_enough(recipe, None if per_head else max_tokens)
     source = ModelSource(
         model, texts, hook_names, Cutting(context_size, prepend_bos, keep_special_tokens),
-        batch_size=batch_size, max_tokens=max_tokens, text_field=text_field, split=split,
-        tokenizer=tokenizer, model_name=model_name, loader=loader, device=device,
+        batch_size=batch_size, max_tokens=max_tokens, per_head=per_head,
+        text_field=text_field, split=split, tokenizer=tokenizer, model_name=model_name,
+        loader=loader, device=device,
     )  # fmt: skip
     return build_timed(source, recipe, progress)
 
@@ -107,10 +112,11 @@ def build_timed(source: ActivationSource, recipe: Recipe, progress: bool) -> dic
 @checked
 def collect(
     model: Any,
-    texts: str | Path | Iterable[str],
-    hook_names: str | Sequence[str],
+    texts: str | Path | Iterable[Any],
+    hook_names: str | int | Sequence[str | int],
     *,
     max_tokens: int | None = None,
+    per_head: bool = False,
     context_size: int = _DEFAULT.context_size,
     prepend_bos: bool | None = _DEFAULT.prepend_bos,
     keep_special_tokens: bool = _DEFAULT.keep_special_tokens,
@@ -134,7 +140,7 @@ def collect(
     """
     source = ModelSource(
         model, texts, hook_names, Cutting(context_size, prepend_bos, keep_special_tokens),
-        batch_size=batch_size, max_tokens=max_tokens, text_field=text_field, split=split,
-        tokenizer=tokenizer, loader=loader, device=device,
+        batch_size=batch_size, max_tokens=max_tokens, per_head=per_head,
+        text_field=text_field, split=split, tokenizer=tokenizer, loader=loader, device=device,
     )  # fmt: skip
     return gathered(source, progress)

@@ -160,6 +160,7 @@ def _assembled(
 ) -> ITDA:  # fmt: skip
     coding = replace(recipe.coding, k=min(recipe.coding.k, len(dictionary.atoms)), threshold=threshold)
     hook = provenance.hook_name
+    flattened = bool(hook) and hook_is_per_head(hook) and not provenance.per_head
     itda = assemble(
         dictionary.atoms,
         dictionary.mean,
@@ -167,7 +168,7 @@ def _assembled(
         l0=recipe.l0,
         labels=dictionary.labels,
         metadata=metadata,
-        reshape_activations="hook_z" if hook and hook_is_per_head(hook) else "none",
+        reshape_activations="hook_z" if flattened else "none",
     )
     provenance.into(itda.cfg.metadata)
     return itda
