@@ -39,9 +39,11 @@ MODEL = [None, 3, object(), torch.nn.Linear(2, 2), "./no-such-model", ["x"]]
 
 NONSENSE = {
     **dict.fromkeys(("k", "batch_size", "epochs", "n_anchors", "d_sae", "context_size"), POSITIVE),
-    **dict.fromkeys(("max_tokens", "n_rows", "max_rows"), POSITIVE),
+    **dict.fromkeys(("max_tokens", "n_rows", "max_rows", "shard_rows"), POSITIVE),
     "seed": WHOLE,
-    **dict.fromkeys(("l0", "rtol", "loss_threshold", "least_cosine", "learning_rate", "keep"), REAL),
+    **dict.fromkeys(
+        ("l0", "rtol", "loss_threshold", "least_cosine", "learning_rate", "keep", "spare"), REAL
+    ),
     **dict.fromkeys(
         ("signed", "update", "progress", "keep_special_tokens", "prepend_bos", "centred"), SWITCH
     ),
@@ -88,6 +90,8 @@ NONSENSE = {
 SPECIAL = {
     ("gathered", "source"): "source of rows",
     ("build_from", "source"): "source of rows",
+    ("plan_from", "source"): "source of rows",
+    ("open_plan", "source"): "source of rows",
     ("compare", "activations"): "activations_a",
     ("activation_similarity", "a"): "activations_a",
     ("activation_similarity", "b"): "activations_a",
@@ -163,10 +167,18 @@ def calls(tiny, texts, tmp_path_factory):
         module=torch.nn.Sequential(torch.nn.Linear(6, 8)), paths="0", inputs=[X], label=None, call=None,
         item="row", axis=-1, max_rows=None, name=None,
     )  # fmt: skip
+    planned = training.plan(tiny, texts, HOOK, folder=folder / "planned", d_sae=8, k=2)
     trained = dict(activations=X, k=2, d_sae=8, seed=0, metadata=None)
     quiet = dict(progress=False)
     return {
-        "build": own | dict(hook_names=HOOK, model_name=None) | atoms | cut | read | quiet,
+        "build": own | dict(hook_names=HOOK, model_name=None, folder=None) | atoms | cut | read | quiet,
+        "plan": own | dict(hook_names=HOOK, model_name=None, shard_rows=50, spare=1.0)
+        | dict(folder=folder / "plan") | atoms | cut | read,
+        "plan_from": dict(
+            source=ArraySource(X), recipe=training.recipe_of(d_sae=8, k=2), folder=folder / "plan2",
+            shard_rows=20, spare=1.0,
+        ),
+        "open_plan": dict(folder=planned.folder, model=None, source=None, rule=None),
         "collect": own | dict(hook_names=HOOK) | cut | read | quiet,
         "ModelSource": own | dict(hooks=HOOK, cutting=Cutting(), model_name=None) | read,
         "build_module": module | atoms | quiet,
@@ -249,7 +261,7 @@ def test_every_public_function_is_walked(calls):
     assert set(FUNCTIONS) == set(calls) | set(NOT_WALKED)
     for name, arguments in calls.items():
         missing = set(inspect.signature(FUNCTIONS[name]).parameters) - set(arguments)
-        assert missing <= {"provenance"}, name
+        assert missing <= {"provenance", "settings"}, name
 
 
 @pytest.mark.parametrize("name", sorted(set(FUNCTIONS) - set(NOT_WALKED)))
@@ -264,7 +276,7 @@ def test_nonsense_is_told_by_the_name_of_the_argument(name, calls, tmp_path):
                 continue
             # Baselines that are there already are not built again, and little is looked at.
             fresh = {"folder": tmp_path / str(len(list(tmp_path.iterdir())))}
-            more = fresh if name == "build_baselines" else {}
+            more = fresh if name in ("build_baselines", "plan", "plan_from") else {}
             given = f"{argument}={value!r}"[:80]
             try:
                 with within(5):

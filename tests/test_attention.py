@@ -242,3 +242,13 @@ class TestSingleHeads:
         x = torch.arange(12).float().reshape(2, 6)
         assert by_head(x, 3).tolist() == [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9], [10, 11]]
         assert HookPoint.parse(Z).kind == HOOK_Z
+
+
+class TestPlans:
+    def test_a_plan_of_single_heads(self, tiny, texts, tmp_path):
+        options = dict(per_head=True, max_tokens=120, context_size=16, d_sae=140, k=2)
+        made = build(tiny, texts, Z, folder=tmp_path, **options, progress=False)[Z]
+        expected = build(tiny, texts, Z, **options, progress=False)[Z]
+        assert torch.equal(made.W_dec, expected.W_dec)
+        assert made.labels == expected.labels
+        assert provenance_of(made).per_head

@@ -200,6 +200,14 @@ class TestIds:
         with pytest.raises(ValueError, match="texts must be strings for SAEBench, got token ids"):
             OutputFolder(tmp_path / "out", None).plan_texts(ids, "text", "train")
 
+    def test_in_a_plan(self, tiny, texts, tmp_path):
+        rows = [{"ids": tiny.tokenizer(text)["input_ids"]} for text in texts]
+        options = dict(text_field="ids", context_size=16, **OPTIONS)
+        made = build(tiny, rows, RESID, folder=tmp_path, **options)[RESID]
+        expected = build(tiny, rows, RESID, **options)[RESID]
+        assert torch.equal(made.W_dec, expected.W_dec)
+        assert made.labels == expected.labels
+
     def test_outside_of_the_vocabulary(self, tiny):
         with pytest.raises(ValueError, match="token 4000 .*outside of the model's embedding"):
             build(tiny, [[5, 6, 4000]] * 30, RESID, **OPTIONS)

@@ -131,7 +131,10 @@ def _check_type(field: str, value: Any, wanted: Any) -> None:
 
 
 def _digest(tensor: Tensor) -> str:
-    numbers = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+    flat = tensor.detach().cpu().contiguous().flatten()
+    if flat.stride(0) != 1:  # of one number or none, which count as contiguous with any stride
+        flat = flat.clone(memory_format=torch.contiguous_format)
+    numbers = flat.view(torch.uint8).numpy()
     return hashlib.blake2b(numbers.data, digest_size=_DIGEST_BYTES).hexdigest()
 
 

@@ -12,7 +12,14 @@ from itda_lens.sources.module_source import ModuleSource
 from itda_lens.sources.modules import AnyModule
 from itda_lens.sources.naming import register_with_transformer_lens
 from itda_lens.sources.readable import Loader, ReadableModel, Replace
-from itda_lens.sources.source import Activations, ActivationSource, Rows, gathered
+from itda_lens.sources.source import (
+    Activations,
+    ActivationSource,
+    Listed,
+    Listing,
+    Rows,
+    gathered,
+)
 from itda_lens.sources.texts import Ids, describe_texts, iterate_texts, names_data_set
 from itda_lens.sources.transformer_lens_models import TransformerLensModel
 
@@ -38,6 +45,8 @@ __all__ = [
     "HuggingFaceModel",
     "Ids",
     "LanguageModel",
+    "Listed",
+    "Listing",
     "Loader",
     "ModelSource",
     "ModuleSource",

@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +11,22 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from itda_lens.records import Cutting, Provenance, at_least, checked
-from itda_lens.sources.contexts import Tokenization
+from itda_lens.records import Cutting, Places, Provenance, at_least, checked
+from itda_lens.sources.contexts import ContextBatch, Tokenization
 from itda_lens.sources.hooked import HookedModel
 from itda_lens.sources.hooks import expanded
 from itda_lens.sources.models import language_model
 from itda_lens.sources.readable import Loader, ReadableModel
-from itda_lens.sources.source import Rows
+from itda_lens.sources.source import Listing, Rows
 from itda_lens.sources.texts import Ids, describe_texts, iterate_texts
 
 FINGERPRINT_TEXTS = 8
 """Number of texts, from the first on, whose hash tells texts apart. It is fixed, since the number of
 texts that are read depends on the settings."""
+
+
+_START = {"row": 0, "chunk": 0, "n": 0}
+"""The mark of the first batch."""
 
 
 class ModelSource:
@@ -89,37 +93,75 @@ class ModelSource:
         self._n_tokens: int | None = None
         self._read: str | None = None
 
-    @torch.no_grad()
     def rows(self, skip: int = 0) -> Iterator[Rows]:
         """The rows of each forward pass; see `ActivationSource.rows`."""
+        tokens, heads = divmod(skip, self._n_heads or 1)
+        return self._captured(_START, tokens, heads)
+
+    def rows_from(self, mark: Mapping[str, int]) -> Iterator[Rows]:
+        """The rows from a batch of `listing` on. Texts before it are passed over unread."""
+        return self._captured(mark, mark["n"])
+
+    def listing(self) -> Iterator[Listing]:
+        """The places of each forward pass, from the tokenizer alone; see `Listed.listing`."""
+        for mark, batch in self._batches(_START, 0):
+            if batch.keep.any():
+                yield Listing(self._places(batch), mark)
+
+    @torch.no_grad()
+    def _captured(self, mark: Mapping[str, int], skip: int, heads: int = 0) -> Iterator[Rows]:
+        """Rows from a mark on, without `skip` tokens and the first `heads` of the token after them."""
+        for _, batch in self._batches(mark, skip):
+            if batch.keep.any():
+                found = self.model.capture(batch.tokens, batch.attention_mask, list(self.hooks))
+                keep = batch.keep
+                values = {name: x[keep.to(x.device)] for name, x in found.items()}
+                if self._n_heads is not None:
+                    values = {name: by_head(x, self._n_heads)[heads:] for name, x in values.items()}
+                yield Rows.of(self._places(batch)[heads:], values)
+                heads = 0
+
+    def _places(self, batch: ContextBatch) -> Places:
+        places = batch.places()
+        return places if self._n_heads is None else places.by_head(self._n_heads)
+
+    def _batches(
+        self, mark: Mapping[str, int], skip: int
+    ) -> Iterator[tuple[dict[str, int], ContextBatch]]:
+        """Batches of contexts, and the mark of each, in which the rows that were asked for count.
+
+        Args:
+            mark: of the first batch: the number and the context of the text with which it begins, and
+                the tokens before it.
+            skip: the number of tokens, from the start of the source, that do not count.
+        """
         if self._stream is None:  # read before
             self._stream = self._opened()
             self._beginning = list(itertools.islice(self._stream, FINGERPRINT_TEXTS))
         texts, self._stream = itertools.chain(self._beginning, self._stream), None
-        read, spelt = hashlib.sha256(), self.tokenization.spelt
-        each = self._n_heads or 1
-        skipped, part = divmod(skip, each)  # whole tokens, and heads of the next one
-        n = 0
-        for batch in self.tokenization.batches(_hashed(texts, read, spelt), self._batch_size):
+        read = hashlib.sha256()
+        n, whole = mark["n"], mark == _START
+        batches = self.tokenization.batches(
+            _hashed(itertools.islice(texts, mark["row"], None), read, self.tokenization.spelt),
+            self._batch_size,
+            first_row=mark["row"],
+            first_chunk=mark["chunk"],
+        )
+        for batch in batches:
+            first = batch.contexts[0]
+            here = {"row": first.row, "chunk": first.chunk, "n": n}
             ahead = batch.keep.flatten().cumsum(dim=0).reshape(batch.keep.shape) + n
-            keep = batch.keep & (ahead > skipped)
+            keep = batch.keep & (ahead > skip)
             if self._max_tokens is not None:
                 keep &= ahead <= self._max_tokens
             n = min(int(ahead.max()), self._max_tokens or int(ahead.max()))
-            if keep.any():
-                batch = dataclasses.replace(batch, keep=keep)
-                found = self.model.capture(batch.tokens, batch.attention_mask, list(self.hooks))
-                values = {name: x[keep.to(x.device)] for name, x in found.items()}
-                places = batch.places()
-                if self._n_heads is not None:
-                    values = {name: by_head(x, each)[part:] for name, x in values.items()}
-                    places, part = places.by_head(each)[part:], 0
-                rows = Rows.of(places, values)
-                self._n_tokens, self._read = n, read.hexdigest()  # whoever reads may stop here
-                yield rows
+            if whole:  # whoever reads may stop here
+                self._n_tokens, self._read = n, read.hexdigest()
+            yield here, dataclasses.replace(batch, keep=keep)
             if n == self._max_tokens:
                 break
-        self._n_tokens, self._read = n, read.hexdigest()
+        if whole:
+            self._n_tokens, self._read = n, read.hexdigest()
         if n == 0:
             raise ValueError(
                 "texts gave no token that counts: all were masked (BOS, padding, special tokens), or "

@@ -15,6 +15,7 @@ from itda_lens.sae import ITDA, provenance_of
 from itda_lens.sources import Activations, ActivationSource, Loader, ModelSource, gathered
 from itda_lens.training.recipe import Preset, Recipe, recipe_of
 from itda_lens.training.run import build_from, check_enough
+from itda_lens.training.shards import plan_texts
 
 _DEFAULT = Cutting()
 
@@ -49,6 +50,7 @@ def build(
     model_name: str | None = None,
     loader: Loader = "bridge",
     device: str | torch.device | None = None,
+    folder: str | Path | None = None,
     progress: bool = True,
 ) -> dict[str, ITDA]:
     """Build one labelled dictionary per hook point, all from the same forward passes.
@@ -74,6 +76,8 @@ def build(
             label; for hooks that are split by head, such as "blocks.0.attn.hook_z".
         text_field, split: for jsonl files and data sets.
         tokenizer, model_name, loader, device: as in `language_model`.
+        folder: a folder that keeps finished parts of the work, so that a second call goes on where the
+            first one stopped; see `plan`. The dictionaries are those of a call without it.
         progress: show a progress bar with tokens/s, atoms and running FVU.
 
     Returns:
@@ -90,12 +94,16 @@ def build(
     )  # fmt: skip
     at_least(1, max_tokens=max_tokens)
     check_enough(recipe, None if per_head else max_tokens)
-    source = ModelSource(
-        model, texts, hook_names, Cutting(context_size, prepend_bos, keep_special_tokens),
-        batch_size=batch_size, max_tokens=max_tokens, per_head=per_head,
-        text_field=text_field, split=split, tokenizer=tokenizer, model_name=model_name,
-        loader=loader, device=device,
+    cutting = Cutting(context_size, prepend_bos, keep_special_tokens)
+    reading: dict[str, Any] = dict(
+        batch_size=batch_size, max_tokens=max_tokens, per_head=per_head, text_field=text_field,
+        split=split, tokenizer=tokenizer, model_name=model_name, loader=loader, device=device,
     )  # fmt: skip
+    if folder is not None:
+        made = plan_texts(model, texts, hook_names, recipe, cutting, folder=folder, **reading)
+        made.run_all(progress=progress)
+        return made.finish(progress=progress)
+    source = ModelSource(model, texts, hook_names, cutting, **reading)
     return build_timed(source, recipe, progress)
 
 
