@@ -11,6 +11,7 @@ from itda_lens.sources.models import LIBRARIES, language_model
 from itda_lens.sources.module_source import ModuleSource
 from itda_lens.sources.modules import AnyModule
 from itda_lens.sources.naming import register_with_transformer_lens
+from itda_lens.sources.nnsight_models import NNsightModel
 from itda_lens.sources.readable import Loader, ReadableModel, Replace
 from itda_lens.sources.source import (
     Activations,
@@ -50,6 +51,7 @@ __all__ = [
     "Loader",
     "ModelSource",
     "ModuleSource",
+    "NNsightModel",
     "ReadableModel",
     "Replace",
     "Rows",
