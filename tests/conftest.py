@@ -96,10 +96,12 @@ SLOW = {
         "test_the_kernel_compiles_to_machine_code_without_a_gpu",
         "test_the_kernel_is_tried_for_each_kind_of_problem",
     },
+    "test_attention.py": {"test_can_be_used"},
     "test_models.py": {
         "test_a_hook_gives_the_same_alone_and_with_others",
         "test_all_hooks_give_what_transformer_lens_gives",
     },
+    "test_modules.py": {"test_dictionaries_are_those_of_fit_on_the_same_rows"},
     "test_package.py": {"test_sae_lens_loads_an_itda_whichever_is_imported_first"},
     "test_pursuit.py": {
         "test_picks_do_not_depend_on_scale",
@@ -133,6 +135,7 @@ SLOW = {
         "test_a_page_missing_from_the_navigation_fails_the_build",
         "test_the_site_builds_without_a_warning",
     },
+    "test_texts.py": {"test_give_the_dictionary_of_their_text", "test_stars"},
 }
 """Tests of two seconds or more, all cases of a test together, by file. `make quick` leaves them out.
 
