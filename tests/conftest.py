@@ -102,6 +102,14 @@ SLOW = {
         "test_all_hooks_give_what_transformer_lens_gives",
     },
     "test_modules.py": {"test_dictionaries_are_those_of_fit_on_the_same_rows"},
+    "test_plan.py": {
+        "test_a_fault_of_the_shard_is_raised",
+        "test_a_worker_is_killed",
+        "test_goes_on_in_another_process",
+        "test_is_build_bit_for_bit",
+        "test_killed_thirty_times",
+        "test_parts_and_whole",
+    },
     "test_package.py": {"test_sae_lens_loads_an_itda_whichever_is_imported_first"},
     "test_pursuit.py": {
         "test_picks_do_not_depend_on_scale",

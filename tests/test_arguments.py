@@ -239,6 +239,8 @@ FUNCTIONS = {
 } | {"ModelSource": ModelSource, "ArraySource": ArraySource, "ModuleSource": ModuleSource}
 
 NOT_WALKED = {
+    "by_head": "for rows that a source has read",
+    "heads_at": "for models and hooks that were looked at before",
     "describe_texts": "for metadata: called once the texts were looked at",
     "names_data_set": "a question, with an answer for everything",
     "hook_is_per_head": "the old name of a property of HookPoint",

@@ -7,10 +7,12 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from safetensors import safe_open
@@ -205,6 +207,54 @@ class TestPlan:
         made.run_all(progress=False)
         found = made.finish(progress=False)["activations"]
         assert torch.equal(found.W_dec, fit(x, d_sae=20, k=3, rule=SMALL, batch_size=64).W_dec)
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """A Ray cluster of this machine."""
+    ray = pytest.importorskip("ray")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # its own, of what its next versions will do
+        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield ray
+    ray.shutdown()
+
+
+class TestRay:
+    def test_a_worker_is_killed(self, cluster, tiny_folder, texts, tmp_path):
+        """Two workers, one of which is killed at work: nothing is lost, and the bits are the same."""
+        settings = SETTINGS | dict(loader="huggingface", device="cpu")
+        made = plan(str(tiny_folder), texts, HOOKS, folder=tmp_path / "run", shard_rows=50, **settings)
+        killed = []
+        killer = threading.Thread(target=kill_one_worker, args=(killed,))
+        killer.start()
+        made.run_all(engine="ray", workers=2, options={"num_cpus": 0.5}, progress=False)
+        killer.join()
+        assert len(killed) == 1
+        assert made.pending() == []
+        expected = build(str(tiny_folder), texts, HOOKS, progress=False, **settings)
+        same(made.finish(progress=False), expected)
+
+    def test_a_fault_of_the_shard_is_raised(self, cluster, tiny_folder, texts, tmp_path):
+        file = tmp_path / "texts.txt"
+        file.write_text(" ".join(texts))
+        settings = SETTINGS | dict(loader="huggingface", device="cpu")
+        made = plan(str(tiny_folder), str(file), HOOKS, folder=tmp_path / "run", **settings)
+        file.write_text(" ".join(texts[::-1]))
+        with pytest.raises(ValueError, match="other tokens than were planned"):
+            made.run_all(engine="ray", progress=False)
+
+
+def kill_one_worker(killed):
+    """Kill the first worker that is seen: it opens the plan, loads the model or runs a shard."""
+    end = time.monotonic() + 300
+    while not killed and time.monotonic() < end:
+        for process in psutil.process_iter(["cmdline"]):
+            if "::_Worker" in str(process.info["cmdline"]):
+                process.kill()
+                killed.append(process.pid)
+                break
+        time.sleep(0.02)
 
 
 class TestCommands:

@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -28,6 +28,7 @@ from itda_lens.records.files import exclusive
 from itda_lens.sae import ITDA
 from itda_lens.sae.saved import check_digests, digests, write_tensors
 from itda_lens.sources import Ids, Listed, ModelSource, describe_texts, iterate_texts
+from itda_lens.training.engines import ray_shards
 from itda_lens.training.point import Point
 from itda_lens.training.recipe import Recipe, recipe_of
 from itda_lens.training.run import assembled, check_enough
@@ -40,6 +41,9 @@ kill can lose."""
 
 SPARE = 1.0
 """Room that shards leave for equal activations, as a share of the sample in which they count once."""
+
+Engine = Literal["local", "ray"]
+"""Who runs shards: this process, or workers of a Ray cluster."""
 
 _FORMAT = 1
 _PLAN, _TEXTS = "plan.json", "texts.jsonl"
@@ -117,25 +121,48 @@ class Plan:
         self._run(index, again)
 
     @checked
-    def run_all(self, *, progress: bool = True) -> None:
-        """Run all shards that are not finished, one after the other.
+    def run_all(
+        self,
+        *,
+        engine: Engine = "local",
+        workers: int = 1,
+        model: str | Path | None = None,
+        options: dict[str, object] | None = None,
+        progress: bool = True,
+    ) -> None:
+        """Run all shards that are not finished.
 
         Args:
+            engine: "local", one after the other in this process, or "ray", by workers of a Ray cluster
+                (`pip install 'itda-lens[ray]'`): the one that `ray.init` has joined, or else one of this
+                machine. All of them must see the folder and the model. A worker that dies is replaced.
+            workers: for "ray": processes, each with a model of its own.
+            model: for "ray": where the workers find the model; default: the place that the plan records.
+            options: for "ray": what each worker needs, such as `{"num_gpus": 1}`.
             progress: show a progress bar with rows/s.
 
         Raises:
             ValueError, OSError: as `run`; another process runs this plan by `run_all` just now.
+            ImportError: Ray is not installed.
         """
+        at_least(1, workers=workers)
+        if engine not in get_args(Engine):
+            raise ValueError(f"engine must be one of {get_args(Engine)}, got {engine!r}")
+        pending = self.pending()
         with (
             exclusive(self.folder, "this build"),
             tqdm(
                 total=self.n_rows, unit="tok", unit_scale=True, desc="building", disable=not progress
             ) as bar,
         ):
-            for i, shard in enumerate(self.shards):
-                if not self._file(i).exists():
-                    self._run(i, again=False)
-                bar.update(shard.n_rows)
+            bar.update(self.n_rows - sum(self.shards[i].n_rows for i in pending))
+            if engine == "ray":
+                settings: dict[str, Any] = dict(workers=workers, model=model, options=options or {})
+                done = ray_shards(self.folder.resolve(), pending, **settings)
+            else:
+                done = map(self._finished, pending)
+            for i in done:
+                bar.update(self.shards[i].n_rows)
 
     @checked
     def finish(
@@ -195,6 +222,10 @@ class Plan:
         if self._source is None:
             self._source = _reopened(self.folder, self._content["source"], None)
         return self._source
+
+    def _finished(self, index: int) -> int:
+        self._run(index, again=False)
+        return index
 
     @torch.no_grad()
     def _run(self, index: int, again: bool) -> None:
