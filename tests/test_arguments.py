@@ -47,6 +47,7 @@ NONSENSE = {
     **dict.fromkeys(
         ("signed", "update", "progress", "keep_special_tokens", "prepend_bos", "centred"), SWITCH
     ),
+    "per_head": SWITCH,
     **dict.fromkeys(("preset", "method", "loader", "match", "measure", "architecture", "kind"), NAME),
     "rule": [*NAME, object()],
     **dict.fromkeys(
@@ -159,6 +160,7 @@ def calls(tiny, texts, tmp_path_factory):
     named = dict(tokenizer=None, loader="bridge", device=None)
     read = dict(text_field="text", split="train", **named, batch_size=4, max_tokens=64)
     cut = dict(context_size=32, prepend_bos=None, keep_special_tokens=False)
+    heads = dict(per_head=False)
     atoms = dict(
         d_sae=8, k=2, preset="best", rule=None, seed=0, method=None, signed=True, loss_threshold=None,
         l0=None, update=False, least_cosine=None, rtol=1e-3,
@@ -171,16 +173,17 @@ def calls(tiny, texts, tmp_path_factory):
     trained = dict(activations=X, k=2, d_sae=8, seed=0, metadata=None)
     quiet = dict(progress=False)
     return {
-        "build": own | dict(hook_names=HOOK, model_name=None, folder=None) | atoms | cut | read | quiet,
+        "build": own | dict(hook_names=HOOK, model_name=None, folder=None) | atoms | cut | read | heads
+        | quiet,
         "plan": own | dict(hook_names=HOOK, model_name=None, shard_rows=50, spare=1.0)
-        | dict(folder=folder / "plan") | atoms | cut | read,
+        | dict(folder=folder / "plan") | atoms | cut | read | heads,
         "plan_from": dict(
             source=ArraySource(X), recipe=training.recipe_of(d_sae=8, k=2), folder=folder / "plan2",
             shard_rows=20, spare=1.0,
         ),
         "open_plan": dict(folder=planned.folder, model=None, source=None, rule=None),
-        "collect": own | dict(hook_names=HOOK) | cut | read | quiet,
-        "ModelSource": own | dict(hooks=HOOK, cutting=Cutting(), model_name=None) | read,
+        "collect": own | dict(hook_names=HOOK) | cut | read | heads | quiet,
+        "ModelSource": own | dict(hooks=HOOK, cutting=Cutting(), model_name=None) | read | heads,
         "build_module": module | atoms | quiet,
         "ModuleSource": module,
         "fit": dict(activations=X, labels=None, batch_size=16, metadata=None) | atoms | quiet,

@@ -31,6 +31,17 @@ class Flaky:
         return "done"
 
 
+@pytest.fixture(scope="module")
+def inner(tiny_folder):
+    nnsight = pytest.importorskip("nnsight", reason="the extra nnsight is not installed")
+    return nnsight.LanguageModel(str(tiny_folder), dispatch=True)
+
+
+@pytest.fixture(scope="module")
+def hugging(tiny_folder):
+    return language_model(str(tiny_folder), loader="huggingface", device="cpu")
+
+
 class TestRetried:
     @pytest.fixture(autouse=True)
     def pauses(self, monkeypatch):
@@ -86,15 +97,6 @@ def test_other_models_are_refused():
 
 
 class TestModel:
-    @pytest.fixture(scope="class")
-    def inner(self, tiny_folder):
-        nnsight = pytest.importorskip("nnsight", reason="the extra nnsight is not installed")
-        return nnsight.LanguageModel(str(tiny_folder), dispatch=True)
-
-    @pytest.fixture(scope="class")
-    def hugging(self, tiny_folder):
-        return language_model(str(tiny_folder), loader="huggingface", device="cpu")
-
     @pytest.mark.parametrize("remote", [False, "local"])
     def test_reads_as_hugging_face(self, inner, hugging, remote):
         lm = NNsightModel(inner, remote=remote)
