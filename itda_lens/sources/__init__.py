@@ -14,9 +14,12 @@ from itda_lens.sources.contexts import Context, ContextBatch, Tokenization
 from itda_lens.sources.hooked import HookedModel
 from itda_lens.sources.hooks import Site, unknown_hook
 from itda_lens.sources.hugging_face_models import HuggingFaceModel
-from itda_lens.sources.model_source import ModelSource, hook_list, tokenization_for
+from itda_lens.sources.model_source import ModelSource, by_head, heads_at, hook_list, tokenization_for
 from itda_lens.sources.models import LIBRARIES, language_model
+from itda_lens.sources.module_source import ModuleSource
+from itda_lens.sources.modules import AnyModule
 from itda_lens.sources.naming import register_with_transformer_lens
+from itda_lens.sources.nnsight_models import NNsightModel
 from itda_lens.sources.readable import Loader, ReadableModel, Replace
 from itda_lens.sources.source import (
     Activations,
@@ -26,7 +29,7 @@ from itda_lens.sources.source import (
     Rows,
     gathered,
 )
-from itda_lens.sources.texts import describe_texts, iterate_texts, names_data_set
+from itda_lens.sources.texts import Ids, describe_texts, iterate_texts, names_data_set
 from itda_lens.sources.transformer_lens_models import TransformerLensModel
 from itda_lens.sources.unembedding import Vectors, unembedding
 
@@ -43,6 +46,7 @@ __all__ = [
     "LIBRARIES",
     "ActivationSource",
     "Activations",
+    "AnyModule",
     "ArraySource",
     "ChatReading",
     "ChatSource",
@@ -53,11 +57,14 @@ __all__ = [
     "HookPoint",
     "HookedModel",
     "HuggingFaceModel",
+    "Ids",
     "LanguageModel",
     "Listed",
     "Listing",
     "Loader",
     "ModelSource",
+    "ModuleSource",
+    "NNsightModel",
     "ReadableModel",
     "RenderedChat",
     "Replace",
@@ -67,10 +74,12 @@ __all__ = [
     "Tokenization",
     "TransformerLensModel",
     "Vectors",
+    "by_head",
     "chat_context_size",
     "check_activations",
     "describe_texts",
     "gathered",
+    "heads_at",
     "hook_is_per_head",
     "hook_list",
     "iterate_texts",
