@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from itda_lens.records import Label, Labels, TokenFilter
     from itda_lens.sae import ITDA, ITDAConfig, load, union
     from itda_lens.sources import Chats
-    from itda_lens.training import build, fit, open_plan, plan
+    from itda_lens.training import build, build_module, fit, open_plan, plan
 
     __version__: str
 
@@ -29,6 +29,7 @@ __all__ = [
     "SparseCodes",
     "TokenFilter",
     "build",
+    "build_module",
     "fit",
     "jaccard",
     "load",
@@ -46,6 +47,7 @@ _HOMES = {
     "SparseCodes": "pursuit",
     "TokenFilter": "records",
     "build": "training",
+    "build_module": "training",
     "fit": "training",
     "jaccard": "compare",
     "load": "sae",

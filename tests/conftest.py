@@ -81,6 +81,7 @@ SLOW = {
         "test_figures_equal_saelens",
         "test_other_saes_are_measured_beside",
     },
+    "test_attention.py": {"test_can_be_used"},
     "test_chats.py": {
         "test_build_and_eval",
         "test_comparing",
@@ -115,6 +116,7 @@ SLOW = {
         "test_a_hook_gives_the_same_alone_and_with_others",
         "test_all_hooks_give_what_transformer_lens_gives",
     },
+    "test_modules.py": {"test_dictionaries_are_those_of_fit_on_the_same_rows"},
     "test_plan.py": {
         "test_a_fault_of_the_shard_is_raised",
         "test_a_worker_is_killed",
@@ -165,6 +167,7 @@ SLOW = {
         "test_a_page_missing_from_the_navigation_fails_the_build",
         "test_the_site_builds_without_a_warning",
     },
+    "test_texts.py": {"test_give_the_dictionary_of_their_text", "test_stars"},
 }
 """Tests of two seconds or more, all cases of a test together, by file. `make quick` leaves them out.
 

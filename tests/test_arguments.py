@@ -16,7 +16,14 @@ import itda_lens
 from itda_lens import analysis, architectures, compare, control, fit, sources, training
 from itda_lens.compare import Moments
 from itda_lens.records import Cutting, Places, TokenFilter, check_fields, checked
-from itda_lens.sources import ArraySource, Chats, ChatSource, ModelSource, language_model
+from itda_lens.sources import (
+    ArraySource,
+    Chats,
+    ChatSource,
+    ModelSource,
+    ModuleSource,
+    language_model,
+)
 
 NAN, INF = float("nan"), float("inf")
 X = torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
@@ -45,7 +52,7 @@ MODEL = [None, 3, object(), torch.nn.Linear(2, 2), "./no-such-model", ["x"]]
 
 NONSENSE = {
     **dict.fromkeys(("k", "batch_size", "epochs", "n_anchors", "d_sae", "context_size"), POSITIVE),
-    **dict.fromkeys(("max_tokens", "n_rows", "shard_rows"), POSITIVE),
+    **dict.fromkeys(("max_tokens", "n_rows", "max_rows", "shard_rows"), POSITIVE),
     "seed": WHOLE,
     **dict.fromkeys(
         ("l0", "rtol", "loss_threshold", "least_cosine", "learning_rate", "keep", "spare"), REAL
@@ -54,9 +61,12 @@ NONSENSE = {
         ("signed", "update", "progress", "keep_special_tokens", "prepend_bos", "centred", "final_norm"),
         SWITCH,
     ),
+    "per_head": SWITCH,
     **dict.fromkeys(("preset", "method", "loader", "match", "measure", "architecture", "kind"), NAME),
     "rule": [*NAME, object()],
-    **dict.fromkeys(("text_field", "split", "hook_name", "model_name", "name", "source"), STRING),
+    **dict.fromkeys(
+        ("text_field", "split", "hook_name", "model_name", "name", "source", "item"), STRING
+    ),
     "device": [3, True, b"x", ["x"], "nonsense"],
     "dtype": ["float31", 3, True, ["x"]],
     "tokenizer": [3, True, ["x"], object(), "./no-such-tokenizer"],
@@ -73,6 +83,12 @@ NONSENSE = {
     "model": MODEL,
     "hook_names": [None, 3, [], [3], "nowhere", {"a": 1}, ["a", "a"]],
     "hooks": [None, 3, [], [3], "nowhere", {"a": 1}, ["a", "a"]],
+    "module": [None, 3, object(), "x", torch.nn.Linear],
+    "paths": [None, 3, [], [3], "nowhere", "*.nowhere", {"a": 1}, ["0", "0"], [""]],
+    "inputs": [None, 3, "x", {"x": X}, [], [{"a": X}], [(X, X)], X, X.numpy(), [X[0]], [X * NAN]],
+    "label": [3, "x", lambda: 1, lambda *_: 2.5, lambda *_: None],
+    "call": [3, "x", lambda module, batch: None],
+    "axis": ["0", 0.5, True, 2, -3],
     "models": [None, 3, "x", {}, {"a": 3}, {"a": []}, [3]],
     "kinds": [None, 3, ["nonsense"], [3]],
     **{key: [None, 3, True, ["x"], b"x"] for key in ("folder", "path_or_repo")},
@@ -143,10 +159,11 @@ ALLOWED = {
     ("*", "tokenizer", "./no-such-tokenizer"): "a wrapped model brings its own tokenizer",
     ("activations_of", "model", None): "the dictionaries name it",
     ("hook_list", "hook_names", "nowhere"): "it does not look at a model",
-    ("hook_list", "hooks", "nowhere"): "it does not look at a model",
     ("direction", "hook_name", "nowhere"): "it does not look at a model",
     ("effects", "retained", ()): "then nothing is measured on other texts",
     ("load_edits", "dictionaries", ()): "the file names their folders",
+    ("hook_list", "hook_names", "3"): "a layer",
+    ("hook_list", "hook_names", "[3]"): "a layer",
     ("iterate_texts", "texts", ()): "an empty list is one; whoever needs a text says so",
     **{
         ("recorded_settings", "model", one): "only whether it is given counts" for one in map(str, MODEL)
@@ -156,7 +173,8 @@ ALLOWED = {
 
 ALSO_CALLED = {
     "a": "models|dictionar|activations", "b": "models|dictionar|activations", "hooks": "hook",
-    "hook_name": "hook", "hook_names": "hook", "chats": "conversation",
+    "hook_name": "hook", "hook_names": "hook", "chats": "conversation", "call": "hook",
+    "inputs": "row 0|batch|activations",
 }  # fmt: skip
 
 
@@ -195,9 +213,14 @@ def calls(tiny, tiny_folder, texts, tmp_path_factory):
     named = dict(tokenizer=None, loader="bridge", device=None)
     read = dict(text_field="text", split="train", **named, batch_size=4, max_tokens=64)
     cut = dict(context_size=32, prepend_bos=None, keep_special_tokens=False, tokens=None)
+    heads = dict(per_head=False)
     atoms = dict(
         d_sae=8, k=2, preset="best", rule=None, seed=0, method=None, signed=True, loss_threshold=None,
         l0=None, update=False, least_cosine=None, rtol=1e-3,
+    )  # fmt: skip
+    module = dict(
+        module=torch.nn.Sequential(torch.nn.Linear(6, 8)), paths="0", inputs=[X], label=None, call=None,
+        item="row", axis=-1, max_rows=None, name=None,
     )  # fmt: skip
     planned = training.plan(tiny, texts, HOOK, folder=folder / "planned", d_sae=8, k=2)
     trained = dict(activations=X, k=2, d_sae=8, seed=0, metadata=None)
@@ -210,20 +233,23 @@ def calls(tiny, tiny_folder, texts, tmp_path_factory):
     prompted = dict(model=tiny, sae=a, targets=texts[:6], retained=[texts[7]])
     often = int(a.encode_sparse(x.values).indices[:, 0].bincount().argmax())
     return {
-        "build": own | dict(hook_names=HOOK, model_name=None, folder=None) | atoms | cut | read | quiet,
+        "build": own | dict(hook_names=HOOK, model_name=None, folder=None) | atoms | cut | read | heads
+        | quiet,
         "plan": own | dict(hook_names=HOOK, model_name=None, shard_rows=50, spare=1.0)
-        | dict(folder=folder / "plan") | atoms | cut | read,
+        | dict(folder=folder / "plan") | atoms | cut | read | heads,
         "plan_from": dict(
             source=ArraySource(X), recipe=training.recipe_of(d_sae=8, k=2), folder=folder / "plan2",
             shard_rows=20, spare=1.0,
         ),
         "open_plan": dict(folder=planned.folder, model=None, source=None, rule=None),
-        "collect": own | dict(hook_names=HOOK) | cut | read | quiet,
+        "collect": own | dict(hook_names=HOOK) | cut | read | heads | quiet,
         "ModelSource": own
-        | dict(hook_names=HOOK, cutting=Cutting(), tokens=None, model_name=None) | read,
+        | dict(hook_names=HOOK, cutting=Cutting(), tokens=None, model_name=None)
+        | read
+        | heads,
         "ChatSource": dict(
             model=chatty, chats=chats, hook_names=HOOK, context_size=None, tokens=None, batch_size=4,
-            max_tokens=64, model_name=None, **named,
+            max_tokens=64, model_name=None, **named, **heads,
         ),
         "fit": dict(activations=X, labels=None, item=None, column=None, batch_size=16, metadata=None)
         | atoms | quiet,
@@ -235,6 +261,8 @@ def calls(tiny, tiny_folder, texts, tmp_path_factory):
         ),
         "evaluate_rows": dict(dictionaries=itda_lens.fit(X, d_sae=8, k=2), activations=X, column=None)
         | dict(batch_size=16) | quiet,
+        "build_module": module | atoms | quiet,
+        "ModuleSource": module,
         "recipe_of": atoms,
         "load": dict(path_or_repo=folder / "a", device="cpu", dtype=None, revision=None),
         "union": dict(a=a, b=b, k=None, method=None, signed=None, b_dec=None),
@@ -320,9 +348,16 @@ FUNCTIONS = {
     for face in FACES
     for name in face.__all__
     if inspect.isfunction(function := getattr(face, name))
-} | {"ModelSource": ModelSource, "ArraySource": ArraySource, "ChatSource": ChatSource}
+} | {
+    "ModelSource": ModelSource,
+    "ArraySource": ArraySource,
+    "ChatSource": ChatSource,
+    "ModuleSource": ModuleSource,
+}
 
 NOT_WALKED = {
+    "by_head": "for rows that a source has read",
+    "heads_at": "for models and hooks that were looked at before",
     "text_or_chat_source": "build and collect, which it serves, are walked",
     "chat_context_size": "tests/test_chats.py",
     "describe_texts": "for metadata: called once the texts were looked at",
@@ -344,6 +379,8 @@ def called(name: str, arguments: dict[str, object]) -> None:
     if name == "applied":
         with result:
             pass
+    if name == "ModuleSource":
+        list(result.rows())
 
 
 def test_every_public_function_is_walked(calls):

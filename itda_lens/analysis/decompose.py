@@ -9,8 +9,8 @@ from sae_lens import SAE
 
 from itda_lens.analysis.evaluate import chat_reading_of, tokenization_of
 from itda_lens.records import Label, checked
-from itda_lens.sae import check_codable, coded, hook_name_of, labels_of
-from itda_lens.sources import Chats, Loader, language_model
+from itda_lens.sae import check_codable, coded, hook_name_of, labels_of, provenance_of
+from itda_lens.sources import Chats, Loader, by_head, heads_at, language_model
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,7 @@ class TokenDecomposition:
         explained: 1 - |x - xhat|^2 / |x - b_dec|^2.
         role: of a conversation, the role of the message that the token belongs to.
         special: whether the token belongs to the form of a conversation.
+        head: the attention head whose output was coded; None unless the dictionary is of single heads.
     """
 
     position: int
@@ -47,6 +48,7 @@ class TokenDecomposition:
     explained: float
     role: str | None = None
     special: bool = False
+    head: int | None = None
 
 
 @checked
@@ -60,6 +62,8 @@ def decompose(
     device: str | torch.device | None = None,
 ) -> list[TokenDecomposition]:
     """Decompose the activation of each token of `text` (of its first context, if it is long).
+
+    A dictionary of single heads decomposes each head's part of a token, one after the other.
 
     Args:
         model, tokenizer, loader, device: as in `build`; the model that `sae` belongs to.
@@ -85,12 +89,15 @@ def decompose(
         raise ValueError(f"text must hold at least one token that counts, got {text!r}")
     with torch.no_grad():
         activation = lm.capture(batch.tokens, batch.attention_mask, [hook])[hook]
-        kept = activation[batch.keep.to(activation.device)]
+        kept, places = activation[batch.keep.to(activation.device)], batch.places()
+        if provenance_of(sae).per_head:
+            n_heads = heads_at(lm, [hook])
+            kept, places = by_head(kept, n_heads), places.by_head(n_heads)
         ((x, codes, reconstruction),) = coded(sae, kept, batch_size=len(kept))
     centred = (x - sae.b_dec).square().sum(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
     explained = 1 - (x - reconstruction).square().sum(dim=-1) / centred
     found = []
-    for i, place in enumerate(batch.places()):
+    for i, place in enumerate(places):
         order = codes.values[i].abs().argsort(descending=True)
         components = [
             Component(atom, value, None if labels is None else labels[atom])
@@ -102,7 +109,7 @@ def decompose(
         explained_here, token = explained[i].item(), place.token or ""
         found.append(
             TokenDecomposition(
-                place.position, token, components, explained_here, place.role, place.special
+                place.position, token, components, explained_here, place.role, place.special, place.head
             )
         )
     return found

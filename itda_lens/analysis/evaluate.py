@@ -20,6 +20,7 @@ from itda_lens.sources import (
     ChatReading,
     Chats,
     ContextBatch,
+    Ids,
     LanguageModel,
     Loader,
     Tokenization,
@@ -40,7 +41,7 @@ class Evaluation:
         k: most nonzeros per code; None for an SAE that has no such limit.
         n_tokens: tokens that counted (not position 0, special tokens or padding; of `Chats`, special
             tokens too unless they say otherwise).
-        l0: mean nonzeros per code.
+        l0: mean nonzeros per code; a dictionary of single heads has a code for each head.
         fvu: sum |x - xhat|^2 / sum |x - mean x|^2.
         alive_fraction: share of atoms with a nonzero coefficient somewhere.
         ce_loss: next-token loss of the model, nats per token.
@@ -81,7 +82,7 @@ class Evaluation:
 def evaluate(
     model: Any,
     dictionaries: SAE[Any] | Sequence[SAE[Any]],
-    texts: str | Path | Iterable[str] | Chats,
+    texts: str | Path | Iterable[Any] | Chats,
     *,
     tokens: TokenFilter | None = None,
     batch_size: int = 8,
@@ -124,7 +125,7 @@ def evaluate(
     # Looked at before the model is loaded, so that missing texts are told at once.
     if isinstance(texts, Chats):
         _ = texts.roles
-        stream: Iterator[str] = iter(())
+        stream: Iterator[str | Ids] = iter(())
     else:
         stream = iterate_texts(texts, text_field=text_field, split=split)
         stream = itertools.chain(list(itertools.islice(stream, 1)), stream)
@@ -224,6 +225,8 @@ class _Meter:
     def __init__(self, sae: SAE[Any]) -> None:
         self._sae = sae
         self.hook = hook_name_of(sae)
+        self._per_head = bool(provenance_of(sae).per_head)
+        self._n_tokens = 0
         self._codes = CodeMeter(sae)
         self._parts: dict[str, RunningFVU] = {}
         self._kl = 0.0
@@ -243,18 +246,21 @@ class _Meter:
     def _splice(self, batch: ContextBatch):
         def splice(activation: Tensor) -> Tensor:
             keep = batch.keep.to(activation.device)
-            flat = activation.flatten(2)
+            flat = activation if self._per_head else activation.flatten(2)
             if flat.shape[-1] != self._sae.cfg.d_in:
                 raise ValueError(
                     f"the model gives activations of width {flat.shape[-1]} at {self.hook!r}, but the "
                     f"dictionary has d_in={self._sae.cfg.d_in}: it belongs to another model or hook"
                 )
-            x = flat[keep]
+            kept = flat[keep]
+            x = kept.flatten(0, -2)  # with a row for each head, if the dictionary is of single heads
             reconstruction = self._codes.update(x)
+            self._n_tokens += len(kept)
             for name, part in _parts_of(batch, keep):
-                self._parts.setdefault(name, RunningFVU()).update(x[part], reconstruction[part])
+                of_rows = part.repeat_interleave(len(x) // len(kept))
+                self._parts.setdefault(name, RunningFVU()).update(x[of_rows], reconstruction[of_rows])
             out = flat.clone()
-            out[keep] = reconstruction.to(out.dtype)
+            out[keep] = reconstruction.to(out.dtype).reshape(kept.shape)
             return out.reshape(activation.shape)
 
         return splice
@@ -265,15 +271,15 @@ class _Meter:
         gap = zero - base
         return Evaluation(
             hook_name=self.hook,
-            n_tokens=self._codes.n,
+            n_tokens=self._n_tokens,
             ce_loss=base,
             ce_loss_spliced=spliced,
             ce_loss_zero=zero,
             ce_loss_score=(zero - spliced) / gap if gap != 0 else float("nan"),
-            kl=self._kl / self._codes.n,
+            kl=self._kl / self._n_tokens,
             fvu_content=self._parts["content"].value() if self._parts else None,
             fvu_form=self._parts["form"].value() if self._parts else None,
-            n_form=self._parts["form"].n if self._parts else None,
+            n_form=self._parts["form"].n * self._n_tokens // self._codes.n if self._parts else None,
             **self._codes.figures(),
         )
 

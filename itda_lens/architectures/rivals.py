@@ -40,7 +40,7 @@ def build_baselines(
     kinds: Sequence[str],
     folder: str | Path,
     *,
-    texts: str | Path | Iterable[str],
+    texts: str | Path | Iterable[Any],
     model: Any,
     max_tokens: int | None = None,
     epochs: int = 8,
@@ -89,6 +89,8 @@ def build_baselines(
             width = "" if kind == "pca" else f"-{itda.cfg.n_pursued}"
             wanted[Path(folder) / f"{kind}{width}-k{_nonzeros(itda)}-{hook}"] = (kind, itda, hook)
     provenances = [provenance_of(itda) for itda in itdas]
+    if any(provenance.per_head for provenance in provenances):
+        raise ValueError("itdas must not be of single heads (per_head=True): these have no baselines")
     cutting = agreed_cutting(provenances)
     if max_tokens is None:
         recorded = [p.n_tokens for p in provenances if p.n_tokens is not None]

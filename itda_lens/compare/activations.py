@@ -16,7 +16,7 @@ from itda_lens.training import collect
 @checked
 def activations_of(
     itdas: Sequence[ITDA],
-    texts: str | Path | Iterable[str] | Chats,
+    texts: str | Path | Iterable[Any] | Chats,
     model: Any = None,
     *,
     max_tokens: int | None = 20_000,
@@ -55,6 +55,7 @@ def activations_of(
         texts,
         list(dict.fromkeys(hooks)),
         max_tokens=max_tokens,
+        per_head=bool(settings.per_head),
         **cutting,
         batch_size=batch_size,
         text_field=text_field,
@@ -81,9 +82,12 @@ def recorded_settings(itdas: Sequence[ITDA], model: Any = None) -> Provenance:
         raise ValueError("itdas must be one dictionary or more, got none")
     for itda in itdas:
         hook_name_of(itda)
-    names = ["loader", *(f.name for f in fields(Cutting))]
+    names = ["loader", "per_head", *(f.name for f in fields(Cutting))]
     if model is None:
         names.append("model")
+    of_heads = {bool(provenance_of(itda).per_head) for itda in itdas}
+    if len(of_heads) > 1:
+        raise ValueError("itdas must be all of single heads (per_head=True), or none of them")
     settings = agreed([provenance_of(itda) for itda in itdas], *names)
     if model is None and settings.model is None:
         raise ValueError(

@@ -21,6 +21,7 @@ from itda_lens.sources import (
     Activations,
     Chats,
     ChatTemplate,
+    Ids,
     Loader,
     iterate_texts,
     language_model,
@@ -181,7 +182,7 @@ def check_diffable(a: SAE[Any], b: SAE[Any], match: Match = "auto") -> Match:
 def diff_models(
     a: Any,
     b: Any,
-    texts: str | Path | Iterable[str] | Chats,
+    texts: str | Path | Iterable[Any] | Chats,
     hook_name: str,
     *,
     d_sae: int = 1024,
@@ -213,7 +214,7 @@ def diff_models(
     """
     at_least(1, max_tokens=max_tokens, batch_size=batch_size)
     check_enough(recipe_of(d_sae=d_sae, k=k, seed=seed), max_tokens)  # checks all of them
-    read: list[str] = []  # texts of the first model, for the second: an iterator gives them once
+    read: list[str | Ids] = []  # texts of the first model, for the second: an iterator gives them once
     sides: list[tuple[ITDA, Activations]] = []
     tokenizers = []
     templates: set[str] = set()
@@ -245,7 +246,7 @@ def diff_models(
     return diff(itda_a, itda_b, x_a, x_b, match)
 
 
-def _recorded(texts: Iterable[str], into: list[str]) -> Iterator[str]:
+def _recorded(texts: Iterable[str | Ids], into: list[str | Ids]) -> Iterator[str | Ids]:
     for text in texts:
         into.append(text)
         yield text

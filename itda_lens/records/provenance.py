@@ -43,6 +43,7 @@ class Provenance:
         model: the folder or hub name that the model can be loaded from again. A folder is known on the
             machine that saved the dictionary only; see `local`.
         loader: the library that it was loaded with.
+        per_head: True where each attention head's part of a token is a row of its own.
         context_size, prepend_bos, keep_special_tokens: as in `Cutting`.
         dataset_path: the file or data set that the texts came from, by SAELens's name for it.
         texts: the file or data set, or the type of an object in memory.
@@ -67,6 +68,7 @@ class Provenance:
     hook_name: str | None = None
     model: str | None = None
     loader: str | None = None
+    per_head: bool | None = None
     context_size: int | None = None
     prepend_bos: bool | None = None
     keep_special_tokens: bool | None = None

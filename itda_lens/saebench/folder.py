@@ -62,11 +62,15 @@ class OutputFolder:
             link.symlink_to(source, target_is_directory=True)
 
     def plan_texts(
-        self, texts: str | Path | Iterable[str] | None, text_field: str, split: str
+        self, texts: str | Path | Iterable[Any] | None, text_field: str, split: str
     ) -> Texts | None:
         if texts is None:
             return None
-        read = list(iterate_texts(texts, text_field=text_field, split=split))
+        read = []
+        for text in iterate_texts(texts, text_field=text_field, split=split):
+            if not isinstance(text, str):
+                raise ValueError("texts must be strings for SAEBench, got token ids")
+            read.append(text)
         if not read:
             raise ValueError("texts must hold at least one text, got none")
         digest = hashlib.sha256("\0".join(read).encode("utf-8", errors="surrogatepass"))

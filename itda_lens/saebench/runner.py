@@ -51,7 +51,7 @@ def bench(
     evals: Sequence[str],
     out: str | Path,
     *,
-    texts: str | Path | Iterable[str] | None = None,
+    texts: str | Path | Iterable[Any] | None = None,
     data: str | Path | None = None,
     model: str | Path | None = None,
     codes: CodesOption = "both",
@@ -62,7 +62,7 @@ def bench(
     text_field: str = "text",
     split: str = "train",
     baselines: Sequence[str] = (),
-    train_texts: str | Path | Iterable[str] | None = None,
+    train_texts: str | Path | Iterable[Any] | None = None,
     progress: bool = True,
 ) -> list[Result]:
     """Run evaluations of SAEBench 0.6 on dictionaries and any other SAELens SAEs, side by side.
@@ -123,6 +123,10 @@ def bench(
 
     # A data set goes by its name: it may be large, and SAELens and SAEBench stream it themselves.
     by_name = str(texts) if texts is not None and names_data_set(texts) else None
+    if by_name and ":" in by_name:
+        raise ValueError(
+            f"texts={by_name!r} names a configuration, which SAEBench cannot be told; pass texts"
+        )
     own = None if by_name else folder.plan_texts(texts, text_field, split)
     plain_texts = by_name or (own and own.name)
     configs = {}

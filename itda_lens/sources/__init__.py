@@ -18,9 +18,12 @@ from itda_lens.sources.hidden_states import HiddenStatesSource
 from itda_lens.sources.hooked import HookedModel
 from itda_lens.sources.hooks import Site, unknown_hook
 from itda_lens.sources.hugging_face_models import HuggingFaceModel
-from itda_lens.sources.model_source import ModelSource, hook_list, tokenization_for
+from itda_lens.sources.model_source import ModelSource, by_head, heads_at, hook_list, tokenization_for
 from itda_lens.sources.models import LIBRARIES, language_model
+from itda_lens.sources.module_source import ModuleSource
+from itda_lens.sources.modules import AnyModule
 from itda_lens.sources.naming import register_with_transformer_lens
+from itda_lens.sources.nnsight_models import NNsightModel
 from itda_lens.sources.passes import Pass, Watch
 from itda_lens.sources.readable import Loader, ReadableModel, Replace
 from itda_lens.sources.row_tensors import check_activations
@@ -33,7 +36,7 @@ from itda_lens.sources.source import (
     Rows,
     gathered,
 )
-from itda_lens.sources.texts import describe_texts, iterate_texts, names_data_set
+from itda_lens.sources.texts import Ids, describe_texts, iterate_texts, names_data_set
 from itda_lens.sources.transformer_lens_models import TransformerLensModel
 from itda_lens.sources.unembedding import Vectors, unembedding
 
@@ -50,6 +53,7 @@ __all__ = [
     "LIBRARIES",
     "ActivationSource",
     "Activations",
+    "AnyModule",
     "ArraySource",
     "BatchSource",
     "CachedSource",
@@ -63,11 +67,14 @@ __all__ = [
     "HookPoint",
     "HookedModel",
     "HuggingFaceModel",
+    "Ids",
     "LanguageModel",
     "Listed",
     "Listing",
     "Loader",
     "ModelSource",
+    "ModuleSource",
+    "NNsightModel",
     "Pass",
     "ReadableModel",
     "RenderedChat",
@@ -82,11 +89,13 @@ __all__ = [
     "Vectors",
     "Watch",
     "as_source",
+    "by_head",
     "cache",
     "chat_context_size",
     "check_activations",
     "describe_texts",
     "gathered",
+    "heads_at",
     "hook_is_per_head",
     "hook_list",
     "iterate_texts",

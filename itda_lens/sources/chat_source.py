@@ -18,6 +18,7 @@ from itda_lens.sources.model_source import ModelSource, check_context_size
 from itda_lens.sources.models import language_model
 from itda_lens.sources.readable import Loader, ReadableModel
 from itda_lens.sources.source import Rows
+from itda_lens.sources.texts import Ids
 
 logger = logging.getLogger(__name__)
 
@@ -47,28 +48,28 @@ class ChatTokenization(Tokenization):
 
     has_roles = True
 
-    def contexts(self, texts: Iterable[str], *where: int, **named: int) -> Iterator[Context]:
+    def contexts(self, texts: Iterable[str | Ids], *where: int, **named: int) -> Iterator[Context]:
         """One context for each rendered conversation; see `Tokenization.contexts`."""
         self.read.clear()
         return super().contexts(texts, *where, **named)
 
-    def _contexts_of(self, row: int, text: str) -> Iterator[Context]:
-        if not isinstance(text, RenderedChat):
-            raise TypeError(f"chats must be rendered by a ChatTemplate, got {type(text).__name__}")
-        ids, spans = self._encoded(text)
+    def _contexts_of(self, row: int, item: str | Ids) -> Iterator[Context]:
+        if not isinstance(item, RenderedChat):
+            raise TypeError(f"chats must be rendered by a ChatTemplate, got {type(item).__name__}")
+        ids, spans = self._encoded(item)
         self.read.update(["all", "cut"] if len(ids) > self.cutting.context_size else ["all"])
         ids, spans = ids[: self.cutting.context_size], spans[: self.cutting.context_size]
         special = set(self._special.tolist())
         tags = [
             Tag(KIND, role=part.role, special=part.special or token in special)
-            for part, token in zip(text.of_tokens(spans), ids, strict=True)
+            for part, token in zip(item.of_tokens(spans), ids, strict=True)
         ]
         if not ids:
             return
-        digest = text_digest(text)
-        counts = self._filtered(text, spans, [tag.role for tag in tags])
+        digest = text_digest(item)
+        counts = self._filtered(item, spans, [tag.role for tag in tags])
         counts = _limited(counts, tags, self.chats.special_tokens, self.chats.special_share, digest)
-        yield Context(row, 0, text, ids, spans, digest, counts, tags)
+        yield Context(row, 0, item, ids, spans, digest, counts, tags)
 
 
 def _limited(
@@ -97,12 +98,13 @@ class ChatSource(ModelSource):
     Args:
         model: a Hugging Face name or local folder, or a loaded model; see `language_model`.
         chats: the conversations, and which of their tokens count; or conversations alone.
-        hook_names: one hook point or several, by the names that the model knows.
+        hook_names: as in `ModelSource`.
         context_size: tokens of a conversation that are read; default: `CHAT_TOKENS`, or all that the
             model has positions for, if these are fewer.
         tokens: more conditions on the tokens that count.
         batch_size: conversations per forward pass.
         max_tokens: end after exactly this number of tokens that count; default: after all of them.
+        per_head: as in `ModelSource`.
         tokenizer, model_name, loader, device: as in `language_model`.
 
     Raises:
@@ -116,12 +118,13 @@ class ChatSource(ModelSource):
         self,
         model: Any,
         chats: Chats | str | Path | Iterable[Any],
-        hook_names: str | Sequence[str],
+        hook_names: str | int | Sequence[str | int],
         *,
         context_size: int | None = None,
         tokens: TokenFilter | None = None,
         batch_size: int = 16,
         max_tokens: int | None = None,
+        per_head: bool = False,
         tokenizer: Any = None,
         model_name: str | None = None,
         loader: Loader = "bridge",
@@ -133,7 +136,7 @@ class ChatSource(ModelSource):
         self._reading = ChatReading(lm, self._chats, context_size=context_size, tokens=tokens)
         super().__init__(
             lm, (), hook_names, self._reading.tokenization.cutting, batch_size=batch_size,
-            max_tokens=max_tokens,
+            max_tokens=max_tokens, per_head=per_head,
         )  # fmt: skip
         self.tokenization = self._reading.tokenization
 
@@ -228,7 +231,7 @@ def chat_context_size(records: Sequence[Provenance]) -> int | None:
 def text_or_chat_source(
     model: Any,
     texts: Any,
-    hook_names: str | Sequence[str],
+    hook_names: str | int | Sequence[str | int],
     context_size: int | None,
     prepend_bos: bool | None,
     keep_special_tokens: bool,

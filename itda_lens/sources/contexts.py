@@ -13,10 +13,13 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from itda_lens.records import Cutting, Places, Tag, TokenFilter, text_digest
-from itda_lens.sources.texts import check_text
+from itda_lens.sources.texts import Ids, check_text
 
 _SPACES = " \u0120\u2581"
 """How tokens spell a space: as it is, in byte-level tokenizers, in SentencePiece's."""
+
+_INCOMPLETE = "\ufffd"
+"""How tokenizers spell a character that ends in a later token."""
 
 
 @dataclass(frozen=True)
@@ -156,30 +159,32 @@ class Tokenization:
         return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()
 
     def contexts(
-        self, texts: Iterable[str], first_row: int = 0, first_chunk: int = 0
+        self, texts: Iterable[str | Ids], first_row: int = 0, first_chunk: int = 0
     ) -> Iterator[Context]:
         """Cut texts into contexts, in order.
 
-        Args:
-            texts: the texts from number `first_row` on.
-            first_chunk: contexts of the first of them that are left out at its beginning.
-
         A text that begins with the BOS token already, as chat templates write it, gets no second one.
+
+        Args:
+            texts: the texts from number `first_row` on: strings, or the ids of a text's tokens, which
+                stay as they are.
+            first_chunk: contexts of the first of them that are left out at its beginning.
 
         Raises:
             ValueError: a text has a lone surrogate.
         """
-        for row, text in enumerate(texts, first_row):
-            check_text(text, f"text {row}")
-            for context in self._contexts_of(row, text):
+        for row, item in enumerate(texts, first_row):
+            if isinstance(item, str):
+                check_text(item, f"text {row}")
+            for context in self._contexts_of(row, item):
                 if row > first_row or context.chunk >= first_chunk:
                     yield context
 
-    def _contexts_of(self, row: int, text: str) -> Iterator[Context]:
+    def _contexts_of(self, row: int, item: str | Ids) -> Iterator[Context]:
         bos = [self.tokenizer.bos_token_id] if self.prepend_bos else []
         step = self.cutting.context_size - len(bos)
+        text, ids, spans = self._spelt_with_spans(item)
         digest = text_digest(text)
-        ids, spans = self._encoded(text)
         if bos and ids[:1] == bos:
             ids, spans = ids[1:], spans[1:]
         for chunk, start in enumerate(range(0, len(ids), step)):
@@ -194,6 +199,16 @@ class Tokenization:
                 counts=None if self.tokens is None else self._filtered(text, own, [None] * len(own)),
             )
 
+    def _filtered(
+        self, text: str, spans: Sequence[tuple[int, int]], roles: Sequence[str | None]
+    ) -> list[bool]:
+        """For each token, whether `tokens` lets it count."""
+        return [True] * len(spans) if self.tokens is None else self.tokens.counts(text, spans, roles)
+
+    def spelt(self, item: str | Ids) -> str:
+        """The text itself, or the text that ids stand for."""
+        return item if isinstance(item, str) else self._spelt_with_spans(item)[0]
+
     def _encoded(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """The tokens of a text, without a BOS token of the tokenizer's own, and their characters."""
         encoded = self.tokenizer(
@@ -202,11 +217,42 @@ class Tokenization:
         ids = list(encoded["input_ids"])
         return ids, self._spans(text, ids, encoded["offset_mapping"])
 
-    def _filtered(
-        self, text: str, spans: Sequence[tuple[int, int]], roles: Sequence[str | None]
-    ) -> list[bool]:
-        """For each token, whether `tokens` lets it count."""
-        return [True] * len(spans) if self.tokens is None else self.tokens.counts(text, spans, roles)
+    def _spelt_with_spans(self, item: str | Ids) -> tuple[str, list[int], list[tuple[int, int]]]:
+        """A text, or the text that ids stand for; the ids of its tokens, and the characters of each.
+
+        A BOS token at the beginning is left out where each context gets one: it is no part of the text.
+
+        Most ids come from the tokenizer: their text then has them again, and its characters are known.
+        Others do not, such as those of a block that begins inside of a word. They are spelt one after
+        the other. A token may end inside of a character, and how a token is spelt may depend on the one
+        before it. So a few tokens are spelt anew each time, until the text has grown by whole
+        characters.
+        """
+        if isinstance(item, str):
+            return item, *self._encoded(item)
+        ids = item
+        if self.prepend_bos and ids[:1] == (self.tokenizer.bos_token_id,):
+            ids = ids[1:]
+        text = self._decoded(ids)
+        again, spans = self._encoded(text)
+        if tuple(again) == ids:
+            return text, again, spans
+        text, spans = "", []
+        before, first = 0, 0  # tokens from `before` on are spelt; up to `first` they are in the text
+        for i in range(len(ids)):
+            known, grown = self._decoded(ids[before:first]), self._decoded(ids[before : i + 1])
+            if grown.endswith(_INCOMPLETE) and i + 1 < len(ids):
+                continue
+            new = grown[len(known) :]
+            spans += [(len(text), len(text) + len(new))] * (i + 1 - first)
+            text += new
+            before, first = first, i + 1
+        return text, list(ids), spans
+
+    def _decoded(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(
+            list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
 
     def _spans(
         self, text: str, ids: Sequence[int], given: Sequence[Sequence[int]]
@@ -236,7 +282,7 @@ class Tokenization:
         return 0 if spelt.strip(_SPACES) else len(spelt)
 
     def batches(
-        self, texts: Iterable[str], batch_size: int, first_row: int = 0, first_chunk: int = 0
+        self, texts: Iterable[str | Ids], batch_size: int, first_row: int = 0, first_chunk: int = 0
     ) -> Iterator[ContextBatch]:
         """Contexts of `texts`, `batch_size` at a time; the other arguments as in `contexts`."""
         held: list[Context] = []

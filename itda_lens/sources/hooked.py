@@ -16,15 +16,11 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from itda_lens.sources.hooks import Site, attached, evaluation_mode, finished_passes, silent_hook
+from itda_lens.sources.hooks import Site, edits_at, evaluation_mode, first_activations
 from itda_lens.sources.passes import Watch, watching
 from itda_lens.sources.readable import Loader, Replace
 
 logger = logging.getLogger(__name__)
-
-
-class _StopForwardError(Exception):
-    """Every hook that was asked for has fired; the rest of the forward pass is not needed."""
 
 
 class HookedModel(ABC):
@@ -139,6 +135,24 @@ class HookedModel(ABC):
         self._check_per_token(captured, tokens)
         return {hook: rearrange(captured[hook], "batch seq ... -> batch seq (...)") for hook in hooks}
 
+    def n_heads(self, hook: str) -> int:
+        """Number of attention heads whose parts stand side by side in a row of `capture` at a hook.
+
+        A pass over two tokens shows it.
+
+        Raises:
+            ValueError: the hook does not exist or fire, or its activations are not split by head.
+        """
+        tokens = torch.zeros((1, 2), dtype=torch.long, device=self.device)
+        with self._edits_paused():
+            activation = self._read(tokens, torch.ones_like(tokens, dtype=torch.bool), [hook])[hook]
+        if activation.ndim != 4 or not _follows(activation, tokens):
+            raise ValueError(
+                f"hook {hook!r} must be split by head, as 'blocks.0.attn.hook_z' is, to give a row for "
+                f"each head, but gives {tuple(activation.shape)} for the tokens {tuple(tokens.shape)}"
+            )
+        return activation.shape[2]
+
     def logits(
         self, tokens: Int[Tensor, "batch seq"], attention_mask: Bool[Tensor, "batch seq"],
         replace: Mapping[str, Replace] | None = None,
@@ -157,59 +171,19 @@ class HookedModel(ABC):
     @contextmanager
     def edited(self, edits: Mapping[str, Replace]) -> Iterator[None]:
         """See `ReadableModel.edited`."""
-        fired: set[str] = set()
-        functions = [(self._site(hook), self._edit(hook, edit, fired)) for hook, edit in edits.items()]
-        with attached(functions), finished_passes(self._ends()) as finished:
+        sites = {hook: self._site(hook) for hook in edits}
+        with edits_at(sites, edits, self._ends(), paused=lambda: self._paused):
             yield
-        error = silent_hook(list(edits), fired)
-        if finished and error is not None:
-            raise error
 
     def watched(self) -> AbstractContextManager[Watch]:
         """Inside this context, the `Watch` knows the tokens of the pass that is running."""
         return watching(self._embedding(), self._readers(), self._blocks())
 
-    def _edit(self, hook: str, edit: Replace, fired: set[str]) -> Replace:
-        def run(activation: Tensor) -> Tensor:
-            if self._paused:
-                return activation
-            fired.add(hook)
-            changed = edit(activation)
-            if not isinstance(changed, Tensor) or changed.shape != activation.shape:
-                found = tuple(changed.shape) if isinstance(changed, Tensor) else type(changed).__name__
-                raise ValueError(
-                    f"the edit at {hook!r} must return a tensor of shape {tuple(activation.shape)}, got "
-                    f"{found}"
-                )
-            return changed
-
-        return run
-
     @torch.no_grad()
     def _read(self, tokens: Tensor, attention_mask: Tensor, hooks: Sequence[str]) -> dict[str, Tensor]:
         """Copies of the first activations at `hooks`, as the model has them."""
-        wanted = dict.fromkeys(hooks)
-        captured: dict[str, Tensor] = {}
-
-        def reader(hook: str) -> Replace:
-            def keep(activation: Tensor) -> Tensor:
-                if hook not in captured:
-                    # A copy: what runs later may write into the model's own tensor.
-                    captured[hook] = activation.detach().clone()
-                    if len(captured) == len(wanted):
-                        raise _StopForwardError
-                return activation
-
-            return keep
-
-        functions = [(self._site(hook), reader(hook)) for hook in wanted]
-        if functions:
-            with attached(functions), evaluation_mode(self._ends()), suppress(_StopForwardError):
-                self._run(tokens, attention_mask)
-        error = silent_hook(list(wanted), captured)
-        if error is not None:
-            raise error
-        return captured
+        sites = {hook: self._site(hook) for hook in hooks}
+        return first_activations(sites, self._ends(), lambda: self._run(tokens, attention_mask))
 
     def _check_per_token(self, captured: Mapping[str, Tensor], tokens: Tensor) -> None:
         for hook, activation in captured.items():

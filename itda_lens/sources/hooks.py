@@ -1,14 +1,28 @@
 """Reading and replacing what a module takes or gives, by PyTorch's own forward hooks."""
 
 import difflib
+import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, Literal, NamedTuple, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from itda_lens.sources.readable import Replace
+
+MOST_BETWEEN = 16
+"""Layers without a hook that may stand between two that have it, as in models that mix attention with
+other layers; after more of them, "*" looks no further."""
+
+
+_ONLY_A_LAYER = re.compile(
+    r"(?:layers?|blocks?|(?:hook_)?resid(?:_post)?|[hl])?[ ._-]*([0-9]+)"
+    r"[ ._-]*(?:(?:hook_)?resid(?:_post)?)?",
+    re.IGNORECASE,
+)
+"""Names that somebody may give to the output of a layer."""
 
 
 class Layout(Protocol):
@@ -33,6 +47,93 @@ class Site(NamedTuple):
     module: nn.Module
     side: Literal["input", "output"]
     layout: Layout | None = None
+
+
+class _StopForwardError(Exception):
+    """Every hook that was asked for has fired; the rest of the forward pass is not needed."""
+
+
+@torch.no_grad()
+def first_activations(
+    sites: Mapping[str, Site], ends: Sequence[nn.Module], run: Callable[[], Any]
+) -> dict[str, Tensor]:
+    """Copies of the first activation at each site, from one forward pass in evaluation mode.
+
+    The pass is left as soon as all sites have fired.
+
+    Args:
+        sites: where to read, by name.
+        ends: modules whose parts go into evaluation mode; see `evaluation_mode`.
+        run: starts the pass.
+
+    Raises:
+        ValueError: a site did not fire.
+    """
+    captured: dict[str, Tensor] = {}
+
+    def reader(hook: str) -> Replace:
+        def keep(activation: Tensor) -> Tensor:
+            if hook not in captured:
+                # A copy: what runs later may write into the model's own tensor.
+                captured[hook] = activation.detach().clone()
+                if len(captured) == len(sites):
+                    raise _StopForwardError
+            return activation
+
+        return keep
+
+    if sites:
+        functions = [(site, reader(hook)) for hook, site in sites.items()]
+        with attached(functions), evaluation_mode(ends), suppress(_StopForwardError):
+            run()
+    error = silent_hook(list(sites), captured)
+    if error is not None:
+        raise error
+    return captured
+
+
+@contextmanager
+def edits_at(
+    sites: Mapping[str, Site],
+    edits: Mapping[str, Replace],
+    ends: Iterable[nn.Module],
+    paused: Callable[[], bool] = lambda: False,
+) -> Iterator[None]:
+    """Inside this context, activations pass through the functions in `edits`, by the names of `sites`.
+
+    Args:
+        sites: where to edit; there is one for each of `edits`.
+        edits: functions from activations to activations of the same shape.
+        ends: modules that have run when a forward pass is over.
+        paused: asked at each activation whether it should pass as it is.
+
+    Raises:
+        ValueError: an edit returns another shape; or a pass ran to its end, but a site never fired.
+    """
+    fired: set[str] = set()
+
+    def checked(hook: str, edit: Replace) -> Replace:
+        def run(activation: Tensor) -> Tensor:
+            if paused():
+                return activation
+            fired.add(hook)
+            changed = edit(activation)
+            if not isinstance(changed, Tensor) or changed.shape != activation.shape:
+                found = tuple(changed.shape) if isinstance(changed, Tensor) else type(changed).__name__
+                raise ValueError(
+                    f"the edit at {hook!r} must return a tensor of shape {tuple(activation.shape)}, got "
+                    f"{found}"
+                )
+            return changed
+
+        return run
+
+    functions = [(sites[hook], checked(hook, edit)) for hook, edit in edits.items()]
+    with attached(functions), finished_passes(ends) as finished:
+        yield
+    error = silent_hook(list(edits), fired)
+    if finished and error is not None:
+        raise error
 
 
 @contextmanager
@@ -83,12 +184,54 @@ def evaluation_mode(models: Iterable[nn.Module]) -> Iterator[None]:
 
 def unknown_hook(name: str, known: Iterable[str]) -> ValueError:
     """The error for a hook that does not exist, with names that are near it."""
+    return ValueError(f"the model has no hook {name!r}; near it are {', '.join(near(name, known))}")
+
+
+def near(name: str, known: Iterable[str]) -> list[str]:
+    """The names, four at most, that somebody who wrote `name` may have meant.
+
+    Whoever names nothing but a layer, such as "layer 5", most likely means its output.
+    """
     known = list(known)
-    near = difflib.get_close_matches(name, known, n=4, cutoff=0.5)
-    if not near:  # a name of another library's scheme: offer names that share its last word
+    alike = difflib.get_close_matches(name, known, n=4, cutoff=0.5)
+    if layer := _ONLY_A_LAYER.fullmatch(name):
+        output = f"blocks.{int(layer[1])}.hook_resid_post"
+        if output in known:
+            return [output, *(other for other in alike if other != output)][:4]
+    if not alike:  # a name of another library's scheme: offer names that share its last word
         last = re.split(r"[._]", name)[-1]
-        near = [other for other in known if last in other][:4] or known[:4]
-    return ValueError(f"the model has no hook {name!r}; near it are {', '.join(near)}")
+        alike = [other for other in known if last in other][:4] or known[:4]
+    return alike
+
+
+def expanded(name: str, check: Callable[[str], object]) -> list[str]:
+    """The names that one with a "*" stands for, which takes the place of a layer's number.
+
+    Args:
+        name: a name; one without "*" stands for itself, and is checked too.
+        check: raises ValueError for a name that does not exist.
+
+    Raises:
+        ValueError: there is none; as `check` for layer 0.
+    """
+    if "*" not in name:
+        check(name)
+        return [name]
+    found: list[str] = []
+    error: ValueError | None = None
+    missing = 0
+    for number in itertools.count():
+        try:
+            check(one := name.replace("*", str(number)))
+        except ValueError as unknown:
+            error, missing = error or unknown, missing + 1
+            if missing > MOST_BETWEEN:
+                break
+        else:
+            found, missing = [*found, one], 0
+    if not found and error is not None:
+        raise error
+    return found
 
 
 def silent_hook(names: Sequence[str], fired: Iterable[str]) -> ValueError | None:

@@ -1,8 +1,10 @@
 """Models of Hugging Face's transformers."""
 
 import inspect
+import re
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,10 +17,22 @@ from itda_lens.sources.readable import Loader
 
 SIDES = {"hook_resid_pre": "input", "hook_resid_post": "output"}
 
+HOOK_Z = "attn.hook_z"
+"""The kind of the hook point where heads stand side by side, before the output projection."""
+
+PROJECTIONS = frozenset({"o_proj", "c_proj", "out_proj", "dense", "out_lin", "wo", "o"})
+"""Names, in lower case, that models give the output projection of their attention."""
+
+ATTENTION = re.compile("attn|attention", re.IGNORECASE)
+OTHER_ATTENTION = re.compile("cross|enc_?dec|encoder|linear_?attn|linearattention", re.IGNORECASE)
+"""Names and classes of attention; and of its kinds that look at another text, or have no heads to
+compare with those of self-attention."""
+
 
 class HuggingFaceModel(HookedModel):
-    """Hook points are names of modules (their output). `blocks.N.hook_resid_pre` and
-    `blocks.N.hook_resid_post` stand for the N-th layer's input and output, as in TransformerLens.
+    """Hook points are names of modules (their output). Three names are TransformerLens's:
+    `blocks.N.hook_resid_pre` and `blocks.N.hook_resid_post` stand for the N-th layer's input and output,
+    `blocks.N.attn.hook_z` for the input of its attention's output projection, split by heads.
 
     In a model with an encoder and a decoder, tokens go through the encoder alone.
     """
@@ -77,15 +91,82 @@ class HuggingFaceModel(HookedModel):
             layers = text_layers(self.model)
             if point.layer < len(layers):
                 return Site(layers[point.layer], SIDES[point.kind])  # pyright: ignore
+        if hook.startswith("blocks.") and point.layer is not None and point.kind == HOOK_Z:
+            layers = text_layers(self.model)
+            if point.layer < len(layers):
+                where = f"layer {point.layer} of {type(self.model).__name__}"
+                projection = output_projection(layers[point.layer], where)
+                return Site(projection, "input", SplitHeads(self._config_heads()))
         raise unknown_hook(hook, self._known_hooks())
+
+    def _config_heads(self) -> int:
+        config = self.model.config.get_text_config(decoder=True)
+        n_heads = getattr(config, "num_attention_heads", None)
+        if not isinstance(n_heads, int) or n_heads < 1:
+            raise ValueError(
+                f"the configuration of {type(self.model).__name__} gives no number of heads, so that "
+                f"{HOOK_Z!r} cannot be split; use the name of a module"
+            )
+        return n_heads
 
     def _known_hooks(self) -> list[str]:
         try:
             n_layers = len(text_layers(self.model))
         except ValueError:
             n_layers = 0
-        of_layers = [f"blocks.{layer}.{kind}" for layer in range(n_layers) for kind in SIDES]
+        of_layers = [f"blocks.{layer}.{kind}" for layer in range(n_layers) for kind in (*SIDES, HOOK_Z)]
         return of_layers + [name for name, _ in self.model.named_modules() if name]
+
+
+@dataclass(frozen=True)
+class SplitHeads:
+    """Heads that stand side by side in a row, shown as TransformerLens has them: [.., head, width]."""
+
+    n_heads: int
+
+    def convert(self, activation: Tensor) -> Tensor:
+        if activation.shape[-1] % self.n_heads:
+            raise ValueError(
+                f"a row of {activation.shape[-1]} numbers cannot be split into {self.n_heads} heads; "
+                "use the name of a module"
+            )
+        return activation.unflatten(-1, (self.n_heads, -1))
+
+    def revert(self, activation: Tensor) -> Tensor:
+        return activation.flatten(-2)
+
+
+def output_projection(layer: nn.Module, where: str) -> nn.Module:
+    """The module that takes the outputs of a layer's heads, side by side.
+
+    It is the one module with a name of `PROJECTIONS` inside of the layer's self-attention, which is told
+    by name or class.
+
+    Args:
+        layer: a layer of a language model.
+        where: the layer in words, for messages.
+
+    Raises:
+        ValueError: there is none, or more than one.
+    """
+    found = []
+    for path in dict(layer.named_modules()):
+        *parents, name = path.split(".")
+        above = [".".join(parents[: i + 1]) for i in range(len(parents))]
+        said = [*parents, *(type(layer.get_submodule(parent)).__name__ for parent in above)]
+        if (
+            name.lower() in PROJECTIONS
+            and any(map(ATTENTION.search, said))
+            and not any(map(OTHER_ATTENTION.search, said))
+        ):
+            found.append(path)
+    if len(found) == 1:
+        return layer.get_submodule(found[0])
+    which = f"several of its modules could be it ({', '.join(found)})" if found else "it has none"
+    raise ValueError(
+        f"{HOOK_Z!r} is the input of the output projection of self-attention, but in {where} {which}; "
+        "use the name of a module"
+    )
 
 
 def text_layers(model: Any) -> list[nn.Module]:

@@ -2,6 +2,7 @@
 
 from itda_lens.sources import Activations
 from itda_lens.training.build import build, collect
+from itda_lens.training.build_module import build_module
 from itda_lens.training.fit import fit
 from itda_lens.training.output import output_folder, save_all
 from itda_lens.training.recipe import Preset, Recipe, recipe_of
@@ -15,6 +16,7 @@ __all__ = [
     "Recipe",
     "build",
     "build_from",
+    "build_module",
     "check_enough",
     "collect",
     "fit",

@@ -12,8 +12,8 @@ from itda_lens.dictionary import Rule
 from itda_lens.pursuit import DEFAULT_RTOL, Method
 from itda_lens.records import Cutting, TokenFilter, at_least, checked
 from itda_lens.sae import ITDA, provenance_of
-from itda_lens.sources import Activations, Chats, Loader, gathered, text_or_chat_source
-from itda_lens.training.recipe import Preset, recipe_of
+from itda_lens.sources import Activations, ActivationSource, Chats, Loader, gathered, text_or_chat_source
+from itda_lens.training.recipe import Preset, Recipe, recipe_of
 from itda_lens.training.run import build_from, check_enough
 from itda_lens.training.shards import plan_texts
 
@@ -23,8 +23,8 @@ _DEFAULT = Cutting()
 @checked
 def build(
     model: Any,
-    texts: str | Path | Iterable[str] | Chats,
-    hook_names: str | Sequence[str],
+    texts: str | Path | Iterable[Any] | Chats,
+    hook_names: str | int | Sequence[str | int],
     *,
     d_sae: int | None,
     k: int,
@@ -44,6 +44,7 @@ def build(
     tokens: TokenFilter | None = None,
     batch_size: int = 16,
     max_tokens: int | None = None,
+    per_head: bool = False,
     text_field: str = "text",
     split: str = "train",
     tokenizer: Any = None,
@@ -61,10 +62,11 @@ def build(
     Args:
         model: a Hugging Face name or local folder, a HookedTransformer, a TransformerBridge or a
             Hugging Face model; see `itda_lens.sources.language_model`.
-        texts: strings, a text or jsonl file, or the name of a `datasets` data set; see
+        texts: strings, a file or folder, or the name of a `datasets` data set; see
             `itda_lens.sources.iterate_texts`. Or `Chats`: conversations, each read alone in the form of
             the model's chat template.
-        hook_names: one hook point or several, by TransformerLens's names.
+        hook_names: one hook point or several, by TransformerLens's names. A "*" in a name stands for the
+            number of each layer, and a whole number n for "blocks.n.hook_resid_post".
         d_sae, k, preset, rule, seed, method, signed, loss_threshold, l0, update, least_cosine, rtol:
             as in `fit`.
         context_size: tokens per context, the BOS token included; longer texts are cut. Default: 128.
@@ -76,6 +78,8 @@ def build(
         tokens: more conditions on the tokens that count, such as `TokenFilter(drop=r"\\d+")`.
         batch_size: contexts per forward pass.
         max_tokens: stop once this number of tokens has counted; default: all of the texts.
+        per_head: make each attention head's part of a token a row of its own, with the head in its
+            label; for hooks that are split by head, such as "blocks.0.attn.hook_z".
         text_field, split: for jsonl files and data sets.
         tokenizer, model_name, loader, device: as in `language_model`.
         folder: a folder that keeps finished parts of the work, so that a second call goes on where the
@@ -95,11 +99,11 @@ def build(
         loss_threshold=loss_threshold, l0=l0, update=update, least_cosine=least_cosine, rtol=rtol,
     )  # fmt: skip
     at_least(1, max_tokens=max_tokens)
-    check_enough(recipe, max_tokens)
+    check_enough(recipe, None if per_head else max_tokens)
     reading: dict[str, Any] = dict(
-        tokens=tokens,
-        batch_size=batch_size, max_tokens=max_tokens, text_field=text_field, split=split,
-        tokenizer=tokenizer, model_name=model_name, loader=loader, device=device,
+        tokens=tokens, batch_size=batch_size, max_tokens=max_tokens, per_head=per_head,
+        text_field=text_field, split=split, tokenizer=tokenizer, model_name=model_name, loader=loader,
+        device=device,
     )  # fmt: skip
     if folder is not None:
         cutting = Cutting.given(context_size, prepend_bos, keep_special_tokens)
@@ -109,6 +113,11 @@ def build(
     source = text_or_chat_source(
         model, texts, hook_names, context_size, prepend_bos, keep_special_tokens, **reading
     )
+    return build_timed(source, recipe, progress)
+
+
+def build_timed(source: ActivationSource, recipe: Recipe, progress: bool) -> dict[str, ITDA]:
+    """`build_from`, with the time that it took in the metadata of each dictionary."""
     start = time.perf_counter()
     dictionaries = build_from(source, recipe, progress=progress)
     seconds = round(time.perf_counter() - start, 2)
@@ -120,10 +129,11 @@ def build(
 @checked
 def collect(
     model: Any,
-    texts: str | Path | Iterable[str] | Chats,
-    hook_names: str | Sequence[str],
+    texts: str | Path | Iterable[Any] | Chats,
+    hook_names: str | int | Sequence[str | int],
     *,
     max_tokens: int | None = None,
+    per_head: bool = False,
     context_size: int | None = None,
     prepend_bos: bool | None = _DEFAULT.prepend_bos,
     keep_special_tokens: bool = _DEFAULT.keep_special_tokens,
@@ -148,7 +158,7 @@ def collect(
     """
     source = text_or_chat_source(
         model, texts, hook_names, context_size, prepend_bos, keep_special_tokens, tokens=tokens,
-        batch_size=batch_size, max_tokens=max_tokens, text_field=text_field, split=split,
-        tokenizer=tokenizer, loader=loader, device=device,
+        batch_size=batch_size, max_tokens=max_tokens, per_head=per_head, text_field=text_field,
+        split=split, tokenizer=tokenizer, loader=loader, device=device,
     )  # fmt: skip
     return gathered(source, progress)

@@ -105,6 +105,7 @@ def assembled(
     provenance = replace(provenance, recipe=recipe.record(), versions=versions())
     coding = replace(recipe.coding, k=min(recipe.coding.k, len(dictionary.atoms)), threshold=threshold)
     hook = provenance.hook_name
+    flattened = bool(hook) and hook_is_per_head(hook) and not provenance.per_head
     itda = assemble(
         dictionary.atoms,
         dictionary.mean,
@@ -112,7 +113,7 @@ def assembled(
         l0=recipe.l0,
         labels=dictionary.labels,
         metadata=metadata,
-        reshape_activations="hook_z" if hook and hook_is_per_head(hook) else "none",
+        reshape_activations="hook_z" if flattened else "none",
     )
     provenance.into(itda.cfg.metadata)
     return itda

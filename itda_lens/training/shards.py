@@ -35,7 +35,7 @@ from itda_lens.records import (
 from itda_lens.records.files import exclusive
 from itda_lens.sae import ITDA
 from itda_lens.sae.saved import check_digests, digests, write_tensors
-from itda_lens.sources import Chats, Listed, ModelSource, describe_texts, iterate_texts
+from itda_lens.sources import Chats, Ids, Listed, ModelSource, describe_texts, iterate_texts
 from itda_lens.training.engines import ray_shards
 from itda_lens.training.point import Point
 from itda_lens.training.recipe import Recipe, recipe_of
@@ -307,8 +307,8 @@ class Plan:
 @checked
 def plan(
     model: Any,
-    texts: str | Path | Iterable[str],
-    hook_names: str | Sequence[str],
+    texts: str | Path | Iterable[Any],
+    hook_names: str | int | Sequence[str | int],
     *,
     folder: str | Path,
     shard_rows: int = SHARD_ROWS,
@@ -342,7 +342,7 @@ def plan(
     most = settings.get("max_tokens")
     if isinstance(most, int) and not isinstance(most, bool):  # before the model is loaded
         at_least(1, max_tokens=most)
-        check_enough(recipe, most)
+        check_enough(recipe, None if settings.get("per_head") else most)
     return plan_texts(
         model, texts, hook_names, recipe, Cutting(**mine[Cutting]), folder=folder,
         shard_rows=shard_rows, spare=spare, **mine[ModelSource],
@@ -351,8 +351,8 @@ def plan(
 
 def plan_texts(
     model: Any,
-    texts: str | Path | Iterable[str] | Chats,
-    hook_names: str | Sequence[str],
+    texts: str | Path | Iterable[Any] | Chats,
+    hook_names: str | int | Sequence[str | int],
     recipe: Recipe,
     cutting: Cutting,
     *,
@@ -372,10 +372,9 @@ def plan_texts(
     named = isinstance(texts, str | Path)
     described = describe_texts(texts, reading.get("text_field", "text"), reading.get("split", "train"))
     if not named:
-        for name in ("text_field", "split"):  # of no use here, and nonsense is told all the same
-            if not isinstance(reading.pop(name, ""), str):
-                raise TypeError(f"{name} must be a string")
-        texts = _stored(texts, folder / _TEXTS)
+        # Of no use once texts are in a file of the plan; nonsense is told all the same.
+        how = {name: reading.pop(name) for name in ("text_field", "split") if name in reading}
+        texts = _stored(iterate_texts(texts, **how), folder / _TEXTS)
     source = ModelSource(model, texts, hook_names, cutting, **reading)
     record = _record(source, texts if named else None, reading) | {"hooks": list(source.hooks)}
     return _planned(source, recipe, folder, shard_rows, spare, record, described)
@@ -553,14 +552,14 @@ def _absolute(texts: str | Path) -> str:
     return str(Path(texts).resolve()) if Path(texts).exists() else str(texts)
 
 
-def _stored(texts: Iterable[str], file: Path) -> Path:
+def _stored(texts: Iterable[str | Ids], file: Path) -> Path:
     """The texts in a file of the plan.
 
     Raises:
         ValueError: the file is there, with other texts.
         TypeError: a text is no string.
     """
-    lines = (json.dumps({"text": text}) + "\n" for text in iterate_texts(texts))
+    lines = (json.dumps({"text": text}) + "\n" for text in texts)
     if file.exists():
         with file.open(encoding="ascii") as stored:
             for number, (line, before) in enumerate(itertools.zip_longest(lines, stored)):
