@@ -39,6 +39,7 @@ MODEL = [None, 3, object(), torch.nn.Linear(2, 2), "./no-such-model", ["x"]]
 
 NONSENSE = {
     **dict.fromkeys(("k", "batch_size", "epochs", "n_anchors", "d_sae", "context_size"), POSITIVE),
+    **dict.fromkeys(("n_examples", "n_quantiles"), POSITIVE),
     **dict.fromkeys(("max_tokens", "n_rows"), POSITIVE),
     "seed": WHOLE,
     **dict.fromkeys(("l0", "rtol", "loss_threshold", "least_cosine", "learning_rate", "keep"), REAL),
@@ -47,7 +48,9 @@ NONSENSE = {
     ),
     **dict.fromkeys(("preset", "method", "loader", "match", "measure", "architecture", "kind"), NAME),
     "rule": [*NAME, object()],
-    **dict.fromkeys(("text_field", "split", "hook_name", "model_name", "name", "source"), STRING),
+    **dict.fromkeys(
+        ("text_field", "split", "hook_name", "model_name", "name", "source", "hook"), STRING
+    ),
     "device": [3, True, b"x", ["x"], "nonsense"],
     "dtype": ["float31", 3, True, ["x"]],
     "tokenizer": [3, True, ["x"], object(), "./no-such-tokenizer"],
@@ -71,6 +74,7 @@ NONSENSE = {
     "similarity": [None, 3, [[1.0]], X.long(), X[0], X / 0 * 0, X],
     "cutting": [None, 3, {}, "x"],
     "lm": [None, 3, object(), "x"],
+    "another lm": [3, object(), "x"],
     "functions": [None, 3, "x"],
     "lists": [None, 3, object()],
     "provenance": [3, {}, "x"],
@@ -80,6 +84,8 @@ NONSENSE = {
 SPECIAL = {
     ("gathered", "source"): "source of rows",
     ("build_from", "source"): "source of rows",
+    ("examples_from", "source"): "source of rows",
+    ("examples_from", "lm"): "another lm",
     ("compare", "activations"): "activations_a",
     ("activation_similarity", "a"): "activations_a",
     ("activation_similarity", "b"): "activations_a",
@@ -161,6 +167,12 @@ def calls(tiny, texts, tmp_path_factory):
         "jaccard": dict(a=a, b=b, match="auto"),
         "decompose": dict(model=tiny, sae=a, text="the cat", **named),
         "evaluate": own | dict(dictionaries=a) | read | quiet,
+        "examples": own | dict(sae=a, n_examples=2, n_quantiles=2, seed=0) | read | quiet,
+        "examples_from": dict(
+            source=ModelSource(tiny, texts, HOOK), sae=a, lm=None, n_examples=2, n_quantiles=2, seed=0,
+            progress=False,
+        ),
+        "logit_weights": dict(lm=tiny, hook=HOOK),
         "baseline": trained | dict(kind="pca", method="ols", labels=None, epochs=1),
         "build_baselines": own | dict(
             itdas=[a], kinds=["pca"], folder=folder / "b", max_tokens=64, epochs=1, seed=0,

@@ -1,6 +1,32 @@
-"""Diagnostics: how good a dictionary is, and what it says of a text."""
+"""Diagnostics: how good a dictionary is, where its atoms fire, and what it says of a text."""
 
+from itda_lens.analysis._examples import (
+    AtomExamples,
+    CoFiring,
+    Example,
+    Examples,
+    LogitChange,
+    Neighbour,
+    examples,
+    examples_from,
+)
 from itda_lens.analysis.decompose import Component, TokenDecomposition, decompose
 from itda_lens.analysis.evaluate import Evaluation, evaluate
+from itda_lens.analysis.label_scores import LabelScore
 
-__all__ = ["Component", "Evaluation", "TokenDecomposition", "decompose", "evaluate"]
+__all__ = [
+    "AtomExamples",
+    "CoFiring",
+    "Component",
+    "Evaluation",
+    "Example",
+    "Examples",
+    "LabelScore",
+    "LogitChange",
+    "Neighbour",
+    "TokenDecomposition",
+    "decompose",
+    "evaluate",
+    "examples",
+    "examples_from",
+]

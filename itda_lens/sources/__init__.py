@@ -13,6 +13,7 @@ from itda_lens.sources.readable import Loader, ReadableModel, Replace
 from itda_lens.sources.source import Activations, ActivationSource, Rows, gathered
 from itda_lens.sources.texts import describe_texts, iterate_texts, names_data_set
 from itda_lens.sources.transformer_lens_models import TransformerLensModel
+from itda_lens.sources.unembedding import logit_weights
 
 LanguageModel = ReadableModel
 """The earlier name of `ReadableModel`."""
@@ -49,6 +50,7 @@ __all__ = [
     "hook_list",
     "iterate_texts",
     "language_model",
+    "logit_weights",
     "names_data_set",
     "register_with_transformer_lens",
     "tokenization_for",
