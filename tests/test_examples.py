@@ -1,6 +1,7 @@
 """One pass over text, against figures that are counted by hand from dense codes."""
 
 import copy
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -60,9 +61,7 @@ class TestFigures:
     def test_histogram(self, found, codes):
         for atom in range(codes.shape[1]):
             own = codes[:, atom][codes[:, atom] != 0].double().numpy()
-            expected = [
-                int(((own >= a) & (own < b)).sum()) for a, b in zip(found.edges, found.edges[1:])
-            ]
+            expected = [int(((own >= a) & (own < b)).sum()) for a, b in pairwise(found.edges)]
             assert list(found[atom].histogram) == expected
         spread = np.array([atom.histogram for atom in found]).sum(axis=0)
         assert (spread > 0).sum() >= 4  # not all in one bin
