@@ -3,12 +3,13 @@
 import logging
 import time
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from tqdm.auto import tqdm
 
 from itda_lens.dictionary import Dictionary, Guided, Sated, Selector, StreamSample, assign_folds
-from itda_lens.pursuit import calibrate_out_of_fold
+from itda_lens.pursuit import Coding, calibrate_out_of_fold, unexplained_out_of_fold
 from itda_lens.records import Provenance, at_least, checked, versions
 from itda_lens.sae import ITDA, assemble
 from itda_lens.sources import ActivationSource, Rows, hook_is_per_head
@@ -21,12 +22,23 @@ SECONDS_BETWEEN_FVU = 5.0
 hook."""
 
 CALIBRATION_ROWS = 2048
-"""Activations on which a threshold is calibrated. The error of their mean L0 is a 45th of the standard
-deviation of L0."""
+"""Activations on which a threshold is calibrated, and the usual residual measured. The error of their
+mean L0 is a 45th of the standard deviation of L0."""
+
+QUANTILES = 101
+"""Quantiles of the residual that are recorded: the least, each per cent, the largest."""
 
 CALIBRATION_SEED = 3
 """Added to a recipe's seed, so that the calibration's sample shares no priorities with those of a
 rule."""
+
+
+class _Finished(NamedTuple):
+    """A dictionary, the threshold of its codes, and the quantiles for `Provenance.unexplained`."""
+
+    dictionary: Dictionary
+    threshold: float
+    unexplained: list[float] | None
 
 
 @checked
@@ -55,10 +67,13 @@ def build_from(
             raise ValueError(f"the source must give at least one row, got none at {missing}")
         chosen = {hook: points[hook].finish(progress) for hook in source.hooks}
     made = {}
-    for hook, (dictionary, threshold) in chosen.items():
-        logger.info("%s: %d atoms chosen", hook, len(dictionary.atoms))
-        provenance = replace(source.provenance(hook), recipe=recipe.record(), versions=versions())
-        made[hook] = _assembled(dictionary, threshold, recipe, provenance, metadata or {})
+    for hook, finished in chosen.items():
+        logger.info("%s: %d atoms chosen", hook, len(finished.dictionary.atoms))
+        provenance = replace(
+            source.provenance(hook), recipe=recipe.record(), versions=versions(),
+            unexplained=finished.unexplained,
+        )  # fmt: skip
+        made[hook] = _assembled(finished, recipe, provenance, metadata or {})
     return made
 
 
@@ -78,9 +93,10 @@ def check_enough(recipe: Recipe, n_rows: int | None) -> None:
 
 
 class _Point:
-    """The run at one hook point: the rule's selector, and the rows that a threshold is calibrated on.
+    """The run at one hook point: the rule's selector, and a sample of rows.
 
-    The rows belong to the run, not to the rule, so that every rule works with a mean L0.
+    On the sample a threshold is calibrated, and the usual residual is measured. It belongs to the run,
+    not to the rule, so that every rule has both.
     """
 
     def __init__(self, recipe: Recipe, x: torch.Tensor) -> None:
@@ -88,12 +104,10 @@ class _Point:
             recipe.request(d_in=x.shape[1], dtype=x.dtype, device=x.device)
         )
         self._recipe = recipe
-        self._sample = None
-        if recipe.l0 is not None:
-            seed = recipe.seed + CALIBRATION_SEED
-            self._sample = StreamSample(
-                x.shape[1], CALIBRATION_ROWS, seed, x.dtype, x.device, distinct=False, labelled=False
-            )
+        seed = recipe.seed + CALIBRATION_SEED
+        self._sample = StreamSample(
+            x.shape[1], CALIBRATION_ROWS, seed, x.dtype, x.device, distinct=False, labelled=False
+        )
 
     @property
     def done(self) -> bool:
@@ -101,28 +115,28 @@ class _Point:
 
     def update(self, x: torch.Tensor, rows: Rows) -> None:
         self.selector.update(x, rows.places)
-        if self._sample is not None:
-            self._sample.update(x, rows.places)
+        self._sample.update(x, rows.places)
 
-    def finish(self, progress: bool) -> tuple[Dictionary, float]:
-        """The dictionary, and the threshold at which its codes have the mean L0 that was asked for."""
+    def finish(self, progress: bool) -> _Finished:
+        """The dictionary; the threshold at which its codes have the mean L0 that was asked for, 0 where
+        none was; and the usual residual, where there are texts enough to hold some out."""
         dictionary = self.selector.finish(progress)
-        if self._sample is None or self._recipe.l0 is None:
-            return dictionary, 0.0
-        coding = self._recipe.coding
+        coding, atoms = _coding_of(self._recipe, dictionary), dictionary.atoms
         folds, atom_folds = assign_folds(self._sample.places(), dictionary.labels)
-        threshold = calibrate_out_of_fold(
-            self._sample.rows() - dictionary.mean,
-            folds,
-            dictionary.atoms,
-            atom_folds,
-            self._recipe.l0,
-            min(coding.k, len(dictionary.atoms)),
-            method=coding.method,
-            signed=coding.signed,
-            rtol=coding.rtol,
-        )
-        return dictionary, threshold
+        x = self._sample.rows() - dictionary.mean
+        threshold = 0.0
+        if self._recipe.l0 is not None:
+            threshold = calibrate_out_of_fold(
+                x, folds, atoms, atom_folds, self._recipe.l0, coding.k,
+                method=coding.method, signed=coding.signed, rtol=coding.rtol,
+            )  # fmt: skip
+        unexplained = None
+        if (atom_folds >= 0).any():
+            coding = replace(coding, threshold=threshold)
+            left = unexplained_out_of_fold(x, folds, atoms, atom_folds, coding).cpu()
+            steps = torch.linspace(0, 1, QUANTILES, dtype=left.dtype)
+            unexplained = [float(f"{value:.4g}") for value in left.quantile(steps).tolist()]
+        return _Finished(dictionary, threshold, unexplained)
 
 
 def _read(source: ActivationSource, recipe: Recipe, progress: bool) -> dict[str, _Point]:
@@ -154,11 +168,16 @@ def _status(points: dict[str, _Point]) -> dict[str, str]:
     }
 
 
+def _coding_of(recipe: Recipe, dictionary: Dictionary) -> Coding:
+    """The recipe's coding; a dictionary of fewer atoms than its k has shorter codes."""
+    return replace(recipe.coding, k=min(recipe.coding.k, len(dictionary.atoms)))
+
+
 def _assembled(
-    dictionary: Dictionary, threshold: float, recipe: Recipe, provenance: Provenance,
-    metadata: dict[str, object],
-) -> ITDA:  # fmt: skip
-    coding = replace(recipe.coding, k=min(recipe.coding.k, len(dictionary.atoms)), threshold=threshold)
+    finished: _Finished, recipe: Recipe, provenance: Provenance, metadata: dict[str, object]
+) -> ITDA:
+    dictionary = finished.dictionary
+    coding = replace(_coding_of(recipe, dictionary), threshold=finished.threshold)
     hook = provenance.hook_name
     itda = assemble(
         dictionary.atoms,
