@@ -10,7 +10,7 @@ from itda_lens.analysis._examples import (
     examples,
     examples_from,
 )
-from itda_lens.analysis.decompose import Component, TokenDecomposition, decompose
+from itda_lens.analysis.decompose import Component, Decomposition, TokenDecomposition, decompose
 from itda_lens.analysis.evaluate import Evaluation, evaluate
 from itda_lens.analysis.label_scores import LabelScore
 
@@ -18,6 +18,7 @@ __all__ = [
     "AtomExamples",
     "CoFiring",
     "Component",
+    "Decomposition",
     "Evaluation",
     "Example",
     "Examples",

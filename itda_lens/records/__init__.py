@@ -5,8 +5,8 @@ from itda_lens.records.cutting import Cutting
 from itda_lens.records.files import is_leftover, replacing
 from itda_lens.records.hashing import mix64, text_digest
 from itda_lens.records.hook_points import HookPoint
-from itda_lens.records.labels import Label, Labels, as_label
-from itda_lens.records.places import CONTEXT_CHARS, Places
+from itda_lens.records.labels import CONTEXT_CHARS, Label, Labels, as_label
+from itda_lens.records.places import Places
 from itda_lens.records.provenance import BUILD_KEY, Provenance, agreed, agreed_cutting, versions
 
 __all__ = [

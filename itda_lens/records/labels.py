@@ -12,6 +12,9 @@ from typing import Any, overload
 
 _COMPACT_PREFIX = "zlib+base64:"
 
+CONTEXT_CHARS = 40
+"""Characters of text on each side of a token that its label quotes."""
+
 MOST_BYTES = 64 * 1024, 2048
 """The longest JSON that stands for labels: the first number of bytes, and the second for each label.
 Labels of texts take some 400. A few megabytes of a hostile file would unpack to gigabytes."""
@@ -48,6 +51,22 @@ class Label:
     def key(self) -> tuple[int, int, int]:
         """(row, chunk, position): what makes two labels the same place."""
         return (self.row, self.chunk, self.position)
+
+    def quoted(self) -> tuple[str, str, str]:
+        """The text that the label quotes before its token, the token, and the text after it.
+
+        The text itself may hold the marks, so that "[[token]]" can stand in it several times. The
+        token's own comes after the `CONTEXT_CHARS` characters that labels quote, or after fewer where a
+        text begins.
+        """
+        token, context = self.token or "", self.context or ""
+        marked = f"[[{token}]]"
+        start = CONTEXT_CHARS if self.chars is None else min(CONTEXT_CHARS, self.chars[0])
+        if not context.startswith(marked, start):  # of labels made elsewhere
+            start = context.find(marked)
+        if start < 0:
+            return context, token, ""
+        return context[:start], token, context[start + len(marked) :]
 
     def __str__(self) -> str:
         place = f"text {self.row}, chunk {self.chunk}, position {self.position}"

@@ -1,4 +1,4 @@
-"""Results for people: tables in the terminal, plots in files."""
+"""Results for people: tables in the terminal, plots in files, a site in a folder."""
 
 from itda_lens.reports.benchmarks import bench_table, pareto_plot
 from itda_lens.reports.comparisons import (
@@ -14,6 +14,7 @@ from itda_lens.reports.neuronpedia import (
     neuronpedia_id,
     save_neuronpedia_features,
 )
+from itda_lens.reports.site import SiteFacts, comparison_facts, save_site, site_facts
 from itda_lens.reports.tables import (
     decomposition_table,
     evaluation_table,
@@ -23,7 +24,9 @@ from itda_lens.reports.tables import (
 from itda_lens.terminal import make_console, printable, shown
 
 __all__ = [
+    "SiteFacts",
     "bench_table",
+    "comparison_facts",
     "comparison_heatmap",
     "comparison_table",
     "decomposition_table",
@@ -40,5 +43,7 @@ __all__ = [
     "save_comparison",
     "save_differences",
     "save_neuronpedia_features",
+    "save_site",
     "shown",
+    "site_facts",
 ]

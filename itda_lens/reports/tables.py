@@ -7,7 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from itda_lens.analysis import Evaluation, TokenDecomposition
-from itda_lens.records import CONTEXT_CHARS, Label
+from itda_lens.records import Label
 from itda_lens.sae import ITDA, provenance_of
 from itda_lens.terminal import printable, shown
 
@@ -131,7 +131,7 @@ def quote(label: Label) -> Text:
     if label.context is None:
         return shown(label)
     before, token, after = (
-        part.replace("\n", "⏎").replace("\t", " ") for part in _around(label, label.context)
+        part.replace("\n", "⏎").replace("\t", " ") for part in label.quoted()
     )
     # A narrow column has the end of the text before the token, and the start of the text after. Marks
     # around the token are for terminals and logs without bold.
@@ -140,22 +140,6 @@ def quote(label: Label) -> Text:
         (f"«{printable(token)}»", "bold"),
         (printable(after[:QUOTED_AFTER]), "dim"),
     )
-
-
-def _around(label: Label, context: str) -> tuple[str, str, str]:
-    """The text that a label quotes before its token, the token, and the text after it.
-
-    The text itself may hold the marks, so that "[[token]]" can stand in it several times. The token's
-    own comes after the `CONTEXT_CHARS` characters that labels quote, or after fewer where a text begins.
-    """
-    token = label.token or ""
-    marked = f"[[{token}]]"
-    start = CONTEXT_CHARS if label.chars is None else min(CONTEXT_CHARS, label.chars[0])
-    if not context.startswith(marked, start):  # of labels made elsewhere
-        start = context.find(marked)
-    if start < 0:
-        return context, token, ""
-    return context[:start], token, context[start + len(marked) :]
 
 
 def _evaluation_caption(evaluations: Sequence[Evaluation]) -> str:
