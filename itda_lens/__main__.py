@@ -48,6 +48,7 @@ app.command("decompose", cls=_Command)(cli.decompose_command)
 app.command("eval", cls=_Command)(cli.eval_command)
 app.command("bench", cls=_Command)(cli.bench_command)
 app.command("compare", cls=_Command)(cli.compare_command)
+app.command("report", cls=_Command)(cli.report_command)
 
 
 def _print_version(wanted: bool) -> None:

@@ -4,6 +4,7 @@ from itda_lens.cli.bench import bench_command
 from itda_lens.cli.build import build_command
 from itda_lens.cli.compare import compare_command
 from itda_lens.cli.look import decompose_command, eval_command, info_command
+from itda_lens.cli.report import report_command
 
 __all__ = [
     "bench_command",
@@ -12,4 +13,5 @@ __all__ = [
     "decompose_command",
     "eval_command",
     "info_command",
+    "report_command",
 ]

@@ -9,6 +9,8 @@ import typer
 from itda_lens.cli.choices import Loader
 
 if TYPE_CHECKING:
+    from sae_lens import SAE
+
     from itda_lens.sae import ITDA
 
 Folders = Annotated[
@@ -77,7 +79,29 @@ def load_all(folders: list[Path]) -> "list[tuple[Path, ITDA]]":
     return [(folder, load(folder)) for folder in found]
 
 
-def model_of(itdas: "Sequence[ITDA]", model: str | None, loader: Loader | None) -> tuple[Any, Loader]:
+def load_every(folders: list[Path]) -> "list[tuple[Path, SAE[Any]]]":
+    """Dictionaries, and SAEs of SAELens's other architectures beside them."""
+    import json
+
+    from sae_lens import SAE
+    from sae_lens.constants import SAE_CFG_FILENAME
+
+    from itda_lens.sae import dictionaries_in, load
+
+    found: list[tuple[Path, SAE[Any]]] = []
+    for folder in (inside for folder in folders for inside in (dictionaries_in(folder) or [folder])):
+        try:
+            architecture = json.loads((folder / SAE_CFG_FILENAME).read_text())["architecture"]
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            architecture = "itda"  # whose loading says what is wrong
+        sae = load(folder) if architecture == "itda" else SAE.load_from_disk(folder, device="cpu")
+        found.append((folder, sae))
+    return found
+
+
+def model_of(
+    itdas: "Sequence[SAE[Any]]", model: str | None, loader: Loader | None
+) -> tuple[Any, Loader]:
     """The model to load: the one named by the user, else the one that the dictionaries name."""
     from itda_lens.sae import provenance_of
 
@@ -87,6 +111,11 @@ def model_of(itdas: "Sequence[ITDA]", model: str | None, loader: Loader | None) 
     if model is not None:
         return model, chosen
     models = {record.model for record in records} - {None}
+    if not models:
+        from itda_lens.samples import smollm2
+
+        if {record.model_name for record in records} == {smollm2.NAME}:
+            return smollm2.fetch(), chosen
     if len(models) != 1:
         raise ValueError(
             f"pass --model: the dictionaries name {len(models)} models that could be loaded, not one"

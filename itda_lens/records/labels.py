@@ -10,6 +10,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, overload
 
+from itda_lens.terminal import html_text
+
 _COMPACT_PREFIX = "zlib+base64:"
 
 CONTEXT_CHARS = 40
@@ -68,10 +70,20 @@ class Label:
             return context, token, ""
         return context[:start], token, context[start + len(marked) :]
 
+    def _repr_html_(self) -> str:
+        """The quoted text with the token in bold, for notebooks."""
+        if self.context is None:
+            return html_text(self)
+        before, token, after = map(html_text, self.quoted())
+        return f'<code style="white-space:pre-wrap">{before}<b><mark>{token}</mark></b>{after}</code>'
+
     def __str__(self) -> str:
         place = f"text {self.row}, chunk {self.chunk}, position {self.position}"
         return place if self.token is None else f"{self.token!r} ({place})"
 
+
+SHOWN = 20
+"""Labels that a notebook shows."""
 
 _COLUMNS = tuple(field.name for field in fields(Label))
 
@@ -102,6 +114,15 @@ class Labels(Sequence[Label]):
 
     def __repr__(self) -> str:
         return f"Labels({len(self)} labels)"
+
+    def _repr_html_(self) -> str:
+        """A table of the first `SHOWN` labels, for notebooks."""
+        rows = "".join(
+            f'<tr><td>{i}</td><td style="text-align:left">{label._repr_html_()}</td></tr>'
+            for i, label in enumerate(self._labels[:SHOWN])
+        )
+        more = f"<p>… and {len(self) - SHOWN:,} more</p>" if len(self) > SHOWN else ""
+        return f"<table><tr><th>atom</th><th>came from</th></tr>{rows}</table>{more}"
 
     def to_compact(self) -> str:
         """One ASCII string that survives JSON, dtype casts and deep copies of a config.

@@ -14,7 +14,14 @@ from itda_lens.reports.neuronpedia import (
     neuronpedia_id,
     save_neuronpedia_features,
 )
-from itda_lens.reports.site import SiteFacts, comparison_facts, save_site, site_facts
+from itda_lens.reports.site import (
+    SiteFacts,
+    comparison_facts,
+    save_site,
+    site_facts,
+    site_folder,
+    write_site,
+)
 from itda_lens.reports.tables import (
     decomposition_table,
     evaluation_table,
@@ -46,4 +53,6 @@ __all__ = [
     "save_site",
     "shown",
     "site_facts",
+    "site_folder",
+    "write_site",
 ]

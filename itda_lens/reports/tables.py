@@ -14,7 +14,7 @@ from itda_lens.terminal import printable, shown
 TITLE = "table.title"
 """rich's style of a table's title, which it gives to strings only."""
 
-QUOTED_BEFORE, QUOTED_AFTER = 24, 32
+QUOTED_BEFORE, QUOTED_AFTER = 20, 32
 """Characters of a label's context that tables show on either side of its token."""
 
 
@@ -59,11 +59,18 @@ def evaluation_table(
 
 
 def decomposition_table(decomposition: Sequence[TokenDecomposition], top: int, hook_name: str) -> Table:
-    """Tokens with their `top` atoms: signed coefficient, where the atom came from, in context."""
+    """Tokens with their `top` atoms: signed coefficient, share, where the atom came from, in context.
+
+    A negative coefficient has NOT before it. The caption warns of text that is unlike the
+    dictionary's.
+    """
     table = Table(title=shown(f"Decomposition at {hook_name}", TITLE), show_lines=False)
+    warning = getattr(decomposition, "warning", None)
+    if warning is not None:
+        table.caption = shown(warning, "yellow")
     table.add_column("token", no_wrap=True)
     # In a narrow terminal the quotation wraps, not the figures.
-    for name in ("explained", "coefficient", "atom"):
+    for name in ("explained", "coefficient", "share", "atom"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("came from")
     for token in decomposition:
@@ -72,7 +79,8 @@ def decomposition_table(decomposition: Sequence[TokenDecomposition], top: int, h
             table.add_row(
                 shown(repr(token.token)) if first else "",
                 f"{token.explained:.0%}" if first else "",
-                shown(f"{component.coefficient:+.2f}", "green" if component.coefficient > 0 else "red"),
+                _signed(component.coefficient),
+                f"{component.share:.0%}",
                 str(component.atom),
                 origin(component.label, component.atom),
                 end_section=i == len(token.components[:top]) - 1,
@@ -126,13 +134,21 @@ def origin(label: Label | None, atom: int) -> Text:
     return shown(f"atom {atom}") if label is None else quote(label)
 
 
+def _signed(coefficient: float) -> Text:
+    """A coefficient, after NOT where the token's activation points away from the atom."""
+    number = f"{coefficient:+.2f}"
+    return (
+        Text(number, "green")
+        if coefficient > 0
+        else Text.assemble(("NOT ", "bold red"), (number, "red"))
+    )
+
+
 def quote(label: Label) -> Text:
     """A label in one line: its token in bold, with some of the text around it."""
     if label.context is None:
         return shown(label)
-    before, token, after = (
-        part.replace("\n", "⏎").replace("\t", " ") for part in label.quoted()
-    )
+    before, token, after = (part.replace("\n", "⏎").replace("\t", " ") for part in label.quoted())
     # A narrow column has the end of the text before the token, and the start of the text after. Marks
     # around the token are for terminals and logs without bold.
     return Text.assemble(

@@ -20,6 +20,9 @@ TRIES, PAUSE_SECONDS = 20, 0.02
 """How often, and how long after one another, files are read that are not of one save: another process
 may be between renaming one and the other."""
 
+SHIPPED = {"demo": Path(__file__).parent / "shipped" / "demo"}
+"""Dictionaries that come with the package, by the names under which `load` knows them."""
+
 
 @checked
 def load(
@@ -31,9 +34,10 @@ def load(
     are compared with them. Files that another process is just replacing are read again.
 
     Args:
-        path_or_repo: a folder with `cfg.json` and `sae_weights.safetensors`; or, where no such folder
-            exists, `org/name/folder/of/the/dictionary` on the Hugging Face hub (the only case in
-            which the network is used).
+        path_or_repo: a folder with `cfg.json` and `sae_weights.safetensors`. Where no such folder
+            exists, "demo" is a small dictionary of SmolLM2 that comes with the package, and
+            `org/name/folder/of/the/dictionary` is one on the Hugging Face hub (the only case in which
+            the network is used).
         device: where to put it.
         dtype: as which SAELens dtype name ("float32", "bfloat16", ...) or torch dtype; default: as it
             was saved, and float32 from the hub.
@@ -45,6 +49,8 @@ def load(
     """
     device_name, dtype_name = _device(device), _dtype(dtype)
     folder = Path(path_or_repo)
+    if not folder.exists():
+        folder = SHIPPED.get(str(path_or_repo), folder)
     if not folder.exists():
         return _from_hub(path_or_repo, device_name, dtype_name)
     for _ in range(TRIES - 1):

@@ -1,6 +1,6 @@
 """A static site about a dictionary: plain data first (`facts`), pages from them second (`pages`)."""
 
 from itda_lens.reports.site.facts import SiteFacts, comparison_facts, site_facts
-from itda_lens.reports.site.pages import save_site
+from itda_lens.reports.site.pages import save_site, site_folder, write_site
 
-__all__ = ["SiteFacts", "comparison_facts", "save_site", "site_facts"]
+__all__ = ["SiteFacts", "comparison_facts", "save_site", "site_facts", "site_folder", "write_site"]

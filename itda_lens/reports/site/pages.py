@@ -45,12 +45,9 @@ def save_site(
         ValueError: `facts` is empty, or two have one name.
         OSError: the folder cannot be written.
     """
-    several = [facts] if isinstance(facts, SiteFacts) else list(facts)
-    names = [own.name for own in several]
-    if not several or len(set(names)) != len(names):
-        raise ValueError(f"facts must be one or more of different names, got {names}")
+    several = _several(facts)
     with site_folder(folder, overwrite) as new:
-        _write_site(several, new)
+        write_site(several, new)
     return Path(folder) / "index.html"
 
 
@@ -100,7 +97,14 @@ def _check_target(target: Path, overwrite: bool) -> None:
         raise FileExistsError(f"{target} exists; pass overwrite=True (--overwrite) to replace the site")
 
 
-def _write_site(several: Sequence[SiteFacts], folder: Path) -> None:
+def write_site(facts: SiteFacts | Sequence[SiteFacts], folder: Path) -> None:
+    """Write the pages into a folder that is there and empty, such as `site_folder` gives.
+
+    Raises:
+        ValueError: `facts` is empty, or two have one name.
+        OSError: a file cannot be written.
+    """
+    several = _several(facts)
     shutil.copytree(_resource("static"), folder / "static")
     if len(several) == 1:
         _write_dictionary(several[0], folder, ".", several)
@@ -116,9 +120,15 @@ def _write_site(several: Sequence[SiteFacts], folder: Path) -> None:
     (folder / "index.html").write_text(page, encoding="utf-8")
 
 
-def _write_dictionary(
-    facts: SiteFacts, folder: Path, root: str, several: Sequence[SiteFacts]
-) -> None:
+def _several(facts: SiteFacts | Sequence[SiteFacts]) -> list[SiteFacts]:
+    several = [facts] if isinstance(facts, SiteFacts) else list(facts)
+    names = [own.name for own in several]
+    if not several or len(set(names)) != len(names):
+        raise ValueError(f"facts must be one or more of different names, got {names}")
+    return several
+
+
+def _write_dictionary(facts: SiteFacts, folder: Path, root: str, several: Sequence[SiteFacts]) -> None:
     data = folder / "data"
     data.mkdir()
     about = {**facts.about, "name": facts.name, "shard": SHARD}
