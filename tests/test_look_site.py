@@ -279,7 +279,7 @@ class TestWidths:
         for scheme in ("light", "dark"):
             page.emulate_media(color_scheme=scheme)
             back, ink = page.evaluate(
-                "[getComputedStyle(document.body).backgroundColor, getComputedStyle(document.body).color]"
+                "(s => [s.backgroundColor, s.color])(getComputedStyle(document.body))"
                 ".map(c => c.match(/\\d+/g).slice(0, 3).reduce((a, b) => a + +b, 0))"
             )
             assert (back < ink) == (scheme == "dark")
@@ -411,9 +411,14 @@ class TestFolder:
     def test_whole_or_not_at_all(self, facts, tmp_path, there):
         if there:
             save_site(facts, tmp_path / "site")
-        with pytest.raises(KeyboardInterrupt), site_folder(tmp_path / "site", overwrite=True) as new:
-            (new / "index.html").write_text("half of it")
-            raise KeyboardInterrupt
+
+        def interrupted():
+            with site_folder(tmp_path / "site", overwrite=True) as new:
+                (new / "index.html").write_text("half of it")
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            interrupted()
         found = [path.name for path in tmp_path.iterdir()]
         assert found == (["site"] if there else [])
         if there:

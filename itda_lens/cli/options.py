@@ -89,7 +89,7 @@ def load_every(folders: list[Path]) -> "list[tuple[Path, SAE[Any]]]":
     from itda_lens.sae import dictionaries_in, load
 
     found: list[tuple[Path, SAE[Any]]] = []
-    for folder in (inside for folder in folders for inside in (dictionaries_in(folder) or [folder])):
+    for folder in [inside for given in folders for inside in (dictionaries_in(given) or [given])]:
         try:
             architecture = json.loads((folder / SAE_CFG_FILENAME).read_text())["architecture"]
         except (OSError, ValueError, KeyError, TypeError, RecursionError):

@@ -79,7 +79,7 @@ class StreamSample:
             "n_seen": torch.tensor(self.n_seen),
             "rows": self._store.rows.cpu().clone(),
             **{name: torch.from_numpy(column.view(np.int64)) for name, column in columns.items()},
-            **{name: torch.from_numpy(part) for name, part in self._places.state().items()},
+            **{f"places.{name}": torch.from_numpy(part) for name, part in self._places.state().items()},
         }
 
     def load(self, state: Mapping[str, Tensor]) -> None:
@@ -89,7 +89,13 @@ class StreamSample:
         self._store.append(state["rows"].to(self._store.rows))
         self._priorities = state["priorities"].numpy().view(np.uint64)
         self._identities = state["identities"].numpy().view(np.uint64)
-        self._places = Places.restored({name: state[name].numpy() for name in ("columns", "origins")})
+        self._places = Places.restored(
+            {
+                name.removeprefix("places."): part.numpy()
+                for name, part in state.items()
+                if name.startswith("places.")
+            }
+        )
 
     def rows(self, at_most: int | None = None) -> Float[Tensor, "n d"]:
         """The sampled rows, in the order of the stream.
@@ -161,7 +167,7 @@ def _by_priority(priorities: UInt64[np.ndarray, " n"], places: Places) -> Int[np
     order = np.argsort(priorities, kind="stable")
     ordered = priorities[order]
     if (ordered[1:] == ordered[:-1]).any():  # several tokens of one character, a text that comes twice
-        order = np.lexsort((places.position, places.chunk, places.row, priorities))
+        order = np.lexsort((places.head, places.position, places.chunk, places.row, priorities))
     return order
 
 

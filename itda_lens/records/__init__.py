@@ -6,7 +6,7 @@ from itda_lens.records.files import is_leftover, replacing
 from itda_lens.records.hashing import mix64, text_digest
 from itda_lens.records.hook_points import HookPoint
 from itda_lens.records.labels import CONTEXT_CHARS, Label, Labels, as_label
-from itda_lens.records.places import Places
+from itda_lens.records.places import Places, Tag
 from itda_lens.records.provenance import BUILD_KEY, Provenance, agreed, agreed_cutting, versions
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "Labels",
     "Places",
     "Provenance",
+    "Tag",
     "agreed",
     "agreed_cutting",
     "as_label",

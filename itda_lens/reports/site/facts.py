@@ -200,7 +200,7 @@ def _atom_facts(atom: AtomExamples) -> dict[str, Any]:
         if label is None
         else {
             "quote": _quote(label),
-            "place": f"text {label.row}, context {label.chunk}, token {label.position}",
+            "place": printable(label.place),
             "cosine": _short(label.cosine),
         },
         "tokens": atom.tokens,

@@ -294,7 +294,7 @@ const itda = (() => {
       const title = label ? quote(label.quote) : quote(labelOf(table, atom));
       const minus = label && label.cosine < 0 ? [h("span", { class: "not" }, "NOT"), " "] : [];
       const origin = label
-        ? `Atom ${atom} came from ${label.place} of the text that the dictionary was built from. Its cosine to that activation is ${label.cosine.toFixed(3)}.`
+        ? `Atom ${atom} came from ${label.place} of what the dictionary was built from. Its cosine to that activation is ${label.cosine.toFixed(3)}.`
         : `Atom ${atom} has no label. The quotation is where it fires most.`;
       const inside = [];
       if (!facts.tokens) inside.push(panel("It did not fire", null, h("p", {}, "No token of the text that was read has this atom in its code.")));
