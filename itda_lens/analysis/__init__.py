@@ -13,6 +13,7 @@ from itda_lens.analysis._examples import (
 from itda_lens.analysis.decompose import Component, Decomposition, TokenDecomposition, decompose
 from itda_lens.analysis.evaluate import Evaluation, evaluate
 from itda_lens.analysis.label_scores import LabelScore
+from itda_lens.analysis.nearest import Match, TokenMatches, nearest
 
 __all__ = [
     "AtomExamples",
@@ -24,10 +25,13 @@ __all__ = [
     "Examples",
     "LabelScore",
     "LogitChange",
+    "Match",
     "Neighbour",
     "TokenDecomposition",
+    "TokenMatches",
     "decompose",
     "evaluate",
     "examples",
     "examples_from",
+    "nearest",
 ]

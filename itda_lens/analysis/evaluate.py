@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +90,7 @@ def evaluate(
         dictionaries: ITDAs or other SAEs of SAELens (as they are used, not as they are trained; see
             `sae.ARCHITECTURES`), with hook_name, context_size and prepend_bos in their metadata, the
             latter two the same for all.
-        max_tokens: stop after the batch that reaches this number of tokens; default: all of the texts.
+        max_tokens: count exactly this number of tokens, the first; default: all of the texts.
         texts, batch_size, text_field, split, tokenizer, loader, device, progress: as in `build`.
 
     Raises:
@@ -120,6 +120,8 @@ def evaluate(
         ) as bar,
     ):
         for batch in tokenization.batches(stream, batch_size):
+            if max_tokens is not None:
+                batch = _first_tokens(batch, max_tokens - n_tokens)
             n = int(batch.keep.sum())
             if n == 0:
                 continue
@@ -145,6 +147,12 @@ def tokenization_of(saes: Sequence[SAE[Any]], lm: LanguageModel) -> Tokenization
         ValueError: they were cut in different ways, or longer than the model's contexts.
     """
     return tokenization_for(lm, agreed_cutting([provenance_of(sae) for sae in saes]))
+
+
+def _first_tokens(batch: ContextBatch, n: int) -> ContextBatch:
+    """A batch in which at most `n` tokens count, the first that do."""
+    ahead = batch.keep.flatten().cumsum(dim=0).reshape(batch.keep.shape)
+    return replace(batch, keep=batch.keep & (ahead <= n))
 
 
 class _Predictions:

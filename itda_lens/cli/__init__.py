@@ -3,7 +3,7 @@
 from itda_lens.cli.bench import bench_command
 from itda_lens.cli.build import build_command
 from itda_lens.cli.compare import compare_command
-from itda_lens.cli.look import decompose_command, eval_command, info_command
+from itda_lens.cli.look import decompose_command, eval_command, find_command, info_command
 from itda_lens.cli.report import report_command
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "compare_command",
     "decompose_command",
     "eval_command",
+    "find_command",
     "info_command",
     "report_command",
 ]

@@ -1,6 +1,7 @@
 """Options that several commands share, and the dictionaries and models that they name."""
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -42,6 +43,25 @@ DeviceOption = Annotated[
 BatchSize = Annotated[int, typer.Option(min=1, help="Contexts per forward pass.")]
 TextField = Annotated[str, typer.Option(help="Field of a jsonl line or data set row with the text.")]
 Split = Annotated[str, typer.Option(help="Split of the data set.")]
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+def print_json(value: Any) -> None:
+    """Print results as JSON, in ASCII; figures that are no numbers become null."""
+    import json
+
+    typer.echo(json.dumps(_plain(value), indent=1, allow_nan=False, default=str))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _plain(inside) for key, inside in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inside) for inside in value]
+    return value
 
 
 def names_in(value: str) -> list[str]:

@@ -1,6 +1,5 @@
 """`itda report`."""
 
-import itertools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -23,11 +22,6 @@ from itda_lens.terminal import make_console, shown
 
 if TYPE_CHECKING:
     from sae_lens import SAE
-
-    from itda_lens.reports import SiteFacts
-
-DECOMPOSED, DECOMPOSED_CHARS = 3, 400
-"""Texts that are taken apart where --text names none, and the characters of each that are shown."""
 
 
 def report_command(
@@ -67,7 +61,7 @@ def report_command(
 
     Example: itda report gpt2-dictionaries/blocks.6.hook_resid_post -o site --texts other-book.txt
     """
-    from itda_lens.reports import comparison_facts, site_folder, write_site
+    from itda_lens.reports import comparison_facts, facts_from_texts, site_folder, write_site
     from itda_lens.sources import language_model
 
     loaded = load_every(folders)
@@ -77,56 +71,16 @@ def report_command(
         name, loaded_by = model_of([sae for _, sae in loaded], model, loader)
         lm = language_model(name, loader=loaded_by, device=device)
         facts = [
-            facts_of(
-                lm, sae, read, read_from, name=folder.name, own_texts=text, comparisons=comparisons,
-                max_tokens=max_tokens, n_examples=examples, batch_size=batch_size,
-                text_field=text_field, split=split,
+            facts_from_texts(
+                lm, sae, read, name=folder.name, decomposed=text, comparisons=comparisons,
+                read_from=read_from, max_tokens=max_tokens, n_examples=examples,
+                batch_size=batch_size, text_field=text_field, split=split,
             )
             for folder, sae in loaded
         ]  # fmt: skip
         write_site(facts, site)
     page = shown(out / "index.html", "bold")
     make_console().print(Text.assemble("Open ", page, " in a browser."), soft_wrap=True)
-
-
-def facts_of(
-    lm: Any,
-    sae: "SAE[Any]",
-    read: str | Path | Iterable[str],
-    read_from: str,
-    *,
-    name: str,
-    own_texts: Sequence[str] | None = None,
-    comparisons: Sequence[dict[str, Any]] = (),
-    text_field: str = "text",
-    split: str = "train",
-    **options: Any,
-) -> "SiteFacts":
-    """The facts of a dictionary's site, from one pass over `read` and a few decomposed texts."""
-    from itda_lens.analysis import decompose, examples
-    from itda_lens.reports import site_facts
-    from itda_lens.sources import iterate_texts
-
-    found = examples(lm, sae, read, text_field=text_field, split=split, **options)
-    if not own_texts:
-        first = itertools.islice(
-            (text for text in iterate_texts(read, text_field=text_field, split=split) if text.strip()),
-            DECOMPOSED,
-        )
-        own_texts = [_beginning(text) for text in first]
-    decomposed = [
-        decompose(lm, sae, text, usual=_usual(sae, found.unexplained.tolist())) for text in own_texts
-    ]
-    return site_facts(
-        sae, found, name=name, texts=decomposed, comparisons=comparisons, read_from=read_from
-    )
-
-
-def _usual(sae: "SAE[Any]", measured: list[float]) -> list[float] | None:
-    """The quantiles that `decompose` should use: None for those that a build has recorded."""
-    from itda_lens.sae import provenance_of
-
-    return measured if provenance_of(sae).unexplained is None else None
 
 
 def _texts(texts: str | None, saes: "Sequence[SAE[Any]]") -> tuple[str | Iterable[str], str]:
@@ -146,8 +100,3 @@ def _texts(texts: str | None, saes: "Sequence[SAE[Any]]") -> tuple[str | Iterabl
         )
     path = str(known.pop())
     return path, f"{path}, which the dictionary was built from"
-
-
-def _beginning(text: str) -> str:
-    """The beginning of a text, up to the end of a word."""
-    return text if len(text) <= DECOMPOSED_CHARS else text[:DECOMPOSED_CHARS].rsplit(maxsplit=1)[0]

@@ -3,7 +3,9 @@
 from itda_lens.reports.benchmarks import bench_table, pareto_plot
 from itda_lens.reports.comparisons import (
     comparison_heatmap,
+    comparison_record,
     comparison_table,
+    differences_record,
     differences_table,
     layers_table,
     save_comparison,
@@ -25,8 +27,10 @@ from itda_lens.reports.site import (
 from itda_lens.reports.tables import (
     decomposition_table,
     evaluation_table,
+    info_facts,
     info_table,
     labels_table,
+    matches_table,
 )
 from itda_lens.terminal import make_console, printable, shown
 
@@ -35,14 +39,19 @@ __all__ = [
     "bench_table",
     "comparison_facts",
     "comparison_heatmap",
+    "comparison_record",
     "comparison_table",
     "decomposition_table",
+    "differences_record",
     "differences_table",
     "evaluation_table",
+    "facts_from_texts",
+    "info_facts",
     "info_table",
     "labels_table",
     "layers_table",
     "make_console",
+    "matches_table",
     "neuronpedia_features",
     "neuronpedia_id",
     "pareto_plot",

@@ -1,12 +1,13 @@
 """Results as rich tables."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from itda_lens.analysis import Evaluation, TokenDecomposition
+from itda_lens.analysis import Evaluation, TokenDecomposition, TokenMatches
 from itda_lens.records import Label
 from itda_lens.sae import ITDA, provenance_of
 from itda_lens.terminal import printable, shown
@@ -88,11 +89,47 @@ def decomposition_table(decomposition: Sequence[TokenDecomposition], top: int, h
     return table
 
 
-def info_table(itda: ITDA, name: str) -> Table:
-    """Configuration and build record of a dictionary."""
+def matches_table(found: Sequence[TokenMatches], title: str) -> Table:
+    """Tokens with the atoms that they resemble: cosine, and where the atom came from, in context."""
+    table = Table(title=shown(title, TITLE))
+    table.add_column("token", no_wrap=True)
+    for name in ("cosine", "atom"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("came from")
+    for token in found:
+        for i, match in enumerate(token.matches):
+            table.add_row(
+                shown(repr(token.token)) if i == 0 else "",
+                f"{match.cosine:.2f}",
+                str(match.atom),
+                origin(match.label, match.atom),
+                end_section=i == len(token.matches) - 1,
+            )
+    return table
+
+
+def info_table(itda: ITDA, name: str, everything: bool = True) -> Table:
+    """Configuration and build record of a dictionary; the facts worth reading first, or everything."""
     table = Table(title=shown(name, TITLE), show_header=False)
     table.add_column(no_wrap=True)
     table.add_column()
+    for key, value in info_facts(itda).items():
+        if everything or key in FIRST_FACTS:
+            table.add_row(shown(key), shown(value))
+    if not everything:
+        table.caption = "--all shows the rest"
+    return table
+
+
+FIRST_FACTS = (
+    "model", "hook", "atoms (d_sae)", "width (d_in)", "k", "mean L0", "encoder", "build: preset",
+    "build: texts", "build: n_tokens", "build: seconds",
+)  # fmt: skip
+"""Rows of `info_table` that are worth reading first."""
+
+
+def info_facts(itda: ITDA) -> dict[str, Any]:
+    """Configuration and build record of a dictionary as plain data, in the order of `info_table`."""
     metadata, l0 = itda.cfg.metadata, itda.cfg.l0
     rows = {
         "model": metadata.model_name,
@@ -112,19 +149,20 @@ def info_table(itda: ITDA, name: str) -> Table:
     settings = {**provenance.recipe, **record}
     packages = provenance.versions
     rows |= {f"build: {k}": v for k, v in settings.items() if v is not None and k not in ("d_sae", "k")}
-    rows |= {f"version: {key}": value for key, value in packages.items()}
-    for key, value in rows.items():
-        table.add_row(shown(key), shown(value))
-    return table
+    return rows | {f"version: {key}": value for key, value in packages.items()}
 
 
-def labels_table(itda: ITDA, n: int) -> Table:
-    """The first `n` atoms and where they came from."""
-    table = Table(title=f"First {min(n, itda.cfg.d_sae)} atoms")
+def labels_table(itda: ITDA, n: int, atoms: Sequence[int] | None = None) -> Table:
+    """The first `n` atoms, all or of those given, and where they came from."""
+    chosen = range(itda.cfg.d_sae) if atoms is None else atoms
+    table = Table(
+        title=f"First {min(n, len(chosen))} {'atoms' if atoms is None else f'of {len(chosen)}'}"
+    )
     for name in ("atom", "text", "chunk", "position"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("came from")
-    for i, label in enumerate(itda.labels[:n]):
+    for i in chosen[:n]:
+        label = itda.labels[i]
         table.add_row(str(i), str(label.row), str(label.chunk), str(label.position), quote(label))
     return table
 
