@@ -39,7 +39,8 @@ MODEL = [None, 3, object(), torch.nn.Linear(2, 2), "./no-such-model", ["x"]]
 
 NONSENSE = {
     **dict.fromkeys(("k", "batch_size", "epochs", "n_anchors", "d_sae", "context_size"), POSITIVE),
-    **dict.fromkeys(("n_examples", "n_quantiles"), POSITIVE),
+    **dict.fromkeys(("n_examples", "n_quantiles", "top"), POSITIVE),
+    "usual": [3, "x", [], ["x"], [1], [0.5, 0.1], [NAN, 1.0], True],
     **dict.fromkeys(("max_tokens", "n_rows"), POSITIVE),
     "seed": WHOLE,
     **dict.fromkeys(("l0", "rtol", "loss_threshold", "least_cosine", "learning_rate", "keep"), REAL),
@@ -165,7 +166,8 @@ def calls(tiny, texts, tmp_path_factory):
         "recipe_of": atoms,
         "load": dict(path_or_repo=folder / "a", device="cpu", dtype=None),
         "jaccard": dict(a=a, b=b, match="auto"),
-        "decompose": dict(model=tiny, sae=a, text="the cat", **named),
+        "decompose": dict(model=tiny, sae=a, text="the cat", usual=None, **named),
+        "nearest": dict(model=tiny, sae=a, text="the cat", top=3, **named),
         "evaluate": own | dict(dictionaries=a) | read | quiet,
         "examples": own | dict(sae=a, n_examples=2, n_quantiles=2, seed=0) | read | quiet,
         "examples_from": dict(

@@ -123,7 +123,7 @@ class TestFind:
 
     def test_nearest_by_hand(self, folder, tiny):
         itda = itda_lens.load(folder)
-        tokens = tiny.tokenizer("the cat", return_tensors="pt")["input_ids"]
+        tokens = tiny.tokenizer("the cat", add_special_tokens=False, return_tensors="pt")["input_ids"]
         import torch
 
         tokens = torch.cat([torch.tensor([[0]]), tokens], dim=1)
@@ -156,26 +156,28 @@ class TestFind:
 class TestJson:
     def test_info(self, itda_command, folder):
         code, out, _ = itda_command("info", folder, "--json", "--labels", 2)
+        assert code == 0
         (known,) = json.loads(out)
         assert known["hook"] == HOOK
         assert len(known["labels"]) == 2
-        code, out, _ = itda_command("info", folder, "--labels", 0)
+        _, out, _ = itda_command("info", folder, "--labels", 0)
         assert len([line for line in out.splitlines() if line.startswith("│")]) <= 12
         assert "sha256" not in out
         assert "sha256" in itda_command("info", folder, "--all")[1]
 
     def test_decompose_and_eval(self, itda_command, folder, text_file, tiny):
         code, out, _ = itda_command("decompose", folder, "the cat sat", "--json", "--top", 2)
+        assert code == 0
         known = json.loads(out)
         assert [token["token"] for token in known["tokens"]] == ["the", "cat", "sat"]
         assert all(len(token["components"]) <= 2 for token in known["tokens"])
-        code, out, _ = itda_command("eval", folder, "--texts", text_file, "--json", "--max-tokens", 77)
+        _, out, _ = itda_command("eval", folder, "--texts", text_file, "--json", "--max-tokens", 77)
         (figures,) = json.loads(out)
         assert figures["n_tokens"] == 77
 
     def test_compare(self, itda_command, folder, tmp_path):
         itda_lens.load(folder).prefix(20).save_model(tmp_path / "other")
-        code, out, _ = itda_command("compare", folder, tmp_path / "other", "--json", "-")
+        _, out, _ = itda_command("compare", folder, tmp_path / "other", "--json", "-")
         assert json.loads(out)["measure"] == "jaccard"
 
 

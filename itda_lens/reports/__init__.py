@@ -19,6 +19,7 @@ from itda_lens.reports.neuronpedia import (
 from itda_lens.reports.site import (
     SiteFacts,
     comparison_facts,
+    facts_from_texts,
     save_site,
     site_facts,
     site_folder,
