@@ -96,7 +96,7 @@ class Decomposition(list[TokenDecomposition]):
             return None
         return (
             f"This text is unlike the text that the dictionary was built from: {n} of its {len(self)} "
-            "tokens are explained worse than 95 % of that text. Read the atoms below as the nearest "
+            "tokens are explained worse than 95% of that text. Read the atoms below as the nearest "
             "ones at hand, not as the meaning of the text."
         )
 

@@ -188,8 +188,9 @@ def _numbers(rows: list[list[float]]) -> list[list[float]]:
 def _saved_quote(label: Mapping[str, Any] | None) -> list[str] | None:
     if label is None:
         return None
-    known = {name: value for name, value in label.items() if name in Label.__dataclass_fields__}
-    return list(_quote(Label(**known | {"chars": label["chars"] and tuple(label["chars"])})))
+    known: dict[str, Any] = {name: label[name] for name in ("row", "token", "context")}
+    chars = label["chars"]
+    return list(_quote(Label(**known, chars=chars and (chars[0], chars[1]))))
 
 
 def _atom_facts(atom: AtomExamples) -> dict[str, Any]:
