@@ -2,9 +2,9 @@
 
     python benchmarks/looking.py
 
-It compares the dictionary that ships with the package with random activations of equal number, drawn from
-20,000 tokens of the same text, on the articles that the demo holds out. Then it takes apart
-100 windows of 60 characters of these articles, and sentences of other kinds, and counts the warnings.
+It compares the dictionary that ships with the package with random activations of equal number, drawn
+from 20,000 tokens of the same text, on the articles that the demo holds out. Then it takes apart 100
+windows of 60 characters of these articles, and sentences of other kinds, and counts the warnings.
 """
 
 import itda_lens

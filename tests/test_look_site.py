@@ -13,6 +13,7 @@ from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig
 from itda_lens import Label, build, fit
 from itda_lens.analysis import decompose, examples, examples_from
 from itda_lens.compare import compare
+from itda_lens.records.files import temporary_folder
 from itda_lens.reports import (
     SiteFacts,
     comparison_facts,
@@ -423,6 +424,15 @@ class TestFolder:
         assert found == (["site"] if there else [])
         if there:
             assert "half of it" not in (tmp_path / "site" / "index.html").read_text()
+
+    def test_a_site_that_a_killed_run_had_moved_away_is_back(self, facts, tmp_path):
+        page = save_site(facts, tmp_path / "site")
+        with temporary_folder(tmp_path.resolve(), "site") as work:
+            page.parent.rename(work / "old")
+        with pytest.raises(FileExistsError, match="pass overwrite=True"):
+            save_site(facts, tmp_path / "site")
+        assert page.exists()
+        assert [path.name for path in tmp_path.iterdir()] == ["site"]
 
     def test_an_empty_folder_will_do(self, facts, tmp_path):
         assert save_site(facts, tmp_path).read_text().startswith("<!doctype html>")

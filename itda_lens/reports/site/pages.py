@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from itda_lens.records import checked
-from itda_lens.records.files import probe, temporary_folder
+from itda_lens.records.files import dead_folders, probe, temporary_folder
 from itda_lens.reports.site.facts import SiteFacts
 
 SHARD = 256
@@ -61,6 +61,10 @@ def site_folder(folder: str | Path, overwrite: bool = False) -> Iterator[Path]:
         FileExistsError, OSError: as `save_site`.
     """
     target = Path(os.path.realpath(folder))
+    for dead in dead_folders(target.parent, target.name):  # of runs that were killed
+        if (dead / "old").exists() and not target.exists():
+            (dead / "old").rename(target)
+        shutil.rmtree(dead, ignore_errors=True)
     _check_target(target, overwrite)
     target.parent.mkdir(parents=True, exist_ok=True)
     with temporary_folder(target.parent, target.name) as work:
