@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from itda_lens.pursuit import SparseCodes
     from itda_lens.records import Label, Labels
     from itda_lens.sae import ITDA, ITDAConfig, load
-    from itda_lens.training import build, fit
+    from itda_lens.training import build, fit, open_plan, plan
 
     __version__: str
 
@@ -29,6 +29,8 @@ __all__ = [
     "fit",
     "jaccard",
     "load",
+    "open_plan",
+    "plan",
 ]
 
 _HOMES = {
@@ -41,6 +43,8 @@ _HOMES = {
     "fit": "training",
     "jaccard": "compare",
     "load": "sae",
+    "open_plan": "training",
+    "plan": "training",
 }
 
 

@@ -43,6 +43,8 @@ app = typer.Typer(
 )
 app.command("demo", cls=_Command)(demo)
 app.command("build", cls=_Command)(cli.build_command)
+app.command("build-shard", cls=_Command)(cli.build_shard_command)
+app.command("build-finish", cls=_Command)(cli.build_finish_command)
 app.command("info", cls=_Command)(cli.info_command)
 app.command("decompose", cls=_Command)(cli.decompose_command)
 app.command("find", cls=_Command)(cli.find_command)

@@ -96,9 +96,18 @@ SLOW = {
         "test_the_kernel_compiles_to_machine_code_without_a_gpu",
         "test_the_kernel_is_tried_for_each_kind_of_problem",
     },
+    "test_local_paths.py": {"test_by_every_reader", "test_of_a_bench"},
     "test_models.py": {
         "test_a_hook_gives_the_same_alone_and_with_others",
         "test_all_hooks_give_what_transformer_lens_gives",
+    },
+    "test_plan.py": {
+        "test_a_fault_of_the_shard_is_raised",
+        "test_a_worker_is_killed",
+        "test_goes_on_in_another_process",
+        "test_is_build_bit_for_bit",
+        "test_killed_thirty_times",
+        "test_parts_and_whole",
     },
     "test_package.py": {"test_sae_lens_loads_an_itda_whichever_is_imported_first"},
     "test_pursuit.py": {

@@ -41,9 +41,11 @@ NONSENSE = {
     **dict.fromkeys(("k", "batch_size", "epochs", "n_anchors", "d_sae", "context_size"), POSITIVE),
     **dict.fromkeys(("n_examples", "n_quantiles", "top"), POSITIVE),
     "usual": [3, "x", [], ["x"], [1], [0.5, 0.1], [NAN, 1.0], True],
-    **dict.fromkeys(("max_tokens", "n_rows"), POSITIVE),
+    **dict.fromkeys(("max_tokens", "n_rows", "shard_rows"), POSITIVE),
     "seed": WHOLE,
-    **dict.fromkeys(("l0", "rtol", "loss_threshold", "least_cosine", "learning_rate", "keep"), REAL),
+    **dict.fromkeys(
+        ("l0", "rtol", "loss_threshold", "least_cosine", "learning_rate", "keep", "spare"), REAL
+    ),
     **dict.fromkeys(
         ("signed", "update", "progress", "keep_special_tokens", "prepend_bos", "centred"), SWITCH
     ),
@@ -87,6 +89,8 @@ SPECIAL = {
     ("build_from", "source"): "source of rows",
     ("examples_from", "source"): "source of rows",
     ("examples_from", "lm"): "another lm",
+    ("plan_from", "source"): "source of rows",
+    ("open_plan", "source"): "source of rows",
     ("compare", "activations"): "activations_a",
     ("activation_similarity", "a"): "activations_a",
     ("activation_similarity", "b"): "activations_a",
@@ -102,7 +106,7 @@ SPECIAL = {
 ALLOWED = {
     ("*", "tokenizer", "./no-such-tokenizer"): "a wrapped model brings its own tokenizer",
     ("activations_of", "model", None): "the dictionaries name it",
-    ("hook_list", "hooks", "nowhere"): "it does not look at a model",
+    ("hook_list", "hook_names", "nowhere"): "it does not look at a model",
     ("iterate_texts", "texts", ()): "an empty list is one; whoever needs a text says so",
     **{
         ("recorded_settings", "model", one): "only whether it is given counts" for one in map(str, MODEL)
@@ -155,12 +159,20 @@ def calls(tiny, texts, tmp_path_factory):
         d_sae=8, k=2, preset="best", rule=None, seed=0, method=None, signed=True, loss_threshold=None,
         l0=None, update=False, least_cosine=None, rtol=1e-3,
     )  # fmt: skip
+    planned = training.plan(tiny, texts, HOOK, folder=folder / "planned", d_sae=8, k=2)
     trained = dict(activations=X, k=2, d_sae=8, seed=0, metadata=None)
     quiet = dict(progress=False)
     return {
-        "build": own | dict(hook_names=HOOK, model_name=None) | atoms | cut | read | quiet,
+        "build": own | dict(hook_names=HOOK, model_name=None, folder=None) | atoms | cut | read | quiet,
+        "plan": own | dict(hook_names=HOOK, model_name=None, shard_rows=50, spare=1.0)
+        | dict(folder=folder / "plan") | atoms | cut | read,
+        "plan_from": dict(
+            source=ArraySource(X), recipe=training.recipe_of(d_sae=8, k=2), folder=folder / "plan2",
+            shard_rows=20, spare=1.0,
+        ),
+        "open_plan": dict(folder=planned.folder, model=None, source=None, rule=None),
         "collect": own | dict(hook_names=HOOK) | cut | read | quiet,
-        "ModelSource": own | dict(hooks=HOOK, cutting=Cutting(), model_name=None) | read,
+        "ModelSource": own | dict(hook_names=HOOK, cutting=Cutting(), model_name=None) | read,
         "fit": dict(activations=X, labels=None, batch_size=16, metadata=None) | atoms | quiet,
         "ArraySource": dict(activations=X, labels=None, batch_size=16),
         "recipe_of": atoms,
@@ -204,7 +216,7 @@ def calls(tiny, texts, tmp_path_factory):
         "weighted_jaccard": dict(a=a, b=b, usage_a=used, usage_b=used, match="auto"),
         "iterate_texts": dict(texts=texts, text_field="text", split="train"),
         "check_activations": dict(activations=X),
-        "hook_list": dict(hooks=[HOOK]),
+        "hook_list": dict(hook_names=[HOOK]),
         "gathered": dict(source=ArraySource(X), progress=False),
         "language_model": dict(model=tiny, name=None, dtype=torch.float32, source=None, **named),
         "tokenization_for": dict(lm=tiny, cutting=Cutting()),
@@ -244,7 +256,7 @@ def test_every_public_function_is_walked(calls):
     assert set(FUNCTIONS) == set(calls) | set(NOT_WALKED)
     for name, arguments in calls.items():
         missing = set(inspect.signature(FUNCTIONS[name]).parameters) - set(arguments)
-        assert missing <= {"provenance"}, name
+        assert missing <= {"provenance", "settings"}, name
 
 
 @pytest.mark.parametrize("name", sorted(set(FUNCTIONS) - set(NOT_WALKED)))
@@ -259,7 +271,7 @@ def test_nonsense_is_told_by_the_name_of_the_argument(name, calls, tmp_path):
                 continue
             # Baselines that are there already are not built again, and little is looked at.
             fresh = {"folder": tmp_path / str(len(list(tmp_path.iterdir())))}
-            more = fresh if name == "build_baselines" else {}
+            more = fresh if name in ("build_baselines", "plan", "plan_from") else {}
             given = f"{argument}={value!r}"[:80]
             try:
                 with within(5):

@@ -5,10 +5,13 @@ from itda_lens.cli.build import build_command
 from itda_lens.cli.compare import compare_command
 from itda_lens.cli.look import decompose_command, eval_command, find_command, info_command
 from itda_lens.cli.report import report_command
+from itda_lens.cli.shards import build_finish_command, build_shard_command
 
 __all__ = [
     "bench_command",
     "build_command",
+    "build_finish_command",
+    "build_shard_command",
     "compare_command",
     "decompose_command",
     "eval_command",

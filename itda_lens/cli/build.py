@@ -1,7 +1,8 @@
 """`itda build`."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.text import Text
@@ -9,6 +10,9 @@ from rich.text import Text
 from itda_lens.cli.choices import Method, Preset
 from itda_lens.cli.options import BatchSize, DeviceOption, LoaderOption, Split, TextField, Texts
 from itda_lens.terminal import make_console, shown
+
+if TYPE_CHECKING:
+    from itda_lens.sae import ITDA
 
 
 def build_command(
@@ -24,8 +28,26 @@ def build_command(
         typer.Option(help="A hook point, such as blocks.10.hook_resid_post; may be repeated."),
     ],
     out: Annotated[
-        Path, typer.Option(help="Folder for the dictionaries, a subfolder per hook; must not exist.")
-    ],
+        Path | None,
+        typer.Option(help="Folder for the dictionaries, a subfolder per hook; must not exist."),
+    ] = None,
+    folder: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder that keeps finished parts of the work: the same command goes on after a stop."
+        ),
+    ] = None,
+    shard_rows: Annotated[
+        int | None,
+        typer.Option(min=1, help="With --folder: tokens of one part of the work; default 65536."),
+    ] = None,
+    plan_only: Annotated[
+        bool,
+        typer.Option(
+            "--plan-only",
+            help="With --folder: only split the work, for itda build-shard and itda build-finish.",
+        ),
+    ] = False,
     d_sae: Annotated[int, typer.Option(min=1, help="Atoms per dictionary.")] = 4096,
     k: Annotated[int, typer.Option(min=1, help="Most nonzeros per code.")] = 20,
     preset: Annotated[
@@ -84,33 +106,48 @@ def build_command(
 
     Example: itda build gpt2 --texts book.txt --hook blocks.6.hook_resid_post --out gpt2-dictionaries
     """
+    if folder is None and (plan_only or shard_rows is not None):
+        raise ValueError("--plan-only and --shard-rows need --folder")
+    if plan_only == (out is not None):
+        raise ValueError("--out is needed, or else --plan-only")
+    settings: dict[str, Any] = dict(
+        d_sae=d_sae,
+        k=k,
+        preset=preset,
+        method=method,
+        loss_threshold=loss_threshold,
+        l0=l0,
+        update=update,
+        least_cosine=least_cosine,
+        rtol=rtol,
+        seed=seed,
+        max_tokens=max_tokens,
+        context_size=context_size,
+        batch_size=batch_size,
+        keep_special_tokens=keep_special_tokens,
+        text_field=text_field,
+        split=split,
+        loader=loader,
+        device=device,
+    )
+    if folder is not None:
+        from itda_lens.cli.shards import finished, planned
+
+        made = planned(model, texts, hook, folder, shard_rows, settings)
+        if out is not None:
+            finished(made, out, overwrite, run=True)
+        return
     from itda_lens.training import build, output_folder, save_all
 
-    with output_folder(out, overwrite) as folder:
-        dictionaries = build(
-            model,
-            texts,
-            hook,
-            d_sae=d_sae,
-            k=k,
-            preset=preset,
-            method=method,
-            loss_threshold=loss_threshold,
-            l0=l0,
-            update=update,
-            least_cosine=least_cosine,
-            rtol=rtol,
-            seed=seed,
-            max_tokens=max_tokens,
-            context_size=context_size,
-            batch_size=batch_size,
-            keep_special_tokens=keep_special_tokens,
-            text_field=text_field,
-            split=split,
-            loader=loader,
-            device=device,
-        )
-        save_all(dictionaries, folder)
+    assert out is not None, "or else there is a plan"
+    with output_folder(out, overwrite) as new:
+        dictionaries = build(model, texts, hook, **settings)
+        save_all(dictionaries, new)
+    print_built(dictionaries, out)
+
+
+def print_built(dictionaries: "Mapping[str, ITDA]", out: Path) -> None:
+    """Where the dictionaries are, and the command that goes on from there."""
     console = make_console()
     for name, itda in dictionaries.items():
         line = f"{out / name}: {itda.cfg.d_sae:,} atoms, k = {itda.cfg.k}"

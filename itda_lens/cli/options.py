@@ -130,14 +130,15 @@ def model_of(
     chosen: Any = loader or (loaders.pop() if len(loaders) == 1 else "bridge")
     if model is not None:
         return model, chosen
-    models = {record.model for record in records} - {None}
+    models = {record.model for record in records if record.model is not None}
+    if len(models) > 1:
+        raise ValueError(f"pass --model: the dictionaries name several: {', '.join(sorted(models))}")
     if not models:
         from itda_lens.samples import smollm2
 
-        if {record.model_name for record in records} == {smollm2.NAME}:
+        names = sorted({record.model_name for record in records if record.model_name})
+        if names == [smollm2.NAME]:
             return smollm2.fetch(), chosen
-    if len(models) != 1:
-        raise ValueError(
-            f"pass --model: the dictionaries name {len(models)} models that could be loaded, not one"
-        )
+        called = f", which is called {' or '.join(names)}" if names else ""
+        raise ValueError(f"pass --model: nothing here says where the dictionaries' model is{called}")
     return models.pop(), chosen

@@ -82,7 +82,7 @@ def recorded_settings(itdas: Sequence[ITDA], model: Any = None) -> Provenance:
     settings = agreed([provenance_of(itda) for itda in itdas], *names)
     if model is None and settings.model is None:
         raise ValueError(
-            "the dictionaries name no model that could be loaded (they were built from one in memory); "
-            "from Python, pass model= to activations_of"
+            "the dictionaries name no model that could be loaded (they were built from one in memory or "
+            "from a folder of another machine); from Python, pass model= to activations_of"
         )
     return settings

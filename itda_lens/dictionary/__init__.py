@@ -3,9 +3,18 @@
 from itda_lens.dictionary.energy import EnergyRule
 from itda_lens.dictionary.folds import assign_folds
 from itda_lens.dictionary.greedy import DEFAULT_LOSS_THRESHOLD, GreedyRule
-from itda_lens.dictionary.rule import Dictionary, Guided, Request, Resumable, Rule, Sated, Selector
+from itda_lens.dictionary.rule import (
+    Dictionary,
+    Foreseeing,
+    Guided,
+    Request,
+    Resumable,
+    Rule,
+    Sated,
+    Selector,
+)
 from itda_lens.dictionary.rules import RULES
-from itda_lens.dictionary.sampling import StreamSample
+from itda_lens.dictionary.sampling import PriorityBound, StreamSample
 from itda_lens.dictionary.selection import energy_by_atom
 from itda_lens.dictionary.update import DEFAULT_LEAST_COSINE
 from itda_lens.dictionary.variance import RunningFVU
@@ -16,8 +25,10 @@ __all__ = [
     "RULES",
     "Dictionary",
     "EnergyRule",
+    "Foreseeing",
     "GreedyRule",
     "Guided",
+    "PriorityBound",
     "Request",
     "Resumable",
     "Rule",

@@ -6,8 +6,16 @@ from itda_lens.records.files import is_leftover, replacing
 from itda_lens.records.hashing import mix64, text_digest
 from itda_lens.records.hook_points import HookPoint
 from itda_lens.records.labels import CONTEXT_CHARS, Label, Labels, as_label
+from itda_lens.records.local_paths import is_local_path, known_name
 from itda_lens.records.places import Places, Tag
-from itda_lens.records.provenance import BUILD_KEY, Provenance, agreed, agreed_cutting, versions
+from itda_lens.records.provenance import (
+    BUILD_KEY,
+    Provenance,
+    agreed,
+    agreed_cutting,
+    versions,
+    without_paths,
+)
 
 __all__ = [
     "BUILD_KEY",
@@ -27,8 +35,11 @@ __all__ = [
     "checked",
     "converted",
     "is_leftover",
+    "is_local_path",
+    "known_name",
     "mix64",
     "replacing",
     "text_digest",
     "versions",
+    "without_paths",
 ]

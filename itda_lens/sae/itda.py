@@ -24,9 +24,16 @@ from itda_lens.pursuit import (
     check_floats,
     threshold_for_l0,
 )
-from itda_lens.records import Labels, Provenance, replacing
+from itda_lens.records import Labels, Provenance, replacing, without_paths
 from itda_lens.sae.prepared import Prepared, prepare, same_bits, unit_up_to_rounding
-from itda_lens.sae.saved import WEIGHTS_KEY, check_config, check_digests, digests, write_tensors
+from itda_lens.sae.saved import (
+    WEIGHTS_KEY,
+    check_config,
+    check_digests,
+    digests,
+    write_local,
+    write_tensors,
+)
 
 LABELS_KEY = "itda_labels"
 """Where the labels live in `cfg.metadata`: SAELens saves, loads and uploads that, and casts no integer
@@ -90,13 +97,33 @@ class ITDAConfig(SAEConfig):
     def architecture(cls) -> str:
         return "itda"
 
+    def __new__(cls, *args: Any, **values: Any) -> "ITDAConfig":
+        """Refuse a saved configuration that is not complete, whoever loads it.
+
+        SAELens's loaders call the class with the fields that a file has, and with its metadata as a dict
+        where everybody else passes `SAEMetadata`. A missing field would take its default.
+        """
+        if isinstance(values.get("metadata"), dict):
+            check_config(values, [field.name for field in fields(cls)])
+        return super().__new__(cls)
+
+    @override
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as SAELens writes it to `cfg.json`, which travels with uploads.
+
+        Names stand in place of the paths of this machine that the metadata may hold;
+        `ITDA.save_model` keeps the paths in a file of their own.
+        """
+        config = super().to_dict()
+        return config | {"metadata": without_paths(config["metadata"])}
+
     @override
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any]) -> "ITDAConfig":
         """The configuration that `to_dict` gave, or that `cfg.json` holds.
 
         One with an entry "metadata" is a saved one, which must be complete; others may leave fields to
-        their defaults. (`SAE.load_from_disk` does not ask this class: `itda_lens.load` does.)
+        their defaults.
 
         Raises:
             ValueError: a field is missing, unknown, of another type or out of range; it is named.
@@ -235,14 +262,6 @@ class ITDA(SAE[ITDAConfig]):
         if norms is not None:
             codes = codes._replace(values=codes.values / norms[codes.indices])
         return codes.mirrored(self.cfg.n_pursued) if self.cfg.mirrored else codes
-
-    def encode_rows(self, x: Float[Tensor, "n d_in"]) -> SparseCodes:
-        """`encode_sparse` of flat activations, with hook_z reshaping too: all heads in one row.
-
-        Raises:
-            ValueError: as `encode_sparse`.
-        """
-        return self.encode_sparse(x[:, None] if self.hook_z_reshaping_mode else x)
 
     @torch.no_grad()
     def calibrate(self, x: Float[Tensor, "*batch d_in"], l0: float, k: int | None = None) -> float:
@@ -512,6 +531,9 @@ class ITDA(SAE[ITDAConfig]):
         which a kill between the two renames can leave. A `sparsity.safetensors` of the weights that were
         there is removed.
 
+        Folders of the model and the texts go into `itda_local.json`, which SAELens does not upload, and
+        from which `itda_lens.load` reads them.
+
         Returns:
             Paths of the weights and of the config.
 
@@ -525,6 +547,7 @@ class ITDA(SAE[ITDAConfig]):
         config = self.cfg.to_dict()
         config["metadata"] = config["metadata"] | {WEIGHTS_KEY: digests(state_dict)}
         text = json.dumps(config)
+        write_local(folder, Provenance.of(self.cfg.metadata))
         weights, cfg = folder / SAE_WEIGHTS_FILENAME, folder / SAE_CFG_FILENAME
         # The configuration first: with weights of any earlier save its digests tell the mixture.
         with replacing(cfg, weights) as (new_cfg, new_weights):

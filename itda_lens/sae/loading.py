@@ -14,7 +14,15 @@ from safetensors.torch import load_file
 
 from itda_lens.records import HookPoint, checked, is_leftover
 from itda_lens.sae.itda import ITDA, LABELS_KEY, ITDAConfig
-from itda_lens.sae.saved import WEIGHTS_KEY, MixedFilesError, check_config, check_digests
+from itda_lens.sae.provenance import provenance_of
+from itda_lens.sae.saved import (
+    LOCAL_FILENAME,
+    WEIGHTS_KEY,
+    MixedFilesError,
+    check_config,
+    check_digests,
+    read_local,
+)
 
 TRIES, PAUSE_SECONDS = 20, 0.02
 """How often, and how long after one another, files are read that are not of one save: another process
@@ -31,7 +39,8 @@ def load(
     """Load an ITDA.
 
     Where the configuration holds digests of the weights, as `ITDA.save_model` writes them, the weights
-    are compared with them. Files that another process is just replacing are read again.
+    are compared with them. Files that another process is just replacing are read again. Paths of the
+    model and the texts come from `itda_local.json`, where that is beside.
 
     Args:
         path_or_repo: a folder with `cfg.json` and `sae_weights.safetensors`. Where no such folder
@@ -74,7 +83,7 @@ def is_dictionary(folder: Path) -> bool:
     if not folder.is_dir():
         return False
     found = {file.name for file in folder.iterdir() if not is_leftover(file)}
-    if found - {SPARSITY_FILENAME} != {SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME}:
+    if found - {SPARSITY_FILENAME, LOCAL_FILENAME} != {SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME}:
         return False
     try:
         return json.loads((folder / SAE_CFG_FILENAME).read_text())["architecture"] == "itda"
@@ -103,6 +112,8 @@ def _from_folder(folder: Path, device: str, dtype: str | None) -> ITDA:
     except ValueError as error:
         raise ValueError(f"{weights} or {config} is damaged: {error}") from error
     _check_labels(itda, config)
+    if local := read_local(folder):
+        provenance_of(itda).with_local(local).into(itda.cfg.metadata)
     return itda if dtype is None else itda.to(dtype=DTYPE_MAP[dtype])
 
 

@@ -1,14 +1,19 @@
-"""Checks that the two files of a saved dictionary belong together: its configuration, and digests of its
-weights.
+"""Files of a saved dictionary: checks that its configuration and its weights belong together, and a file
+with paths that no other machine knows.
 
 `cfg.json` holds, in its metadata under `WEIGHTS_KEY`, a digest of each tensor of the weights file. Only
 `ITDA.save_model` writes it, and it lives in files only: a dictionary in memory may be edited. A
 tool that writes a configuration with functions of its own writes none, and weights without digests are
 not compared.
+
+`itda_local.json` holds the paths of this machine that the dictionary was built from. SAELens uploads
+four files by their names, and this is none of them.
 """
 
 import errno
 import hashlib
+import json
+import logging
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import fields
@@ -21,7 +26,12 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from itda_lens.records import BUILD_KEY, Provenance
+from itda_lens.records import BUILD_KEY, Provenance, replacing
+
+logger = logging.getLogger(__name__)
+
+LOCAL_FILENAME = "itda_local.json"
+"""The file beside `cfg.json` with `Provenance.local`: folders of the model and the texts."""
 
 WEIGHTS_KEY = "itda_weights"
 """The entry of the metadata: for each tensor, "DTYPE:BLAKE2B", such as "float32:91c1…". The digest is
@@ -90,6 +100,9 @@ def check_config(config: Mapping[str, Any], known: Collection[str]) -> None:
             raise ValueError(f"the field {name!r} is unknown: misspelt, or of a newer version")
     metadata = config["metadata"]
     _check_type("metadata", metadata, dict)
+    if "sae_lens_version" not in metadata:
+        # SAELens takes it for a file of its versions before 6, and drops the entries of later ones.
+        raise ValueError("the field 'metadata' is missing, or in it 'sae_lens_version'")
     build = metadata.get(BUILD_KEY)
     _check_type(f"metadata.{BUILD_KEY}", build, dict | None)
     hints = get_type_hints(Provenance)
@@ -122,6 +135,38 @@ def write_tensors(
         raise OSError(code, text.removeprefix("I/O error: "), str(file)) from error
 
 
+def write_local(folder: Path, provenance: Provenance) -> None:
+    """Keep the paths of a dictionary's record in `LOCAL_FILENAME`; without any, there is no such file.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    file = folder / LOCAL_FILENAME
+    if not provenance.local:
+        file.unlink(missing_ok=True)
+        return
+    with replacing(file) as (temporary,):
+        temporary.write_text(json.dumps(provenance.local, indent=2))
+
+
+def read_local(folder: Path) -> dict[str, str]:
+    """The entries of `LOCAL_FILENAME`; none where the file is missing.
+
+    A damaged file is reported in the log and passed over, since a dictionary is whole without it.
+    """
+    file = folder / LOCAL_FILENAME
+    try:
+        local = json.loads(file.read_text())
+        if not isinstance(local, dict) or not all(isinstance(value, str) for value in local.values()):
+            raise ValueError("no object of strings")
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RecursionError) as error:
+        logger.warning("%s is damaged and was not read: %s", file, error)
+        return {}
+    return local
+
+
 def _check_type(field: str, value: Any, wanted: Any) -> None:
     allowed = wanted | int if isinstance(0.0, wanted) else wanted
     wrong_bool = isinstance(value, bool) and bool not in (get_args(wanted) or (wanted,))
@@ -131,7 +176,10 @@ def _check_type(field: str, value: Any, wanted: Any) -> None:
 
 
 def _digest(tensor: Tensor) -> str:
-    numbers = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+    flat = tensor.detach().cpu().contiguous().flatten()
+    if flat.stride(0) != 1:  # of one number or none, which count as contiguous with any stride
+        flat = flat.clone(memory_format=torch.contiguous_format)
+    numbers = flat.view(torch.uint8).numpy()
     return hashlib.blake2b(numbers.data, digest_size=_DIGEST_BYTES).hexdigest()
 
 

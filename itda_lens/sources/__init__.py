@@ -10,7 +10,14 @@ from itda_lens.sources.model_source import ModelSource, hook_list, tokenization_
 from itda_lens.sources.models import LIBRARIES, language_model
 from itda_lens.sources.naming import register_with_transformer_lens
 from itda_lens.sources.readable import Loader, ReadableModel, Replace
-from itda_lens.sources.source import Activations, ActivationSource, Rows, gathered
+from itda_lens.sources.source import (
+    Activations,
+    ActivationSource,
+    Listed,
+    Listing,
+    Rows,
+    gathered,
+)
 from itda_lens.sources.texts import describe_texts, iterate_texts, names_data_set
 from itda_lens.sources.transformer_lens_models import TransformerLensModel
 from itda_lens.sources.unembedding import logit_weights
@@ -35,6 +42,8 @@ __all__ = [
     "HookedModel",
     "HuggingFaceModel",
     "LanguageModel",
+    "Listed",
+    "Listing",
     "Loader",
     "ModelSource",
     "ReadableModel",

@@ -1,6 +1,6 @@
 """Activations that the user has already."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from itda_lens.pursuit import first_nonfinite_row
 from itda_lens.records import Label, Places, Provenance, at_least, checked
-from itda_lens.sources.source import Rows, full_precision
+from itda_lens.sources.source import Listing, Rows, full_precision
 
 SIZES = {torch.float64: (1e-140, 1e150)}
 OTHER_SIZES = 1e-15, 1e17
@@ -59,11 +59,24 @@ class ArraySource:
     @torch.no_grad()
     def rows(self, skip: int = 0) -> Iterator[Rows]:
         """The rows, `batch_size` at a time; see `ActivationSource.rows`."""
+        for part in self._parts(skip):
+            rows = full_precision(self._activations[part])
+            yield Rows(self._places[part], {self.hooks[0]: rows})
+
+    def rows_from(self, mark: Mapping[str, int]) -> Iterator[Rows]:
+        """The rows from a batch of `listing` on."""
+        return self.rows(mark["n"])
+
+    def listing(self) -> Iterator[Listing]:
+        """The places of each batch; see `Listed.listing`."""
+        for part in self._parts(0):
+            yield Listing(self._places[part], {"n": part.start})
+
+    def _parts(self, skip: int) -> Iterator[slice]:
         for start in range(0, self.n_rows, self._batch_size):
             part = slice(max(start, skip), min(start + self._batch_size, self.n_rows))
             if part.start < part.stop:
-                rows = full_precision(self._activations[part])
-                yield Rows(self._places[part], {self.hooks[0]: rows})
+                yield part
 
     def provenance(self, hook: str) -> Provenance:
         """The provenance that the user gave, and the number of rows."""

@@ -130,8 +130,14 @@ class Tokenization:
         vocabulary = sorted(self.tokenizer.get_vocab().items())
         return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()
 
-    def contexts(self, texts: Iterable[str]) -> Iterator[Context]:
+    def contexts(
+        self, texts: Iterable[str], first_row: int = 0, first_chunk: int = 0
+    ) -> Iterator[Context]:
         """Cut texts into contexts, in order.
+
+        Args:
+            texts: the texts from number `first_row` on.
+            first_chunk: contexts of the first of them that are left out at its beginning.
 
         A text that begins with the BOS token already, as chat templates write it, gets no second one.
 
@@ -140,7 +146,7 @@ class Tokenization:
         """
         bos = [self.tokenizer.bos_token_id] if self.prepend_bos else []
         step = self.cutting.context_size - len(bos)
-        for row, text in enumerate(texts):
+        for row, text in enumerate(texts, first_row):
             check_text(text, f"text {row}")
             digest = text_digest(text)
             encoded = self.tokenizer(
@@ -151,6 +157,8 @@ class Tokenization:
             if bos and ids[:1] == bos:
                 ids, spans = ids[1:], spans[1:]
             for chunk, start in enumerate(range(0, len(ids), step)):
+                if row == first_row and chunk < first_chunk:
+                    continue
                 yield Context(
                     row=row,
                     chunk=chunk,
@@ -187,10 +195,12 @@ class Tokenization:
         spelt = self.tokenizer.convert_ids_to_tokens(token)
         return 0 if spelt.strip(_SPACES) else len(spelt)
 
-    def batches(self, texts: Iterable[str], batch_size: int) -> Iterator[ContextBatch]:
-        """Contexts of `texts`, `batch_size` at a time."""
+    def batches(
+        self, texts: Iterable[str], batch_size: int, first_row: int = 0, first_chunk: int = 0
+    ) -> Iterator[ContextBatch]:
+        """Contexts of `texts`, `batch_size` at a time; the other arguments as in `contexts`."""
         held: list[Context] = []
-        for context in self.contexts(texts):
+        for context in self.contexts(texts, first_row, first_chunk):
             held.append(context)
             if len(held) == batch_size:
                 yield self.batch(held)

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Set
 from pathlib import Path
@@ -61,10 +62,11 @@ def names_data_set(texts: str | Path | Iterable[str]) -> bool:
 
 
 def describe_texts(texts: str | Path | Iterable[str], text_field: str, split: str) -> dict[str, str]:
-    """Metadata entries about where the texts came from."""
+    """Metadata entries about where the texts came from: an absolute path, or a data set's name."""
     if not isinstance(texts, str | Path):
         return {"texts": type(texts).__name__}
-    known = {"texts": str(texts), "text_field": text_field}
+    source = os.path.abspath(texts) if _exists(texts) else str(texts)
+    known = {"texts": source, "text_field": text_field}
     return known | {"split": split} if names_data_set(texts) else known
 
 
@@ -84,8 +86,12 @@ def check_text(text: str, where: str) -> None:
 
 
 def _is_file(name: str | Path) -> bool:
+    return _exists(name) and Path(name).is_file()
+
+
+def _exists(name: str | Path) -> bool:
     try:
-        return Path(name).is_file()
+        return Path(name).exists()
     except (OSError, ValueError):  # too long for a file name, or no name at all: a text
         return False
 

@@ -15,6 +15,7 @@ from itda_lens.sae import ITDA, provenance_of
 from itda_lens.sources import Activations, Loader, ModelSource, gathered
 from itda_lens.training.recipe import Preset, recipe_of
 from itda_lens.training.run import build_from, check_enough
+from itda_lens.training.shards import plan_texts
 
 _DEFAULT = Cutting()
 
@@ -48,6 +49,7 @@ def build(
     model_name: str | None = None,
     loader: Loader = "bridge",
     device: str | torch.device | None = None,
+    folder: str | Path | None = None,
     progress: bool = True,
 ) -> dict[str, ITDA]:
     """Build one labelled dictionary per hook point, all from the same forward passes.
@@ -70,6 +72,8 @@ def build(
         max_tokens: stop once this number of tokens has counted; default: all of the texts.
         text_field, split: for jsonl files and data sets.
         tokenizer, model_name, loader, device: as in `language_model`.
+        folder: a folder that keeps finished parts of the work, so that a second call goes on where the
+            first one stopped; see `plan`. The dictionaries are those of a call without it.
         progress: show a progress bar with tokens/s, atoms and running FVU.
 
     Returns:
@@ -86,11 +90,16 @@ def build(
     )  # fmt: skip
     at_least(1, max_tokens=max_tokens)
     check_enough(recipe, max_tokens)
-    source = ModelSource(
-        model, texts, hook_names, Cutting(context_size, prepend_bos, keep_special_tokens),
+    cutting = Cutting(context_size, prepend_bos, keep_special_tokens)
+    reading: dict[str, Any] = dict(
         batch_size=batch_size, max_tokens=max_tokens, text_field=text_field, split=split,
         tokenizer=tokenizer, model_name=model_name, loader=loader, device=device,
     )  # fmt: skip
+    if folder is not None:
+        made = plan_texts(model, texts, hook_names, recipe, cutting, folder=folder, **reading)
+        made.run_all(progress=progress)
+        return made.finish(progress=progress)
+    source = ModelSource(model, texts, hook_names, cutting, **reading)
     start = time.perf_counter()
     dictionaries = build_from(source, recipe, progress=progress)
     seconds = round(time.perf_counter() - start, 2)
