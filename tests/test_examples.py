@@ -238,7 +238,7 @@ class TestLogits:
             torch.testing.assert_close(direct, logits, rtol=1e-3, atol=1e-4)
 
     def test_gain_and_centring_of_a_norm(self):
-        from itda_lens.sources.unembedding import _through
+        from itda_lens.sources.direct_path import _through
 
         torch.manual_seed(0)
         norm = nn.LayerNorm(6)

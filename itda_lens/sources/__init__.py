@@ -3,6 +3,7 @@
 from itda_lens.records import HookPoint
 from itda_lens.sources.array_source import ArraySource, check_activations
 from itda_lens.sources.contexts import Context, ContextBatch, Tokenization
+from itda_lens.sources.direct_path import logit_weights
 from itda_lens.sources.hooked import HookedModel
 from itda_lens.sources.hooks import Site, unknown_hook
 from itda_lens.sources.hugging_face_models import HuggingFaceModel
@@ -20,7 +21,6 @@ from itda_lens.sources.source import (
 )
 from itda_lens.sources.texts import describe_texts, iterate_texts, names_data_set
 from itda_lens.sources.transformer_lens_models import TransformerLensModel
-from itda_lens.sources.unembedding import logit_weights
 
 LanguageModel = ReadableModel
 """The earlier name of `ReadableModel`."""
