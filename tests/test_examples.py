@@ -8,10 +8,12 @@ import pytest
 import torch
 from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig
 from torch import nn
+from tqdm.auto import tqdm
 
 from itda_lens import build, fit
 from itda_lens.analysis import examples, examples_from
 from itda_lens.analysis.label_scores import STRONG
+from itda_lens.analysis.neighbours import firing_together
 from itda_lens.analysis.streams import EntryTable, KeptPlaces
 from itda_lens.records import Places
 from itda_lens.sources import ArraySource, ModelSource, language_model, logit_weights
@@ -176,6 +178,16 @@ class TestStream:
         places.compact([table])
         assert places._held == 6
         assert list(places.at(table.row[0]).row) == [798, 796, 794]
+
+
+def test_atoms_that_meet_less_often_than_by_chance_do_not_fire_together():
+    """Atoms 0 and 1 share one token of eight, of which each has four: chance would be two."""
+    fires = np.array([[0, 2], [0, 2], [0, 2], [0, 1], [1, 3], [1, 3], [1, 3], [3, 4]])
+    with tqdm(disable=True) as bar:
+        others, together, count = firing_together(fires, np.ones(fires.shape), 5, 3, bar)
+    assert list(count) == [4, 4, 3, 4, 1]
+    assert others.tolist() == [[2, -1, -1], [3, -1, -1], [0, -1, -1], [1, 4, -1], [3, -1, -1]]
+    assert together[0].tolist() == [3, 0, 0]
 
 
 class TestOtherDictionaries:
