@@ -48,12 +48,14 @@ app.command("build-finish", cls=_Command)(cli.build_finish_command)
 app.command("fit", cls=_Command)(cli.fit_command)
 app.command("info", cls=_Command)(cli.info_command)
 app.command("decompose", cls=_Command)(cli.decompose_command)
+app.command("find", cls=_Command)(cli.find_command)
 app.command("eval", cls=_Command)(cli.eval_command)
 app.command("bench", cls=_Command)(cli.bench_command)
 app.command("compare", cls=_Command)(cli.compare_command)
 app.command("push", cls=_Command)(cli.push_command)
 app.command("steer", cls=_Command)(cli.steer_command)
 app.command("erase", cls=_Command)(cli.erase_command)
+app.command("report", cls=_Command)(cli.report_command)
 
 
 def _print_version(wanted: bool) -> None:

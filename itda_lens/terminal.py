@@ -1,9 +1,10 @@
-"""Text of other people on the user's terminal: shown as it is, and harmless.
+"""Text of other people on the user's terminal, or in HTML: shown as it is, and harmless.
 
 Labels, texts, paths, hook names and metadata come from models, data sets and downloaded dictionaries.
 They may hold rich's markup, emoji codes, escape sequences or marks that turn the direction of a line.
 """
 
+import html
 import io
 import os
 import sys
@@ -44,3 +45,8 @@ def make_console(stderr: bool = False) -> Console:
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = 120
     return console
+
+
+def html_text(value: object) -> str:
+    """`str(value)` for HTML: escaped, line ends as "⏎", and marks of direction as in `printable`."""
+    return html.escape(printable(str(value).replace("\r\n", "⏎").replace("\n", "⏎")))

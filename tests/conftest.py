@@ -162,6 +162,13 @@ SLOW = {
         "test_pursuits",
         "test_values_are_the_same_bits",
     },
+    "test_look_site.py": {
+        "test_65_536_atoms",
+        "test_a_reader_who_comes_back_finds_the_search",
+        "test_keyboard",
+        "test_search",
+        "test_sort_by_every_column",
+    },
     "test_site.py": {
         "test_a_bad_link_fails_the_build",
         "test_a_page_missing_from_the_navigation_fails_the_build",

@@ -22,7 +22,8 @@ ROOMS = [
     {"sae"},
     {"dictionary"},
     {"pursuit"},
-    {"records", "terminal"},
+    {"records"},
+    {"terminal"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
 HOSTS = {"sae_lens", "transformer_lens", "transformers", "datasets"}

@@ -52,6 +52,8 @@ MODEL = [None, 3, object(), torch.nn.Linear(2, 2), "./no-such-model", ["x"]]
 
 NONSENSE = {
     **dict.fromkeys(("k", "batch_size", "epochs", "n_anchors", "d_sae", "context_size"), POSITIVE),
+    **dict.fromkeys(("n_examples", "n_quantiles", "top"), POSITIVE),
+    "usual": [3, "x", [], ["x"], [1], [0.5, 0.1], [NAN, 1.0], True],
     **dict.fromkeys(("max_tokens", "n_rows", "max_rows", "shard_rows"), POSITIVE),
     "seed": WHOLE,
     **dict.fromkeys(
@@ -65,7 +67,7 @@ NONSENSE = {
     **dict.fromkeys(("preset", "method", "loader", "match", "measure", "architecture", "kind"), NAME),
     "rule": [*NAME, object()],
     **dict.fromkeys(
-        ("text_field", "split", "hook_name", "model_name", "name", "source", "item"), STRING
+        ("text_field", "split", "hook_name", "model_name", "name", "source", "item", "hook"), STRING
     ),
     "device": [3, True, b"x", ["x"], "nonsense"],
     "dtype": ["float31", 3, True, ["x"]],
@@ -99,6 +101,7 @@ NONSENSE = {
     "similarity": [None, 3, [[1.0]], X.long(), X[0], X / 0 * 0, X],
     "cutting": [None, 3, {}, "x"],
     "lm": [None, 3, object(), "x"],
+    "another lm": [3, object(), "x"],
     "functions": [None, 3, "x"],
     "lists": [None, 3, object()],
     "provenance": [3, {}, "x"],
@@ -137,6 +140,8 @@ SPECIAL = {
     ("gathered", "source"): "source of rows",
     ("build_from", "source"): "source of rows",
     ("unembedding", "tokens"): "token ids",
+    ("examples_from", "source"): "source of rows",
+    ("examples_from", "lm"): "another lm",
     ("plan_from", "source"): "source of rows",
     ("open_plan", "source"): "source of rows",
     ("compare", "activations"): "activations_a",
@@ -268,8 +273,15 @@ def calls(tiny, tiny_folder, texts, tmp_path_factory):
         "union": dict(a=a, b=b, k=None, method=None, signed=None, b_dec=None),
         "unembedding": dict(model=tiny, tokens=None, final_norm=True, **named),
         "jaccard": dict(a=a, b=b, match="auto"),
-        "decompose": dict(model=tiny, sae=a, text="the cat", **named),
         "evaluate": own | dict(dictionaries=a, tokens=None) | read | quiet,
+        "decompose": dict(model=tiny, sae=a, text="the cat", usual=None, **named),
+        "nearest": dict(model=tiny, sae=a, text="the cat", top=3, **named),
+        "examples": own | dict(sae=a, n_examples=2, n_quantiles=2, seed=0) | read | quiet,
+        "examples_from": dict(
+            source=ModelSource(tiny, texts, HOOK), sae=a, lm=None, n_examples=2, n_quantiles=2, seed=0,
+            progress=False,
+        ),
+        "logit_weights": dict(lm=tiny, hook=HOOK),
         "baseline": trained | dict(kind="pca", method="ols", labels=None, epochs=1),
         "build_baselines": own | dict(
             itdas=[a], kinds=["pca"], folder=folder / "b", max_tokens=64, epochs=1, seed=0,

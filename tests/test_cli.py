@@ -73,13 +73,13 @@ def test_build_with_a_mean_l0_and_an_update(itda_command, tiny_folder, text_file
     assert (itda.cfg.k, itda.cfg.l0) == (6, 2.5)
     assert itda.cfg.threshold > 0
     assert min(label.cosine for label in itda.labels) < 0.999
-    _, out, _ = itda_command("info", tmp_path / "out")
+    _, out, _ = itda_command("info", tmp_path / "out", "--all")
     assert "mean L0" in out
     assert f"{itda.cfg.threshold:.4g}" in out
 
 
 def test_info(itda_command, built):
-    code, out, _ = itda_command("info", built)
+    code, out, _ = itda_command("info", built, "--all")
     assert code == 0
     for expected in ("tiny-random", HOOK, "d_sae", "texts_fingerprint", "First 10 atoms", "position"):
         assert expected in out
@@ -127,8 +127,21 @@ def test_decompose(itda_command, built):
     assert "+" in out
 
 
-COMMANDS = ["demo", "build", "fit", "info", "decompose", "eval", "bench", "compare"]
-COMMANDS = ["demo", "build", "info", "decompose", "eval", "bench", "compare", "steer", "erase"]
+COMMANDS = [
+    *(
+        "demo",
+        "build",
+        "build-shard",
+        "build-finish",
+        "fit",
+        "info",
+        "decompose",
+        "find",
+        "eval",
+        "bench",
+    ),
+    *("compare", "report", "steer", "erase", "push"),
+]
 
 
 @pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)])

@@ -118,6 +118,8 @@ def test_demo(tmp_path, capsys, monkeypatch):
     for expected in ("atoms", "L0", "FVU", "CE-loss score", "alive", "tokens", "seconds", "came from"):
         assert expected in shown
     assert "' list'" in shown
+    assert f"Open {tmp_path / 'demo-site' / 'index.html'} in a browser." in " ".join(shown.split())
+    assert "unlike the text" in (tmp_path / "demo-site" / "data" / "texts.js").read_text()
 
 
 class TestModelPackage:

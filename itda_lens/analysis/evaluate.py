@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +109,7 @@ def evaluate(
             latter two the same for all (for chats: the context size, of those built from chats).
         texts: as in `build`: texts or `Chats`.
         tokens: more conditions on the tokens that count.
-        max_tokens: stop after the batch that reaches this number of tokens; default: all of the texts.
+        max_tokens: count exactly this number of tokens, the first; default: all of the texts.
         batch_size, text_field, split, tokenizer, loader, device, progress: as in `build`.
 
     Raises:
@@ -147,6 +147,8 @@ def evaluate(
         ) as bar,
     ):
         for batch in tokenization.batches(stream, batch_size):
+            if max_tokens is not None:
+                batch = _first_tokens(batch, max_tokens - n_tokens)
             n = int(batch.keep.sum())
             if n == 0:
                 continue
@@ -186,6 +188,12 @@ def chat_reading_of(
     """
     size = chat_context_size([provenance_of(sae) for sae in saes])
     return ChatReading(lm, chats, context_size=size, tokens=tokens)
+
+
+def _first_tokens(batch: ContextBatch, n: int) -> ContextBatch:
+    """A batch in which at most `n` tokens count, the first that do."""
+    ahead = batch.keep.flatten().cumsum(dim=0).reshape(batch.keep.shape)
+    return replace(batch, keep=batch.keep & (ahead <= n))
 
 
 class _Predictions:

@@ -5,8 +5,9 @@ from itda_lens.cli.build import build_command
 from itda_lens.cli.compare import compare_command
 from itda_lens.cli.control import erase_command, steer_command
 from itda_lens.cli.fit import fit_command
-from itda_lens.cli.look import decompose_command, eval_command, info_command
+from itda_lens.cli.look import decompose_command, eval_command, find_command, info_command
 from itda_lens.cli.push import push_command
+from itda_lens.cli.report import report_command
 from itda_lens.cli.shards import build_finish_command, build_shard_command
 
 __all__ = [
@@ -18,8 +19,10 @@ __all__ = [
     "decompose_command",
     "erase_command",
     "eval_command",
+    "find_command",
     "fit_command",
     "info_command",
     "push_command",
+    "report_command",
     "steer_command",
 ]

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -9,6 +10,7 @@ import typer
 
 from itda_lens.cli.choices import Baseline, Codes, Evaluation
 from itda_lens.cli.options import (
+    AsJson,
     BatchSize,
     DeviceOption,
     ModelOption,
@@ -17,6 +19,7 @@ from itda_lens.cli.options import (
     completing,
     names_in,
     only,
+    print_json,
 )
 from itda_lens.terminal import make_console, shown
 
@@ -79,6 +82,7 @@ def bench_command(
         str | None, typer.Option(help="What to build the baselines from: the dictionaries' own text.")
     ] = None,
     plot: Annotated[bool, typer.Option("--plot", help="Write pareto.png: the figures over L0.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Run SAEBench on dictionaries and other SAEs, side by side.
 
@@ -114,10 +118,13 @@ def bench_command(
         text_field=text_field,
         split=split,
     )
-    make_console().print(bench_table(results, title=f"Results in {out}"))
+    if as_json:
+        print_json([asdict(result) for result in results])
+    else:
+        make_console().print(bench_table(results, title=f"Results in {out}"))
     if plot:
         plotted = pareto_plot(results, out / "pareto.png")
-        make_console().print(shown(f"Plot: {plotted}"), soft_wrap=True)
+        make_console(stderr=as_json).print(shown(f"Plot: {plotted}"), soft_wrap=True)
     if any(result.file is None for result in results):
         raise typer.Exit(1)
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 import typer
 
 from itda_lens.cli.choices import Match, Measure
-from itda_lens.cli.options import DeviceOption, Split, TextField
+from itda_lens.cli.options import DeviceOption, Split, TextField, print_json
 from itda_lens.terminal import make_console, shown
 
 if TYPE_CHECKING:
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from itda_lens.sources import Activations
 
 T = TypeVar("T")
+
+STANDARD_OUTPUT = Path("-")
 
 
 def compare_command(
@@ -51,7 +53,11 @@ def compare_command(
     ] = False,
     top: Annotated[int, typer.Option(min=1, help="Atoms to list.")] = 20,
     json: Annotated[
-        Path | None, typer.Option(help="Write all figures, or all atoms of --diff, to this file.")
+        Path | None,
+        typer.Option(
+            help="Write all figures, or all atoms of --diff, to this file; - prints them instead of "
+            "tables."
+        ),
     ] = None,
     heatmap: Annotated[Path | None, typer.Option(help="Draw the matrices: an image file.")] = None,
     text_field: TextField = "text",
@@ -78,7 +84,9 @@ def compare_command(
     )
     from itda_lens.reports import (
         comparison_heatmap,
+        comparison_record,
         comparison_table,
+        differences_record,
         differences_table,
         layers_table,
         save_comparison,
@@ -94,7 +102,7 @@ def compare_command(
     if heatmap is not None and importlib.util.find_spec("matplotlib") is None:
         raise ValueError("--heatmap needs matplotlib: pip install 'itda-lens[plots]'")
     for option, file in (("--json", json), ("--heatmap", heatmap)):
-        if file is not None and not file.absolute().parent.is_dir():
+        if file not in (None, STANDARD_OUTPUT) and not file.absolute().parent.is_dir():
             raise ValueError(f"{option} {file}: there is no folder {file.absolute().parent}")
     activations: "dict[str, list[Activations]]" = {}
     if difference or measure != "jaccard":
@@ -115,12 +123,18 @@ def compare_command(
     console = make_console()
     if difference:
         found = diff(*_firsts(models), *_firsts(activations), match)  # pyright: ignore
+        if json == STANDARD_OUTPUT:
+            print_json(differences_record(found))
+            return
         base, tuned = models
         console.print(differences_table(found, top, f"In {tuned}, foreign to {base}"))
         if json is not None:
             console.print(shown(f"All atoms: {save_differences(found, json)}"), soft_wrap=True)
         return
     comparison = compare(models, measure, match, activations or None)  # pyright: ignore
+    if json == STANDARD_OUTPUT:
+        print_json(comparison_record(comparison))
+        return
     overview = comparison_table(comparison)
     if overview is not None:
         console.print(overview)

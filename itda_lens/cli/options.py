@@ -1,6 +1,7 @@
 """Options that several commands share, and the dictionaries and models that they name."""
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,6 +10,8 @@ import typer
 from itda_lens.cli.choices import Loader, SpecialTokens
 
 if TYPE_CHECKING:
+    from sae_lens import SAE
+
     from itda_lens.records import TokenFilter
     from itda_lens.sae import ITDA
 
@@ -82,6 +85,25 @@ TextField = Annotated[
 ]
 Split = Annotated[str, typer.Option(help="Split of the data set.")]
 
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+def print_json(value: Any) -> None:
+    """Print results as JSON, in ASCII; figures that are no numbers become null."""
+    import json
+
+    typer.echo(json.dumps(_plain(value), indent=1, allow_nan=False, default=str))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _plain(inside) for key, inside in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inside) for inside in value]
+    return value
+
 
 def names_in(value: str) -> list[str]:
     """The names in an option such as `--evals saelens,core`."""
@@ -118,7 +140,29 @@ def load_all(folders: list[Path]) -> "list[tuple[Path, ITDA]]":
     return [(folder, load(folder)) for folder in found]
 
 
-def model_of(itdas: "Sequence[ITDA]", model: str | None, loader: Loader | None) -> tuple[Any, Loader]:
+def load_every(folders: list[Path]) -> "list[tuple[Path, SAE[Any]]]":
+    """Dictionaries, and SAEs of SAELens's other architectures beside them."""
+    import json
+
+    from sae_lens import SAE
+    from sae_lens.constants import SAE_CFG_FILENAME
+
+    from itda_lens.sae import dictionaries_in, load
+
+    found: list[tuple[Path, SAE[Any]]] = []
+    for folder in [inside for given in folders for inside in (dictionaries_in(given) or [given])]:
+        try:
+            architecture = json.loads((folder / SAE_CFG_FILENAME).read_text())["architecture"]
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            architecture = "itda"  # whose loading says what is wrong
+        sae = load(folder) if architecture == "itda" else SAE.load_from_disk(folder, device="cpu")
+        found.append((folder, sae))
+    return found
+
+
+def model_of(
+    itdas: "Sequence[SAE[Any]]", model: str | None, loader: Loader | None
+) -> tuple[Any, Loader]:
     """The model to load: the one named by the user, else the one that the dictionaries name."""
     from itda_lens.sae import provenance_of
 
@@ -131,7 +175,11 @@ def model_of(itdas: "Sequence[ITDA]", model: str | None, loader: Loader | None) 
     if len(models) > 1:
         raise ValueError(f"pass --model: the dictionaries name several: {', '.join(sorted(models))}")
     if not models:
+        from itda_lens.samples import smollm2
+
         names = sorted({record.model_name for record in records if record.model_name})
+        if names == [smollm2.NAME]:
+            return smollm2.fetch(), chosen
         called = f", which is called {' or '.join(names)}" if names else ""
         raise ValueError(f"pass --model: nothing here says where the dictionaries' model is{called}")
     return models.pop(), chosen

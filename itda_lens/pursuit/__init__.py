@@ -5,6 +5,7 @@ from itda_lens.pursuit.calibration import (
     calibrate_threshold,
     check_l0,
     threshold_for_l0,
+    unexplained_out_of_fold,
 )
 from itda_lens.pursuit.codes import SparseCodes
 from itda_lens.pursuit.coding import DEFAULT_RTOL, Coding, Method, check_sign
@@ -48,4 +49,5 @@ __all__ = [
     "gram_matrix",
     "inner_products",
     "threshold_for_l0",
+    "unexplained_out_of_fold",
 ]

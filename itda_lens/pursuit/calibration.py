@@ -1,13 +1,13 @@
 """Calibration: the threshold of pursuits at which codes have a wanted number of nonzeros on average."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from itda_lens.pursuit.codes import SparseCodes
@@ -130,22 +130,68 @@ def calibrate_out_of_fold(
         ValueError: one fold has all atoms; or as `calibrate_threshold`.
     """
     coding = Coding(k, method, signed, rtol)
+    return _calibrate([part for _, part in _out_of_fold(x, folds, atoms, atom_folds, coding)], l0, k)
+
+
+@torch.no_grad()
+def unexplained_out_of_fold(
+    x: Float[Tensor, "n d"],
+    folds: Int[Tensor, " n"],
+    atoms: Float[Tensor, "n_atoms d"],
+    atom_folds: Int[Tensor, " n_atoms"],
+    coding: Coding,
+) -> Float[Tensor, " n"]:
+    """The share of each row's energy that its code leaves, |x - xhat|^2 / |x|^2, as for other text.
+
+    Each row is coded without the atoms of its own fold.
+
+    Args:
+        x: activations, centred as they will be encoded.
+        folds, atoms, atom_folds: as in `calibrate_out_of_fold`.
+        coding: how the dictionary codes; its `k` is cut to the number of atoms that are left.
+
+    Returns:
+        The shares in float64, on the device of `x`; 0 for a row of zeros.
+
+    Raises:
+        ValueError: one fold has all atoms; or as `encode`.
+    """
+    left = x.new_zeros(len(x), dtype=torch.float64)
+    for rows, (part, prepared) in _out_of_fold(x, folds, atoms, atom_folds, coding):
+        codes = prepared.encode(part)
+        error = (part - codes.decode(prepared.atoms)).double().square().sum(dim=-1)
+        energy = part.double().square().sum(dim=-1)
+        left[rows] = error / energy.clamp(min=torch.finfo(torch.float32).tiny)
+    return left
+
+
+def _out_of_fold(
+    x: Float[Tensor, "n d"],
+    folds: Int[Tensor, " n"],
+    atoms: Float[Tensor, "n_atoms d"],
+    atom_folds: Int[Tensor, " n_atoms"],
+    coding: Coding,
+) -> "Iterator[tuple[Bool[Tensor, ' n'], _Part]]":
+    """For each fold, which rows are in it, and these rows with the atoms of all other folds.
+
+    Raises:
+        ValueError: one fold has all atoms.
+    """
     coding.check_atoms(len(atoms))
     order = atom_folds.argsort(stable=True)
     atoms, atom_folds = atoms[order], atom_folds[order]
     used = folds.unique().tolist()
     budget = GRAM_BUDGET_BYTES // max(1, len(used))
-    if gram_fits(len(atoms), gram_dtype(atoms, method, signed), budget):
+    if gram_fits(len(atoms), gram_dtype(atoms, coding.method, coding.signed), budget):
         prepared = PreparedAtoms(atoms, coding)
     else:
         prepared = PreparedAtoms.with_gram(atoms, coding, None)  # those of the folds are too large too
-    parts = []
     for fold in used:
         start, stop = torch.searchsorted(atom_folds, atom_folds.new_tensor([fold, fold + 1])).tolist()
         if stop - start == len(atoms):
             raise ValueError(f"atom_folds must leave atoms for the rows of fold {fold}, got all in it")
-        parts.append(_Part(x[folds == fold], prepared.without(start, stop, budget)))
-    return _calibrate(parts, l0, k)
+        rows = folds == fold
+        yield rows, _Part(x[rows], prepared.without(start, stop, budget))
 
 
 class _Part(NamedTuple):

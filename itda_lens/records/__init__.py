@@ -5,9 +5,9 @@ from itda_lens.records.cutting import Cutting
 from itda_lens.records.files import is_leftover, replacing
 from itda_lens.records.hashing import mix64, text_digest
 from itda_lens.records.hook_points import HookPoint
-from itda_lens.records.labels import GivenLabel, Label, Labels, as_label, label_from
+from itda_lens.records.labels import CONTEXT_CHARS, GivenLabel, Label, Labels, as_label, label_from
 from itda_lens.records.local_paths import is_local_path, known_name
-from itda_lens.records.places import CONTEXT_CHARS, Places, Tag
+from itda_lens.records.places import Places, Tag
 from itda_lens.records.provenance import (
     BUILD_KEY,
     Provenance,

@@ -5,12 +5,23 @@ import binascii
 import json
 import math
 import operator
+import re
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Any, overload
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, overload
+
+from itda_lens.records.files import replacing
+from itda_lens.terminal import html_text
+
+if TYPE_CHECKING:
+    import pandas
 
 _COMPACT_PREFIX = "zlib+base64:"
+
+CONTEXT_CHARS = 40
+"""Characters of text on each side of a token that its label quotes."""
 
 MOST_BYTES = 64 * 1024, 2048
 """The longest JSON that stands for labels: the first number of bytes, and the second for each label.
@@ -80,10 +91,46 @@ class Label:
             parts.append("special")
         return ", ".join(parts)
 
+    def quoted(self) -> tuple[str, str, str]:
+        """The text that the label quotes before its token, the token, and the text after it.
+
+        The text itself may hold the marks, so that "[[token]]" can stand in it several times. The
+        token's own comes after the `CONTEXT_CHARS` characters that labels quote, or after fewer where a
+        text begins.
+        """
+        token, context = self.token or "", self.context or ""
+        marked = f"[[{token}]]"
+        start = CONTEXT_CHARS if self.chars is None else min(CONTEXT_CHARS, self.chars[0])
+        if not context.startswith(marked, start):  # of labels made elsewhere
+            start = context.find(marked)
+        if start < 0:
+            return context, token, ""
+        return context[:start], token, context[start + len(marked) :]
+
+    def searched(self, token_only: bool = False) -> str:
+        """The text in which `Labels.search` looks: name, and token with the text around it."""
+        if token_only:
+            return self.token or ""
+        quoted = "".join(self.quoted())
+        return quoted if self.name is None else f"{self.name} {quoted}"
+
+    def _repr_html_(self) -> str:
+        """The quoted text with the token in bold, for notebooks."""
+        if self.context is None:
+            return html_text(self)
+        before, token, after = map(html_text, self.quoted())
+        return f'<code style="white-space:pre-wrap">{before}<b><mark>{token}</mark></b>{after}</code>'
+
     def __str__(self) -> str:
         place = self.place if self.name is None else f"{self.place}: {self.name}"
         return place if self.token is None else f"{self.token!r} ({place})"
 
+
+TABLES = (".jsonl", ".parquet")
+"""Suffixes of the files that `Labels.save_table` writes."""
+
+SHOWN = 20
+"""Labels that a notebook shows."""
 
 _COLUMNS = tuple(field.name for field in fields(Label))
 _DEFAULTS = {field.name: field.default for field in fields(Label)}
@@ -118,6 +165,76 @@ class Labels(Sequence[Label]):
 
     def __repr__(self) -> str:
         return f"Labels({len(self)} labels)"
+
+    def search(self, query: "str | re.Pattern[str]", *, token_only: bool = False) -> list[int]:
+        """The atoms whose label has a text in it, or matches a regular expression.
+
+        Args:
+            query: a text, found in upper and lower case alike; or `re.compile(...)`.
+            token_only: look at the token alone, and not at the text around it.
+
+        Returns:
+            Their indices, in order.
+
+        Raises:
+            TypeError: `query` is neither a string nor a compiled pattern.
+            ValueError: `query` is empty.
+        """
+        if isinstance(query, str):
+            if not query:
+                raise ValueError("query must hold a character at least, got ''")
+            low = query.lower()
+            found = [low in label.searched(token_only).lower() for label in self._labels]
+        elif isinstance(query, re.Pattern):
+            found = [query.search(label.searched(token_only)) is not None for label in self._labels]
+        else:
+            raise TypeError(f"query must be a string or a compiled pattern, got {query!r}")
+        return [i for i, own in enumerate(found) if own]
+
+    def records(self) -> Iterator[dict[str, Any]]:
+        """The labels as a table's rows: the atom's number, then the fields of `Label`."""
+        for i, label in enumerate(self._labels):
+            yield {"atom": i, **asdict(label)}
+
+    def to_pandas(self) -> "pandas.DataFrame":
+        """The labels as a pandas table, with a column for the atom and one for each field of `Label`.
+
+        Half characters, which no table file can hold, are written as escapes such as "\\ud800".
+        """
+        import pandas
+
+        rows = [
+            {name: _whole(value) if isinstance(value, str) else value for name, value in row.items()}
+            for row in self.records()
+        ]
+        return pandas.DataFrame(rows, columns=["atom", *_COLUMNS])
+
+    def save_table(self, path: str | Path) -> Path:
+        """Write the labels as a table, whole or not at all: ".jsonl" (JSON lines) or ".parquet".
+
+        Raises:
+            ValueError: the name ends otherwise.
+            OSError: the file cannot be written.
+        """
+        path = Path(path)
+        if path.suffix not in TABLES:
+            raise ValueError(f"path must end in one of {', '.join(TABLES)}, got {str(path)!r}")
+        with replacing(path) as (temporary,):
+            if path.suffix == ".parquet":
+                self.to_pandas().to_parquet(temporary)
+            else:
+                lines = "".join(json.dumps(row) + "\n" for row in self.records())
+                temporary.write_text(lines, encoding="ascii")
+        return path
+
+    def _repr_html_(self) -> str:
+        """A table of the first `SHOWN` labels, for notebooks."""
+        rows = "".join(
+            f'<tr><td>{i}</td><td style="text-align:left">{label._repr_html_()}</td></tr>'
+            for i, label in enumerate(self._labels[:SHOWN])
+        )
+        more = f"<p>… and {len(self) - SHOWN:,} more</p>" if len(self) > SHOWN else ""
+        return f"<table><tr><th>atom</th><th>came from</th></tr>{rows}</table>{more}"
 
     def to_compact(self) -> str:
         """One ASCII string that survives JSON, dtype casts and deep copies of a config.
@@ -181,6 +298,11 @@ def label_from(given: GivenLabel, row: int, kind: str) -> Label:
     if isinstance(given, int) and not isinstance(given, bool):
         return Label(row=given, kind=kind)
     return as_label(given)
+
+
+def _whole(text: str) -> str:
+    """Text with half characters as escapes."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _most_bytes(count: int) -> int:

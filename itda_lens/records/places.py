@@ -10,10 +10,7 @@ from jaxtyping import Int, UInt64
 from numpy.typing import NDArray
 
 from itda_lens.records.hashing import mix64
-from itda_lens.records.labels import TEXT, Label, as_label
-
-CONTEXT_CHARS = 40
-"""Characters of text on each side of a token that its label quotes."""
+from itda_lens.records.labels import CONTEXT_CHARS, TEXT, Label, as_label
 
 _COLUMNS = np.dtype(
     [(name, np.int64) for name in ("row", "chunk", "position", "start", "end", "offset", "head")]

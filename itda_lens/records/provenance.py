@@ -60,6 +60,10 @@ class Provenance:
         seconds: how long the build took.
         recipe: the settings of the build: the rule and its fields, the encoder, the seed.
         versions: installed versions of the packages that a build depends on.
+        unexplained: 101 quantiles, from the least to the largest, of the share that the codes of
+            activations leave, |x - xhat|^2 / |x - b_dec|^2. They are those of a sample of the text that
+            the dictionary was built from, coded without the atoms of their own texts. `decompose` tells
+            by them whether a text is unlike that one.
         others: entries of `BUILD_KEY` that this version does not know.
     """
 
@@ -87,6 +91,7 @@ class Provenance:
     seconds: float | None = None
     recipe: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
+    unexplained: list | None = None
     others: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod

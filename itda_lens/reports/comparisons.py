@@ -86,7 +86,12 @@ def save_comparison(comparison: Comparison, path: str | Path) -> Path:
     Raises:
         OSError: the file cannot be written.
     """
-    known: dict[str, Any] = {
+    return _write(comparison_record(comparison), path)
+
+
+def comparison_record(comparison: Comparison) -> dict[str, Any]:
+    """All figures as plain data."""
+    return {
         "measure": comparison.measure,
         "match": comparison.match,
         "models": comparison.names,
@@ -103,7 +108,6 @@ def save_comparison(comparison: Comparison, path: str | Path) -> Path:
             for pair in comparison.layers
         ],
     }
-    return _write(known, path)
 
 
 def save_differences(differences: Sequence[Difference], path: str | Path) -> Path:
@@ -112,7 +116,12 @@ def save_differences(differences: Sequence[Difference], path: str | Path) -> Pat
     Raises:
         OSError: the file cannot be written.
     """
-    return _write([dataclasses.asdict(difference) for difference in differences], path)
+    return _write(differences_record(differences), path)
+
+
+def differences_record(differences: Sequence[Difference]) -> list[dict[str, Any]]:
+    """All atoms as plain data, most foreign first: the fields of `Difference`."""
+    return [dataclasses.asdict(difference) for difference in differences]
 
 
 def comparison_heatmap(comparison: Comparison, path: str | Path) -> Path:

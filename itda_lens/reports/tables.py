@@ -1,20 +1,21 @@
 """Results as rich tables."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from itda_lens.analysis import Evaluation, RowsEvaluation, TokenDecomposition
-from itda_lens.records import CONTEXT_CHARS, Label
+from itda_lens.analysis import Evaluation, RowsEvaluation, TokenDecomposition, TokenMatches
+from itda_lens.records import Label
 from itda_lens.sae import ITDA, provenance_of
 from itda_lens.terminal import printable, shown
 
 TITLE = "table.title"
 """rich's style of a table's title, which it gives to strings only."""
 
-QUOTED_BEFORE, QUOTED_AFTER = 24, 32
+QUOTED_BEFORE, QUOTED_AFTER = 20, 32
 """Characters of a label's context that tables show on either side of its token."""
 
 
@@ -67,17 +68,21 @@ def evaluation_table(
 
 
 def decomposition_table(decomposition: Sequence[TokenDecomposition], top: int, hook_name: str) -> Table:
-    """Tokens with their `top` atoms: signed coefficient, where the atom came from, in context.
+    """Tokens with their `top` atoms: signed coefficient, share, where the atom came from, in context.
 
-    Of a conversation, each token's role stands beside it, dim for a token of the form.
+    A negative coefficient has NOT before it. The caption warns of text that is unlike the
+    dictionary's. Of a conversation, each token's role stands beside it, dim for a token of the form.
     """
     table = Table(title=shown(f"Decomposition at {hook_name}", TITLE), show_lines=False)
+    warning = getattr(decomposition, "warning", None)
+    if warning is not None:
+        table.caption = shown(warning, "yellow")
     table.add_column("token", no_wrap=True)
     chat = any(token.special or token.role is not None for token in decomposition)
     if chat:
         table.add_column("role", no_wrap=True)
     # In a narrow terminal the quotation wraps, not the figures.
-    for name in ("explained", "coefficient", "atom"):
+    for name in ("explained", "coefficient", "share", "atom"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("came from")
     for token in decomposition:
@@ -87,7 +92,8 @@ def decomposition_table(decomposition: Sequence[TokenDecomposition], top: int, h
                 shown(repr(token.token)) if first else "",
                 *([_role(token) if first else ""] if chat else []),
                 f"{token.explained:.0%}" if first else "",
-                shown(f"{component.coefficient:+.2f}", "green" if component.coefficient > 0 else "red"),
+                _signed(component.coefficient),
+                f"{component.share:.0%}",
                 str(component.atom),
                 origin(component.label, component.atom),
                 end_section=i == len(token.components[:top]) - 1,
@@ -95,11 +101,47 @@ def decomposition_table(decomposition: Sequence[TokenDecomposition], top: int, h
     return table
 
 
-def info_table(itda: ITDA, name: str) -> Table:
-    """Configuration and build record of a dictionary."""
+def matches_table(found: Sequence[TokenMatches], title: str) -> Table:
+    """Tokens with the atoms that they resemble: cosine, and where the atom came from, in context."""
+    table = Table(title=shown(title, TITLE))
+    table.add_column("token", no_wrap=True)
+    for name in ("cosine", "atom"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("came from")
+    for token in found:
+        for i, match in enumerate(token.matches):
+            table.add_row(
+                shown(repr(token.token)) if i == 0 else "",
+                f"{match.cosine:.2f}",
+                str(match.atom),
+                origin(match.label, match.atom),
+                end_section=i == len(token.matches) - 1,
+            )
+    return table
+
+
+def info_table(itda: ITDA, name: str, everything: bool = True) -> Table:
+    """Configuration and build record of a dictionary; the facts worth reading first, or everything."""
     table = Table(title=shown(name, TITLE), show_header=False)
     table.add_column(no_wrap=True)
     table.add_column()
+    for key, value in info_facts(itda).items():
+        if everything or key in FIRST_FACTS:
+            table.add_row(shown(key), shown(value))
+    if not everything:
+        table.caption = "--all shows the rest"
+    return table
+
+
+FIRST_FACTS = (
+    "model", "hook", "atoms (d_sae)", "width (d_in)", "k", "mean L0", "encoder", "build: preset",
+    "build: texts", "build: n_tokens", "build: seconds",
+)  # fmt: skip
+"""Rows of `info_table` that are worth reading first."""
+
+
+def info_facts(itda: ITDA) -> dict[str, Any]:
+    """Configuration and build record of a dictionary as plain data, in the order of `info_table`."""
     metadata, l0 = itda.cfg.metadata, itda.cfg.l0
     rows = {
         "model": metadata.model_name,
@@ -119,21 +161,21 @@ def info_table(itda: ITDA, name: str) -> Table:
     settings = {**provenance.recipe, **record}
     packages = provenance.versions
     rows |= {f"build: {k}": v for k, v in settings.items() if v is not None and k not in ("d_sae", "k")}
-    rows |= {f"version: {key}": value for key, value in packages.items()}
-    for key, value in rows.items():
-        table.add_row(shown(key), shown(value))
-    return table
+    return rows | {f"version: {key}": value for key, value in packages.items()}
 
 
-def labels_table(itda: ITDA, n: int) -> Table:
-    """The first `n` atoms and where they came from."""
-    labels = itda.labels[:n]
-    table = Table(title=f"First {min(n, itda.cfg.d_sae)} atoms")
-    kinds = {label.kind for label in labels}
+def labels_table(itda: ITDA, n: int, atoms: Sequence[int] | None = None) -> Table:
+    """The first `n` atoms, all or of those given, and where they came from."""
+    chosen = range(itda.cfg.d_sae) if atoms is None else atoms
+    table = Table(
+        title=f"First {min(n, len(chosen))} {'atoms' if atoms is None else f'of {len(chosen)}'}"
+    )
+    kinds = {itda.labels[i].kind for i in chosen[:n]}
     for name in ("atom", kinds.pop() if len(kinds) == 1 else "row", "chunk", "position"):
         table.add_column(shown(name), justify="right", no_wrap=True)
     table.add_column("came from")
-    for i, label in enumerate(labels):
+    for i in chosen[:n]:
+        label = itda.labels[i]
         table.add_row(str(i), str(label.row), str(label.chunk), str(label.position), quote(label))
     return table
 
@@ -147,14 +189,22 @@ def origin(label: Label | None, atom: int) -> Text:
     return shown(f"atom {atom}") if label is None else quote(label)
 
 
+def _signed(coefficient: float) -> Text:
+    """A coefficient, after NOT where the token's activation points away from the atom."""
+    number = f"{coefficient:+.2f}"
+    return (
+        Text(number, "green")
+        if coefficient > 0
+        else Text.assemble(("NOT ", "bold red"), (number, "red"))
+    )
+
+
 def quote(label: Label) -> Text:
     """A label in one line: its token in bold, with some of the text around it."""
     if label.context is None:
         return shown(label)
     whose = [word for word in (label.role, "form" if label.special else None) if word]
-    before, token, after = (
-        part.replace("\n", "⏎").replace("\t", " ") for part in _around(label, label.context)
-    )
+    before, token, after = (part.replace("\n", "⏎").replace("\t", " ") for part in label.quoted())
     # A narrow column has the end of the text before the token, and the start of the text after. Marks
     # around the token are for terminals and logs without bold.
     return Text.assemble(
@@ -167,22 +217,6 @@ def quote(label: Label) -> Text:
 
 def _figure(value: float | None) -> str:
     return "" if value is None else f"{value:.3f}"
-
-
-def _around(label: Label, context: str) -> tuple[str, str, str]:
-    """The text that a label quotes before its token, the token, and the text after it.
-
-    The text itself may hold the marks, so that "[[token]]" can stand in it several times. The token's
-    own comes after the `CONTEXT_CHARS` characters that labels quote, or after fewer where a text begins.
-    """
-    token = label.token or ""
-    marked = f"[[{token}]]"
-    start = CONTEXT_CHARS if label.chars is None else min(CONTEXT_CHARS, label.chars[0])
-    if not context.startswith(marked, start):  # of labels made elsewhere
-        start = context.find(marked)
-    if start < 0:
-        return context, token, ""
-    return context[:start], token, context[start + len(marked) :]
 
 
 def _evaluation_caption(evaluations: Sequence[Evaluation | RowsEvaluation]) -> str:

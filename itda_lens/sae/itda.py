@@ -338,7 +338,14 @@ class ITDA(SAE[ITDAConfig]):
         atoms, _ = self._prepare(coding)
         threshold = threshold_for_l0(sae_in, atoms, l0)
         self.cfg.k, self.cfg.threshold, self.cfg.l0 = coding.k, threshold, float(l0)
+        self._forget_usual_residual()
         return threshold
+
+    def _forget_usual_residual(self) -> None:
+        """Drop the record of how much other codes left."""
+        known = Provenance.of(self.cfg.metadata)
+        if known.unexplained is not None:
+            replace(known, unexplained=None).into(self.cfg.metadata)
 
     @override
     def decode(self, feature_acts: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_in"]:
@@ -484,7 +491,9 @@ class ITDA(SAE[ITDAConfig]):
         if not 1 <= m <= self.cfg.d_sae:
             raise ValueError(f"m must be between 1 and d_sae={self.cfg.d_sae}, got {m}")
         labels = None if self.cfg.metadata[LABELS_KEY] is None else self.labels[:m]
-        return self.with_atoms(self.W_dec[:m], labels, k=min(m, self.cfg.k), l0=None)
+        made = self.with_atoms(self.W_dec[:m], labels, k=min(m, self.cfg.k), l0=None)
+        made._forget_usual_residual()
+        return made
 
     # non-negative codes
 

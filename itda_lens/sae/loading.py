@@ -34,6 +34,9 @@ TRIES, PAUSE_SECONDS = 20, 0.02
 """How often, and how long after one another, files are read that are not of one save: another process
 may be between renaming one and the other."""
 
+SHIPPED = {"demo": Path(__file__).parent / "shipped" / "demo"}
+"""Dictionaries that come with the package, by the names under which `load` knows them."""
+
 
 @checked
 def load(
@@ -51,8 +54,9 @@ def load(
     Paths of the model and the texts come from `itda_local.json`, where that is beside.
 
     Args:
-        path_or_repo: a folder with `cfg.json` and `sae_weights.safetensors`; or, where no such folder
-            exists, a dictionary on the Hugging Face hub (the only case in which the network is used):
+        path_or_repo: a folder with `cfg.json` and `sae_weights.safetensors`. Where no such folder
+            exists, "demo" is a small dictionary of SmolLM2 that comes with the package. Anything else
+            is a dictionary on the Hugging Face hub (the only case in which the network is used):
             "org/name" of a repository that holds one dictionary, or "org/name/folder".
         device: where to put it.
         dtype: as which SAELens dtype name ("float32", "bfloat16", ...) or torch dtype; default: as it
@@ -68,6 +72,8 @@ def load(
     """
     device_name, dtype_name = _device(device), _dtype(dtype)
     folder = Path(path_or_repo)
+    if not folder.exists():
+        folder = SHIPPED.get(str(path_or_repo), folder)
     if not folder.exists():
         folder = fetched(_on_hub(path_or_repo), revision)
         return _from_folder(folder, device_name, dtype_name or "float32")

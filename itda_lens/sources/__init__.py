@@ -14,6 +14,7 @@ from itda_lens.sources.chat_source import (
 from itda_lens.sources.chat_templates import ChatTemplate, RenderedChat
 from itda_lens.sources.chats import Chats, SpecialTokens
 from itda_lens.sources.contexts import Context, ContextBatch, Tokenization
+from itda_lens.sources.direct_path import logit_weights
 from itda_lens.sources.hidden_states import HiddenStatesSource
 from itda_lens.sources.hooked import HookedModel
 from itda_lens.sources.hooks import Site, unknown_hook
@@ -100,6 +101,7 @@ __all__ = [
     "hook_list",
     "iterate_texts",
     "language_model",
+    "logit_weights",
     "names_data_set",
     "register_with_transformer_lens",
     "text_or_chat_source",

@@ -7,11 +7,11 @@ from dataclasses import replace
 import torch
 from tqdm.auto import tqdm
 
-from itda_lens.dictionary import Dictionary, Guided
+from itda_lens.dictionary import Guided
 from itda_lens.records import Provenance, at_least, checked, versions
 from itda_lens.sae import ITDA, assemble
 from itda_lens.sources import ActivationSource, hook_is_per_head
-from itda_lens.training.point import Point
+from itda_lens.training.point import Finished, Point, coding_of
 from itda_lens.training.recipe import Recipe
 
 logger = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ def build_from(
             raise ValueError(f"the source must give at least one row, got none at {missing}")
         chosen = {hook: points[hook].finish(progress) for hook in source.hooks}
     return {
-        hook: assembled(*found, recipe, source.provenance(hook), metadata or {})
+        hook: assembled(found, recipe, source.provenance(hook), metadata or {})
         for hook, found in chosen.items()
     }
 
@@ -97,13 +97,15 @@ def _status(points: dict[str, Point]) -> dict[str, str]:
 
 
 def assembled(
-    dictionary: Dictionary, threshold: float, recipe: Recipe, provenance: Provenance,
-    metadata: dict[str, object],
-) -> ITDA:  # fmt: skip
+    finished: Finished, recipe: Recipe, provenance: Provenance, metadata: dict[str, object]
+) -> ITDA:
     """The SAE of a finished run at one hook point, which records how it came to be."""
+    dictionary = finished.dictionary
     logger.info("%s: %d atoms chosen", provenance.hook_name, len(dictionary.atoms))
-    provenance = replace(provenance, recipe=recipe.record(), versions=versions())
-    coding = replace(recipe.coding, k=min(recipe.coding.k, len(dictionary.atoms)), threshold=threshold)
+    provenance = replace(
+        provenance, recipe=recipe.record(), versions=versions(), unexplained=finished.unexplained
+    )
+    coding = replace(coding_of(recipe, dictionary), threshold=finished.threshold)
     hook = provenance.hook_name
     flattened = bool(hook) and hook_is_per_head(hook) and not provenance.per_head
     itda = assemble(

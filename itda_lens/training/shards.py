@@ -216,7 +216,7 @@ class Plan:
             chosen = {hook: points[hook].finish(progress) for hook in self.hooks}
         seconds = round(seconds + time.perf_counter() - start, 2)
         return {
-            hook: assembled(*found, self.recipe, self._provenance(hook, seconds), metadata or {})
+            hook: assembled(found, self.recipe, self._provenance(hook, seconds), metadata or {})
             for hook, found in chosen.items()
         }
 
