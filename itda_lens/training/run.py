@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 from itda_lens.dictionary import Dictionary, Guided
 from itda_lens.records import Provenance, at_least, checked, versions
 from itda_lens.sae import ITDA, assemble
-from itda_lens.sources import ActivationSource, hook_is_per_head
+from itda_lens.sources import ActivationSource
 from itda_lens.training.point import Point
 from itda_lens.training.recipe import Recipe
 
@@ -104,8 +104,6 @@ def assembled(
     logger.info("%s: %d atoms chosen", provenance.hook_name, len(dictionary.atoms))
     provenance = replace(provenance, recipe=recipe.record(), versions=versions())
     coding = replace(recipe.coding, k=min(recipe.coding.k, len(dictionary.atoms)), threshold=threshold)
-    hook = provenance.hook_name
-    flattened = bool(hook) and hook_is_per_head(hook) and not provenance.per_head
     itda = assemble(
         dictionary.atoms,
         dictionary.mean,
@@ -113,7 +111,7 @@ def assembled(
         l0=recipe.l0,
         labels=dictionary.labels,
         metadata=metadata,
-        reshape_activations="hook_z" if flattened else "none",
+        reshape_activations=provenance.reshape_activations,
     )
     provenance.into(itda.cfg.metadata)
     return itda
