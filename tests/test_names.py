@@ -26,6 +26,7 @@ LOADERS = {
     "hooked_transformer": "blocks.1.hook_resid_post",
     "huggingface": "blocks.1.hook_resid_post",
     "huggingface, of a module": "model.layers.1",
+    "huggingface, of heads": "blocks.1.attn.hook_z",
 }
 
 
@@ -48,7 +49,7 @@ class TestTheClassThatSAELensLoadsAModelWith:
         with torch.no_grad():
             _, cache = host.run_with_cache(batch.tokens)
         seen = collect(model, texts[:1], hook, progress=False, **options)[hook].values
-        kept = cache[metadata.hook_name][batch.keep]
+        kept = cache[metadata.hook_name][batch.keep].flatten(1)
         assert torch.allclose(kept, seen, atol=1e-4)
 
 

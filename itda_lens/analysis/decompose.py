@@ -184,7 +184,7 @@ def decompose(
                 special=place.special,
                 head=place.head,
                 unusual=unusual,
-            )  # fmt: skip
+            )
         )
     read = text if isinstance(text, str) else batch.contexts[0].text
     return Decomposition(found, hook, read)

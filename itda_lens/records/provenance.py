@@ -6,6 +6,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Protocol
 
 from itda_lens.records.cutting import Cutting
+from itda_lens.records.hook_points import HookPoint
 from itda_lens.records.local_paths import is_local_path, known_name
 
 BUILD_KEY = "itda_build"
@@ -18,6 +19,7 @@ _HOSTS = ("model_name", "model_class_name", "hook_name", "context_size", "prepen
 
 _PATHS = ("model_name", "model", "texts", "dataset_path")
 """Fields that may hold a path of this machine instead of a name."""
+
 _MAPPINGS = ("tokens", "chats", "recipe", "versions")
 """Fields that are mappings of their own, and empty where nothing is known."""
 
@@ -158,6 +160,11 @@ class Provenance:
         if "model" in local and self.model is None and names.get("model_name") == self.model_name:
             found["model"] = local["model"]
         return replace(self, **found)
+
+    @property
+    def reshape_activations(self) -> str:
+        """SAELens's setting for a dictionary of this hook point; "none" for one of single heads."""
+        return "none" if self.per_head else HookPoint.parse(self.hook_name or "").reshape_activations
 
     @property
     def cutting(self) -> Cutting:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from itda_lens.dictionary import SAME_DIRECTION, first_of_direction
 from itda_lens.pursuit import DEFAULT_RTOL, Coding, Method, first_nonfinite_row
-from itda_lens.records import GivenLabel, HookPoint, Provenance, checked, label_from, versions
+from itda_lens.records import GivenLabel, Provenance, checked, label_from, versions
 from itda_lens.sae.assembly import assemble
 from itda_lens.sae.itda import ITDA
 
@@ -93,7 +93,7 @@ def from_atoms(
         coding=coding,
         labels=own,
         metadata=metadata,
-        reshape_activations=HookPoint.parse(provenance.hook_name or "").reshape_activations,
+        reshape_activations=provenance.reshape_activations,
     )
     recipe = {"rule": {"name": "from_atoms", "kind": kind, "n_vectors": len(rows)}}
     known = {"recipe": provenance.recipe or recipe, "versions": versions()}

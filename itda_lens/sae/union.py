@@ -17,8 +17,8 @@ AGREED = ("model_name", "hook_name")
 """Facts in which the dictionaries must agree, where they record them."""
 
 KEPT = (
-    "model_class_name", "model", "loader", "context_size", "prepend_bos", "keep_special_tokens",
-    "vocabulary_sha256",
+    "model_class_name", "model", "loader", "per_head", "context_size", "prepend_bos",
+    "keep_special_tokens", "vocabulary_sha256",
 )  # fmt: skip
 """Further facts that the union records if all that record them say the same."""
 

@@ -20,6 +20,9 @@ SIDES = {"hook_resid_pre": "input", "hook_resid_post": "output"}
 HOOK_Z = "attn.hook_z"
 """The kind of the hook point where heads stand side by side, before the output projection."""
 
+KINDS = (*SIDES, HOOK_Z)
+"""Kinds of TransformerLens's hook points that are found in Hugging Face models, under "blocks.N."."""
+
 PROJECTIONS = frozenset({"o_proj", "c_proj", "out_proj", "dense", "out_lin", "wo", "o"})
 """Names, in lower case, that models give the output projection of their attention."""
 
@@ -114,7 +117,7 @@ class HuggingFaceModel(HookedModel):
             n_layers = len(text_layers(self.model))
         except ValueError:
             n_layers = 0
-        of_layers = [f"blocks.{layer}.{kind}" for layer in range(n_layers) for kind in (*SIDES, HOOK_Z)]
+        of_layers = [f"blocks.{layer}.{kind}" for layer in range(n_layers) for kind in KINDS]
         return of_layers + [name for name, _ in self.model.named_modules() if name]
 
 

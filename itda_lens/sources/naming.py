@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from itda_lens.records import HookPoint
-from itda_lens.sources.hugging_face_models import SIDES
+from itda_lens.sources.hugging_face_models import KINDS
 from itda_lens.sources.readable import Loader
 
 
@@ -11,11 +11,11 @@ def saelens_class(loader: Loader, hook: str) -> str:
     """The class, among those that SAELens loads models with, whose models have this hook point.
 
     SAELens loads no TransformerBridge: HookedTransformer has the hook points that both know. In a
-    Hugging Face model SAELens reads modules only, so that "blocks.N.hook_resid_post", which stands for
-    the output of a layer here, needs HookedTransformer too.
+    Hugging Face model SAELens reads modules only, so that "blocks.N.hook_resid_post" and other names of
+    TransformerLens, which stand for places in a layer here, need HookedTransformer too.
     """
-    stands_for_layer = hook.startswith("blocks.") and HookPoint.parse(hook).kind in SIDES
-    is_module = loader == "huggingface" and not stands_for_layer
+    stands_for_place = hook.startswith("blocks.") and HookPoint.parse(hook).kind in KINDS
+    is_module = loader == "huggingface" and not stands_for_place
     return "AutoModelForCausalLM" if is_module else "HookedTransformer"
 
 

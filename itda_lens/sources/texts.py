@@ -167,7 +167,7 @@ def _readable(items: Iterable[tuple[str, Any]], text_field: str) -> Iterator[str
         yield text
 
 
-def _from_iterable(texts: Iterable[Any], text_field: str) -> Iterator[tuple[str, str | Ids]]:
+def _from_iterable(texts: Iterable[Any], text_field: str) -> Iterator[tuple[str, Any]]:
     kind = type(texts).__name__
     if isinstance(texts, Mapping):  # also datasets' DatasetDict and IterableDatasetDict
         raise ValueError(

@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 from itda_lens.dictionary import Guided
 from itda_lens.records import Provenance, at_least, checked, versions
 from itda_lens.sae import ITDA, assemble
-from itda_lens.sources import ActivationSource, hook_is_per_head
+from itda_lens.sources import ActivationSource
 from itda_lens.training.point import Finished, Point, coding_of
 from itda_lens.training.recipe import Recipe
 
@@ -106,8 +106,6 @@ def assembled(
         provenance, recipe=recipe.record(), versions=versions(), unexplained=finished.unexplained
     )
     coding = replace(coding_of(recipe, dictionary), threshold=finished.threshold)
-    hook = provenance.hook_name
-    flattened = bool(hook) and hook_is_per_head(hook) and not provenance.per_head
     itda = assemble(
         dictionary.atoms,
         dictionary.mean,
@@ -115,7 +113,7 @@ def assembled(
         l0=recipe.l0,
         labels=dictionary.labels,
         metadata=metadata,
-        reshape_activations="hook_z" if flattened else "none",
+        reshape_activations=provenance.reshape_activations,
     )
     provenance.into(itda.cfg.metadata)
     return itda
