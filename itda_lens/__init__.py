@@ -13,34 +13,45 @@ from itda_lens._registration import register_with_saelens
 if TYPE_CHECKING:
     from itda_lens.compare import jaccard
     from itda_lens.pursuit import SparseCodes
-    from itda_lens.records import Label, Labels
-    from itda_lens.sae import ITDA, ITDAConfig, load
-    from itda_lens.training import build, fit
+    from itda_lens.records import Label, Labels, TokenFilter
+    from itda_lens.sae import ITDA, ITDAConfig, load, union
+    from itda_lens.sources import Chats
+    from itda_lens.training import build, fit, open_plan, plan
 
     __version__: str
 
 __all__ = [
     "ITDA",
+    "Chats",
     "ITDAConfig",
     "Label",
     "Labels",
     "SparseCodes",
+    "TokenFilter",
     "build",
     "fit",
     "jaccard",
     "load",
+    "open_plan",
+    "plan",
+    "union",
 ]
 
 _HOMES = {
+    "Chats": "sources",
     "ITDA": "sae",
     "ITDAConfig": "sae",
     "Label": "records",
     "Labels": "records",
     "SparseCodes": "pursuit",
+    "TokenFilter": "records",
     "build": "training",
     "fit": "training",
     "jaccard": "compare",
     "load": "sae",
+    "open_plan": "training",
+    "plan": "training",
+    "union": "sae",
 }
 
 

@@ -43,6 +43,9 @@ app = typer.Typer(
 )
 app.command("demo", cls=_Command)(demo)
 app.command("build", cls=_Command)(cli.build_command)
+app.command("build-shard", cls=_Command)(cli.build_shard_command)
+app.command("build-finish", cls=_Command)(cli.build_finish_command)
+app.command("fit", cls=_Command)(cli.fit_command)
 app.command("info", cls=_Command)(cli.info_command)
 app.command("decompose", cls=_Command)(cli.decompose_command)
 app.command("eval", cls=_Command)(cli.eval_command)
@@ -50,6 +53,7 @@ app.command("bench", cls=_Command)(cli.bench_command)
 app.command("compare", cls=_Command)(cli.compare_command)
 app.command("steer", cls=_Command)(cli.steer_command)
 app.command("erase", cls=_Command)(cli.erase_command)
+app.command("push", cls=_Command)(cli.push_command)
 
 
 def _print_version(wanted: bool) -> None:

@@ -67,7 +67,8 @@ WORDS = "the a cat dog sat ran on in mat log and or big small red blue said that
 
 SLOW = {
     "test_files.py": {
-        "test_a_kill_between_the_renames_is_told_and_the_new_weights_are_named",
+        "test_a_kill_after_each_rename_leaves_the_old_or_the_new",
+        "test_a_kill_while_weights_of_earlier_versions_are_replaced_names_the_new_ones",
         "test_a_kill_leaves_no_process",
         "test_a_stop_at_every_rename_leaves_the_old_or_the_new",
         "test_every_changed_bit_of_the_weights_is_told",
@@ -80,6 +81,16 @@ SLOW = {
         "test_figures_equal_saelens",
         "test_other_saes_are_measured_beside",
     },
+    "test_chats.py": {
+        "test_build_and_eval",
+        "test_comparing",
+        "test_dictionaries_of_texts_and_of_chats_are_measured_beside",
+        "test_each_is_read_as_if_it_were_alone",
+        "test_filters_of_texts",
+        "test_in_shards",
+    },
+    "test_arrays.py": {"test_a_file_larger_than_the_memory_it_takes"},
+    "test_caches.py": {"test_kills_and_a_second_writer"},
     "test_cli.py": {
         "test_a_signal_leaves_nothing_half_written",
         "test_a_terminal_that_knows_ascii_only",
@@ -90,15 +101,27 @@ SLOW = {
         "test_any_order_batches_and_parts",
         "test_earlier_rounds_count_by_their_weight",
     },
+    "test_extended.py": {"test_dictionaries_of_other_kinds"},
+    "test_from_atoms.py": {"test_atoms_labels_and_settings"},
+    "test_hub.py": {"test_the_command_measures_for_the_card"},
     "test_gpu.py": {
         "test_dictionaries_run_on_it",
         "test_picks_are_those_of_a_float64_pursuit",
         "test_the_kernel_compiles_to_machine_code_without_a_gpu",
         "test_the_kernel_is_tried_for_each_kind_of_problem",
     },
+    "test_local_paths.py": {"test_by_every_reader", "test_of_a_bench"},
     "test_models.py": {
         "test_a_hook_gives_the_same_alone_and_with_others",
         "test_all_hooks_give_what_transformer_lens_gives",
+    },
+    "test_plan.py": {
+        "test_a_fault_of_the_shard_is_raised",
+        "test_a_worker_is_killed",
+        "test_goes_on_in_another_process",
+        "test_is_build_bit_for_bit",
+        "test_killed_thirty_times",
+        "test_parts_and_whole",
     },
     "test_package.py": {"test_sae_lens_loads_an_itda_whichever_is_imported_first"},
     "test_pursuit.py": {
@@ -127,6 +150,15 @@ SLOW = {
         "test_command",
         "test_figures_names_and_folders",
         "test_goes_on_and_refuses_to_mix",
+    },
+    "test_scales.py": {"test_every_pursuit"},
+    "test_siblings.py": {"test_the_default_device_does_not_matter"},
+    "test_tokenizer_objects.py": {"test_each_loader_takes_each_tokenizer"},
+    "test_transforms.py": {
+        "test_by_the_weights",
+        "test_dictionaries",
+        "test_pursuits",
+        "test_values_are_the_same_bits",
     },
     "test_site.py": {
         "test_a_bad_link_fails_the_build",

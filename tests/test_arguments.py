@@ -15,8 +15,8 @@ import torch
 import itda_lens
 from itda_lens import analysis, architectures, compare, control, fit, sources, training
 from itda_lens.compare import Moments
-from itda_lens.records import Cutting, Places, check_fields, checked
-from itda_lens.sources import ArraySource, ModelSource, language_model
+from itda_lens.records import Cutting, Places, TokenFilter, check_fields, checked
+from itda_lens.sources import ArraySource, Chats, ChatSource, ModelSource, language_model
 
 NAN, INF = float("nan"), float("inf")
 X = torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
@@ -31,6 +31,12 @@ ROWS = [
     None, "x", 3, [[1.0]], X.numpy(), X.long(), X + 1j, X > 0, X[0], X[None], X.to_sparse(), X[:0],
     X / 0, X.log(),
 ]  # fmt: skip
+ANY_ROWS = [
+    None, "x", 3, True, b"x", {"a"}, {"a": X}, X.long(), X.long().numpy(), X + 1j, X > 0, X[None],
+    X.to_sparse(),
+    X[:0], X / 0, X.log(), [], [3], [X.long()], ["x"], iter([]), "missing.npy", Path("missing.parquet"),
+    object(),
+]  # fmt: skip
 DICTIONARIES = [None, 3, "x", object(), [], [3], torch.nn.Linear(2, 2), {"a": 3}]
 MAPPING = [3, "x", [1], True]
 LABELS = [3, "x", ["x"] * 40, [(0, 0)] * 40, [(0, 0, 0)], [(0.5, 0, 0)] * 40, [None] * 40]
@@ -39,11 +45,14 @@ MODEL = [None, 3, object(), torch.nn.Linear(2, 2), "./no-such-model", ["x"]]
 
 NONSENSE = {
     **dict.fromkeys(("k", "batch_size", "epochs", "n_anchors", "d_sae", "context_size"), POSITIVE),
-    **dict.fromkeys(("max_tokens", "n_rows"), POSITIVE),
+    **dict.fromkeys(("max_tokens", "n_rows", "shard_rows"), POSITIVE),
     "seed": WHOLE,
-    **dict.fromkeys(("l0", "rtol", "loss_threshold", "least_cosine", "learning_rate", "keep"), REAL),
     **dict.fromkeys(
-        ("signed", "update", "progress", "keep_special_tokens", "prepend_bos", "centred"), SWITCH
+        ("l0", "rtol", "loss_threshold", "least_cosine", "learning_rate", "keep", "spare"), REAL
+    ),
+    **dict.fromkeys(
+        ("signed", "update", "progress", "keep_special_tokens", "prepend_bos", "centred", "final_norm"),
+        SWITCH,
     ),
     **dict.fromkeys(("preset", "method", "loader", "match", "measure", "architecture", "kind"), NAME),
     "rule": [*NAME, object()],
@@ -52,6 +61,9 @@ NONSENSE = {
     "dtype": ["float31", 3, True, ["x"]],
     "tokenizer": [3, True, ["x"], object(), "./no-such-tokenizer"],
     **dict.fromkeys(("activations", "x", "y", "anchors"), ROWS),
+    "activations of any form": ANY_ROWS,
+    **{key: ["", 3, True, b"x", ["x"], object()] for key in ("item", "column")},
+    "shard_bytes": POSITIVE,
     **{key: [None, 3, "x", X, [X]] for key in ("activations_a", "activations_b")},
     **{key: [None, 3, "x", [], [3], X, X[0].long(), X[0] * NAN] for key in ("usage_a", "usage_b")},
     **dict.fromkeys(("dictionaries", "itdas", "sae"), DICTIONARIES),
@@ -93,12 +105,24 @@ NONSENSE = {
     "mean": [3, "x", [1.0], X],
     "path": [None, 3, True, ["x"], b"x"],
     "folders": [3, True, [3], ["a", "b"]],
+    "revision": [3, True, b"x", ["x"], "main"],
+    "token ids": [3, "x", [], [99_999], [-1], [0.5]],
+    "b_dec": [3, "x", X, X[0].long(), X[0] * NAN, X[0, :1]],
+    "tokens": [3, "x", {}, ["user"]],
+    "chats": [None, 3, [], [3], ["x"], "missing.jsonl", {"messages": []}, b"x"],
 }
 """Values that no argument of that name takes. A family of its own is chosen by `SPECIAL`."""
 
 SPECIAL = {
+    **{(f, "activations"): "activations of any form"
+       for f in ("fit", "ArraySource", "as_source", "evaluate_rows")},
+    ("cache", "source"): "source of rows",
+    ("cache", "dtype"): "kind",
     ("gathered", "source"): "source of rows",
     ("build_from", "source"): "source of rows",
+    ("unembedding", "tokens"): "token ids",
+    ("plan_from", "source"): "source of rows",
+    ("open_plan", "source"): "source of rows",
     ("compare", "activations"): "activations_a",
     ("activation_similarity", "a"): "activations_a",
     ("activation_similarity", "b"): "activations_a",
@@ -110,16 +134,18 @@ SPECIAL = {
     ("labelled", "match"): "label match",
     ("effects", "new_tokens"): "new_tokens of effects",
     **{(f, side): "dictionaries" for side in "ab"
-       for f in ("jaccard", "weighted_jaccard", "diff", "check_diffable")},
+       for f in ("jaccard", "weighted_jaccard", "diff", "check_diffable", "union")},
 }  # fmt: skip
 
 ALLOWED = {
+    ("as_source", "activations", str(X[:0])): "it has no rows, which is told when it is read",
+    **{(f, "labels", str(["x"] * 40)): "names of rows" for f in ("fit", "ArraySource", "as_source")},
     ("*", "tokenizer", "./no-such-tokenizer"): "a wrapped model brings its own tokenizer",
     ("activations_of", "model", None): "the dictionaries name it",
-    ("hook_list", "hooks", "nowhere"): "it does not look at a model",
     ("direction", "hook_name", "nowhere"): "it does not look at a model",
     ("effects", "retained", ()): "then nothing is measured on other texts",
     ("load_edits", "dictionaries", ()): "the file names their folders",
+    ("hook_list", "hook_names", "nowhere"): "it does not look at a model",
     ("iterate_texts", "texts", ()): "an empty list is one; whoever needs a text says so",
     **{
         ("recorded_settings", "model", one): "only whether it is given counts" for one in map(str, MODEL)
@@ -129,7 +155,7 @@ ALLOWED = {
 
 ALSO_CALLED = {
     "a": "models|dictionar|activations", "b": "models|dictionar|activations", "hooks": "hook",
-    "hook_name": "hook", "hook_names": "hook",
+    "hook_name": "hook", "hook_names": "hook", "chats": "conversation",
 }  # fmt: skip
 
 
@@ -153,7 +179,7 @@ HOOK = "blocks.1.hook_resid_post"
 
 
 @pytest.fixture(scope="module")
-def calls(tiny, texts, tmp_path_factory):
+def calls(tiny, tiny_folder, texts, tmp_path_factory):
     """A call of each public function that works: its arguments by name."""
     options = dict(d_sae=8, k=2, progress=False)
     a, b = (itda_lens.build(tiny, texts, HOOK, seed=s, **options)[HOOK] for s in (0, 1))
@@ -167,28 +193,54 @@ def calls(tiny, texts, tmp_path_factory):
     both = dict(models={"a": [a], "b": [b]})
     named = dict(tokenizer=None, loader="bridge", device=None)
     read = dict(text_field="text", split="train", **named, batch_size=4, max_tokens=64)
-    cut = dict(context_size=32, prepend_bos=None, keep_special_tokens=False)
+    cut = dict(context_size=32, prepend_bos=None, keep_special_tokens=False, tokens=None)
     atoms = dict(
         d_sae=8, k=2, preset="best", rule=None, seed=0, method=None, signed=True, loss_threshold=None,
         l0=None, update=False, least_cosine=None, rtol=1e-3,
     )  # fmt: skip
+    planned = training.plan(tiny, texts, HOOK, folder=folder / "planned", d_sae=8, k=2)
     trained = dict(activations=X, k=2, d_sae=8, seed=0, metadata=None)
     quiet = dict(progress=False)
     edit = control.Edit(a, [1], gate=control.Excess(0.0))
     saved = control.save_edits(edit, folder / "edit.json")
     prompted = dict(model=tiny, sae=a, targets=texts[:6], retained=[texts[7]])
     often = int(a.encode_sparse(x.values).indices[:, 0].bincount().argmax())
+    chatty = language_model(str(tiny_folder), device="cpu")
+    chatty.tokenizer.chat_template = "{% for m in messages %}{{ m['content'] + ' ' }}{% endfor %}"
+    chats = [[{"role": "user", "content": "the cat sat"}]] * 3
     return {
-        "build": own | dict(hook_names=HOOK, model_name=None) | atoms | cut | read | quiet,
+        "build": own | dict(hook_names=HOOK, model_name=None, folder=None) | atoms | cut | read | quiet,
+        "plan": own | dict(hook_names=HOOK, model_name=None, shard_rows=50, spare=1.0)
+        | dict(folder=folder / "plan") | atoms | cut | read,
+        "plan_from": dict(
+            source=ArraySource(X), recipe=training.recipe_of(d_sae=8, k=2), folder=folder / "plan2",
+            shard_rows=20, spare=1.0,
+        ),
+        "open_plan": dict(folder=planned.folder, model=None, source=None, rule=None),
         "collect": own | dict(hook_names=HOOK) | cut | read | quiet,
-        "ModelSource": own | dict(hooks=HOOK, cutting=Cutting(), model_name=None) | read,
-        "fit": dict(activations=X, labels=None, batch_size=16, metadata=None) | atoms | quiet,
-        "ArraySource": dict(activations=X, labels=None, batch_size=16),
+        "ModelSource": own
+        | dict(hook_names=HOOK, cutting=Cutting(), tokens=None, model_name=None) | read,
+        "ChatSource": dict(
+            model=chatty, chats=chats, hook_names=HOOK, context_size=None, tokens=None, batch_size=4,
+            max_tokens=64, model_name=None, **named,
+        ),
+        "fit": dict(activations=X, labels=None, item=None, column=None, batch_size=16, metadata=None)
+        | atoms | quiet,
+        "ArraySource": dict(activations=X, labels=None, item=None, batch_size=16),
+        "as_source": dict(activations=X, labels=None, item=None, column=None, batch_size=16),
+        "cache": dict(
+            source=ArraySource(X), folder=folder / "cache", dtype="exact", shard_bytes=2**20,
+            progress=False,
+        ),
+        "evaluate_rows": dict(dictionaries=itda_lens.fit(X, d_sae=8, k=2), activations=X, column=None)
+        | dict(batch_size=16) | quiet,
         "recipe_of": atoms,
-        "load": dict(path_or_repo=folder / "a", device="cpu", dtype=None),
+        "load": dict(path_or_repo=folder / "a", device="cpu", dtype=None, revision=None),
+        "union": dict(a=a, b=b, k=None, method=None, signed=None, b_dec=None),
+        "unembedding": dict(model=tiny, tokens=None, final_norm=True, **named),
         "jaccard": dict(a=a, b=b, match="auto"),
         "decompose": dict(model=tiny, sae=a, text="the cat", **named),
-        "evaluate": own | dict(dictionaries=a) | read | quiet,
+        "evaluate": own | dict(dictionaries=a, tokens=None) | read | quiet,
         "baseline": trained | dict(kind="pca", method="ols", labels=None, epochs=1),
         "build_baselines": own | dict(
             itdas=[a], kinds=["pca"], folder=folder / "b", max_tokens=64, epochs=1, seed=0,
@@ -218,10 +270,10 @@ def calls(tiny, texts, tmp_path_factory):
         "weighted_jaccard": dict(a=a, b=b, usage_a=used, usage_b=used, match="auto"),
         "iterate_texts": dict(texts=texts, text_field="text", split="train"),
         "check_activations": dict(activations=X),
-        "hook_list": dict(hooks=[HOOK]),
+        "hook_list": dict(hook_names=[HOOK]),
         "gathered": dict(source=ArraySource(X), progress=False),
         "language_model": dict(model=tiny, name=None, dtype=torch.float32, source=None, **named),
-        "tokenization_for": dict(lm=tiny, cutting=Cutting()),
+        "tokenization_for": dict(lm=tiny, cutting=Cutting(), tokens=None),
         "build_from": dict(
             source=ArraySource(X), recipe=training.recipe_of(d_sae=8, k=2), metadata=None, progress=False
         ),
@@ -267,9 +319,11 @@ FUNCTIONS = {
     for face in FACES
     for name in face.__all__
     if inspect.isfunction(function := getattr(face, name))
-} | {"ModelSource": ModelSource, "ArraySource": ArraySource}
+} | {"ModelSource": ModelSource, "ArraySource": ArraySource, "ChatSource": ChatSource}
 
 NOT_WALKED = {
+    "text_or_chat_source": "build and collect, which it serves, are walked",
+    "chat_context_size": "tests/test_chats.py",
     "describe_texts": "for metadata: called once the texts were looked at",
     "names_data_set": "a question, with an answer for everything",
     "hook_is_per_head": "the old name of a property of HookPoint",
@@ -287,13 +341,15 @@ def called(name: str, arguments: dict[str, object]) -> None:
     if name == "applied":
         with result:
             pass
+    if name == "as_source":  # rows that are not in memory are checked when they are read
+        list(result.rows())
 
 
 def test_every_public_function_is_walked(calls):
     assert set(FUNCTIONS) == set(calls) | set(NOT_WALKED)
     for name, arguments in calls.items():
         missing = set(inspect.signature(FUNCTIONS[name]).parameters) - set(arguments)
-        assert missing <= {"provenance"}, name
+        assert missing <= {"provenance", "more", "settings"}, name
 
 
 @pytest.mark.parametrize("name", sorted(set(FUNCTIONS) - set(NOT_WALKED)))
@@ -308,7 +364,7 @@ def test_nonsense_is_told_by_the_name_of_the_argument(name, calls, tmp_path):
                 continue
             # Baselines that are there already are not built again, and little is looked at.
             fresh = {"folder": tmp_path / str(len(list(tmp_path.iterdir())))}
-            more = fresh if name == "build_baselines" else {}
+            more = fresh if name in ("build_baselines", "plan", "plan_from") else {}
             given = f"{argument}={value!r}"[:80]
             try:
                 with within(5):
@@ -340,12 +396,28 @@ FIELDS = {
         d_sae=POSITIVE, coding=[3, None, "mp"], l0=REAL, seed=WHOLE, preset=[3, True],
         rule=[3, None, "best"],
     ),
+    TokenFilter: dict(
+        roles=[3, "user", [], [3]], kinds=[3, "word", [], ["words"]], only=[3, "(", ["x"]],
+        drop=[3, "[", b"x"],
+    ),
+    Chats: dict(
+        conversations=[None, 3, {}, [{"role": "user", "content": "a"}]], special_tokens=NAME,
+        special_share=[*REAL, 0, 1], template_options=[*MAPPING, {"a": object()}], field=STRING,
+        split=STRING,
+    ),
 }  # fmt: skip
+GOOD = {
+    Cutting: dict,
+    training.Recipe: lambda: vars(training.recipe_of(d_sae=8, k=2)),
+    TokenFilter: dict,
+    Chats: lambda: dict(conversations=[]),
+}
+"""Arguments with which each can be made."""
 
 
 @pytest.mark.parametrize("kind", FIELDS)
 def test_nonsense_in_a_field_is_told_by_the_name_of_the_field(kind):
-    good = {} if kind is Cutting else vars(training.recipe_of(d_sae=8, k=2))
+    good = GOOD[kind]()
     assert set(FIELDS[kind]) == {field.name for field in dataclasses.fields(kind)}
     for field, values in FIELDS[kind].items():
         for value in values:

@@ -15,7 +15,7 @@ import pytest
 from safetensors.torch import load_file
 
 import itda_lens
-from itda_lens import analysis, cli, compare, control, saebench
+from itda_lens import analysis, cli, compare, control, sae, saebench, sources
 from itda_lens.__main__ import BAD_INPUT, FAILURE, INTERRUPTED, TERMINATED, main
 from itda_lens.cli import choices
 from itda_lens.cli.options import completing
@@ -127,7 +127,7 @@ def test_decompose(itda_command, built):
     assert "+" in out
 
 
-COMMANDS = ["demo", "build", "info", "decompose", "eval", "bench", "compare", "steer", "erase"]
+COMMANDS = ["demo", "build", "fit", "info", "decompose", "eval", "bench", "compare", "steer", "erase"]
 
 
 @pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)])
@@ -220,8 +220,10 @@ def test_choices_are_those_of_the_library():
         (choices.Match, parameter_type(compare.compare, "match")),
         (choices.Contrast, parameter_type(control.contrast, "by")),
         (choices.Codes, parameter_type(saebench.bench, "codes")),
+        (choices.Exposed, parameter_type(sae.push, "labels")),
         (choices.Evaluation, tuple(saebench.EVALUATIONS)),
         (choices.Baseline, flat(saebench.Baseline)),
+        (choices.SpecialTokens, sources.SpecialTokens),
     ):
         assert flat(ours) == flat(theirs)
 
@@ -244,6 +246,8 @@ RENAMED = {"hook": "hook_names", "folder": "sae", "folders": "dictionaries"}
 EXCEPTIONS = {
     (cli.build_command, "d_sae"): "Python has none: the size of a dictionary is a decision",
     (cli.build_command, "k"): "Python has none: the length of codes is a decision",
+    (cli.build_command, "texts"): "or --chats: one of the two",
+    (cli.eval_command, "texts"): "or --chats: one of the two",
     (cli.eval_command, "model"): "the command takes the model that the dictionaries name",
     (cli.eval_command, "loader"): "and loads it as they say",
     (cli.decompose_command, "model"): "as for eval",

@@ -216,7 +216,7 @@ def test_layer_matching():
         (lambda: Moments.of(torch.randn(0, 2), torch.randn(0, 2)), "of the same n >= 1 tokens"),
         (lambda: Moments.of(torch.full((3, 2), math.nan), torch.randn(3, 2)), "must be finite"),
         (lambda: RunningMoments().pair(0, 0), "call update first"),
-        (lambda: RunningMoments().update([], [torch.randn(3, 2)]), "both sides need a layer"),
+        (lambda: RunningMoments().update([], [torch.randn(3, 2)]), "xs and ys must have a layer each"),
         (
             lambda: svcca(Moments.of(torch.randn(3, 2), torch.randn(3, 2)), keep=0),
             "keep must be above 0",
@@ -226,7 +226,7 @@ def test_layer_matching():
             lambda: relative_similarity(torch.randn(3, 2), torch.randn(3, 2), n_anchors=0),
             "n_anchors must",
         ),
-        (lambda: RunningRelative([torch.randn(3, 2)], [torch.randn(2, 2)]), "anchors must be"),
+        (lambda: RunningRelative([torch.randn(3, 2)], [torch.randn(2, 2)]), "anchors_y must be"),
         (lambda: layer_matching_accuracy(torch.ones(2, 3)), "one to one"),
         (lambda: layer_matching_accuracy(torch.full((2, 2), math.nan)), "must not hold NaN"),
     ],

@@ -176,6 +176,7 @@ def pretend_hub(hub: Path, monkeypatch) -> list[str]:
     monkeypatch.setattr(huggingface_hub.HfApi, "upload_file", upload_file)
     monkeypatch.setattr(uploading, "get_hf_file_metadata", metadata)
     monkeypatch.setattr(pretrained_sae_loaders, "hf_hub_download", download)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repo, **options: str(hub / repo))
     return uploaded
 
 

@@ -1,7 +1,8 @@
 """The examples in README.md and docs/ run as they stand, and the notebook too.
 
-"gpt2" stands for the user's model: here it is SmolLM2, and book.txt is a part of Python's reference. The
-guides (docs/add-*.md) run in tests/test_guides.py, which needs no real model.
+"gpt2" stands for the user's model: here it is SmolLM2, which goes by its name on the hub where a page
+needs a model of chats. book.txt is a part of Python's reference. The guides (docs/add-*.md) run in
+tests/test_guides.py, which needs no real model.
 """
 
 import re
@@ -39,7 +40,7 @@ def test_examples(page, tmp_path, monkeypatch):
     Path("book.txt").write_text("\n".join(reference_prose()[0])[:60_000])
     namespace: dict[str, object] = {}
     for example in examples(page):
-        code = example.replace('"gpt2"', repr(str(folder)))
+        code = re.sub(r'"(gpt2|HuggingFaceTB/SmolLM2-135M-Instruct)"', repr(str(folder)), example)
         exec(compile(code, str(page), "exec"), namespace)
     assert "itda_lens" in namespace
 

@@ -200,7 +200,7 @@ class TestSource:
     def test_is_fit_on_the_same_rows_bit_for_bit(self, source, settings):
         settings = dict(d_sae=50, k=5) | settings
         x = torch.cat([rows.values["patches"] for rows in source.rows()])
-        labels = [Label(image, 0, patch) for image in range(100) for patch in range(49)]
+        labels = [Label(image, 0, patch, kind="image") for image in range(100) for patch in range(49)]
         made = build_from(source, recipe_of(**settings), progress=False)["patches"]
         batch_size = 64 * 49  # the paper's rule depends on the batches
         expected = fit(x, labels=labels, batch_size=batch_size, **settings)
@@ -228,7 +228,7 @@ class TestSource:
         images = torch.zeros(5, 3, 4)
         images[4, 1, 0] = torch.nan
         source = kind(lambda batch: batch, images, batch_size=2)
-        with pytest.raises(ValueError, match="'patches', text 4, chunk 0, position 1"):
+        with pytest.raises(ValueError, match="'patches', image 4, position 1"):
             build_from(source, recipe_of(d_sae=2, k=1), progress=False)
         with pytest.raises(ValueError, match="at least one image"):
             kind(lambda batch: batch, images[:0])

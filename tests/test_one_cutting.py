@@ -25,9 +25,9 @@ def cuttings(monkeypatch):
     seen = []
     contexts_of = contexts.Tokenization.contexts
 
-    def recorded(self, texts):
+    def recorded(self, texts, *where):
         seen.append((self.cutting.context_size, self.prepend_bos, self.cutting.keep_special_tokens))
-        return contexts_of(self, texts)
+        return contexts_of(self, texts, *where)
 
     monkeypatch.setattr(contexts.Tokenization, "contexts", recorded)
     return seen

@@ -1,7 +1,10 @@
 """Labels, places, cutting and provenance."""
 
+import base64
 import copy
 import json
+import zlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,6 +19,7 @@ from itda_lens.records import (
     Labels,
     Places,
     Provenance,
+    Tag,
     agreed,
     agreed_cutting,
     mix64,
@@ -42,6 +46,31 @@ class TestLabels:
         assert self.LABELS[1:] == Labels(list(self.LABELS)[1:])
         assert self.LABELS[-1].token == 'ünï"\n'
 
+    @pytest.mark.parametrize(
+        ("label", "said"),
+        [
+            (Label(3, 1, 17, token="a"), "'a' (text 3, chunk 1, position 17)"),
+            (Label(391, kind="image", name="cat"), "image 391: cat"),
+            (Label(391, position=4, kind="image"), "image 391, position 4"),
+            (Label(8, kind="row"), "row 8"),
+            (
+                Label(2, 0, 5, token="<|im_end|>", role="user", special=True),
+                "'<|im_end|>' (text 2, chunk 0, position 5, user, special)",
+            ),
+            (Label(2, head=4), "text 2, chunk 0, position 0, head 4"),
+        ],
+    )
+    def test_each_kind_reads_as_what_it_is(self, label, said):
+        assert str(label) == said
+        labels = Labels([label, Label(0)])
+        assert Labels.from_compact(labels.to_compact()) == labels
+
+    def test_fields_that_nothing_uses_are_not_written(self):
+        """Versions before 0.2 read labels of texts, byte for byte."""
+        text = Labels([Label(1, token="a")]).to_compact()
+        columns = json.loads(zlib.decompress(base64.b64decode(text.removeprefix("zlib+base64:"))))
+        assert list(columns) == ["row", "chunk", "position", "chars", "token", "context", "cosine"]
+
     @pytest.mark.parametrize("damage", [lambda t: t[:-9], lambda t: "x" + t, lambda t: None])
     def test_damage_is_told(self, damage):
         with pytest.raises(ValueError, match="damaged labels"):
@@ -63,10 +92,45 @@ class TestPlaces:
         triples = list(zip(row.tolist(), chunk.tolist(), position.tolist(), strict=True))
         places, same = Places.at(row, chunk, position), Places.of(triples)
         assert places == same
-        assert list(places) == [Label(*triple) for triple in triples]
+        assert list(places) == [Label(*triple, kind="row") for triple in triples]
         assert (places.identity == same.identity).all()
         assert len(set(places.identity.tolist())) == 12
-        assert list(Places.at(np.array([4, 2]))) == [Label(4), Label(2)]
+        assert list(Places.at(np.array([4, 2]))) == [Label(4, kind="row"), Label(2, kind="row")]
+
+    def test_tags(self):
+        cat, dog = Tag("image", "cat"), Tag("image", "dog")
+        images = Places.at(np.array([391, 4, 7]), tags=[cat, dog, cat])
+        assert list(images.take(np.array([2, 0]))) == [
+            Label(7, kind="image", name="cat"), Label(391, kind="image", name="cat"),
+        ]  # fmt: skip
+        spoken = self.tokens().tagged(Tag(role="user"))
+        everywhere = Places.joined([images, spoken, self.tokens().tagged([None] * 40)])
+        for same in (
+            everywhere.quoting(),
+            Places.restored(everywhere.state()),
+            everywhere.take(slice(99)),
+        ):
+            assert list(same) == list(everywhere)
+        assert [label.role for label in everywhere.bare()][2:5] == [None, "user", "user"]
+        assert (spoken.identity == self.tokens().identity).all()
+        with pytest.raises(ValueError, match="3 tags for 40 rows"):
+            self.tokens().tagged([cat, dog, None])
+
+    def test_heads(self):
+        tokens = self.tokens(5)
+        heads = tokens.by_head(3)
+        assert [label.key for label in heads][:4] == [
+            (3, 0, 0, 0),
+            (3, 0, 0, 1),
+            (3, 0, 0, 2),
+            (3, 0, 1, 0),
+        ]
+        assert heads[7] == replace(tokens[2], head=1)
+        assert len(set(heads.identity.tolist()) | set(tokens.identity.tolist())) == 20
+        shuffled = heads.take(np.random.default_rng(0).permutation(15))
+        assert shuffled.take(shuffled.order()) == heads
+        assert list(Places.restored(heads.state())) == list(Places.of(list(heads))) == list(heads)
+        assert len(set(Places.of([Label(1, head=0), Label(1, head=1)]).identity.tolist())) == 2
 
     def test_labels_are_made_on_demand(self):
         places = self.tokens()
@@ -103,7 +167,13 @@ class TestPlaces:
         assert len(set(places.identity.tolist())) == 3  # rows of one label are told apart
         assert Places.of([(1, 2, 3)])[0] == Label(1, 2, 3)
 
-    @pytest.mark.parametrize("bad", ["text", (1, 2), None, ("a", "b", "c"), (1, 2, 0.5), Label("a")])
+    @pytest.mark.parametrize(
+        "bad",
+        [
+            "text", (1, 2), None, ("a", "b", "c"), (1, 2, 0.5), Label("a"), Label(1, head=0.5),
+            Label(1, kind=None), Label(1, special="no"),
+        ],
+    )  # fmt: skip
     def test_what_is_no_label(self, bad):
         with pytest.raises(TypeError, match="labels must"):
             Places.of([Label(0), bad])

@@ -332,7 +332,7 @@ class TestSources:
 
     @pytest.mark.parametrize("hooks", [6, [6], None, {"a"}])
     def test_hooks_that_are_no_names(self, tiny, texts, hooks):
-        with pytest.raises(TypeError, match="hooks.* must be a string"):
+        with pytest.raises(TypeError, match="hook_names.* must be a string"):
             ModelSource(tiny, texts, hooks)
 
     def test_a_context_may_say_what_counts(self, tokenizer):

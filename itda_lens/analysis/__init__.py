@@ -2,5 +2,14 @@
 
 from itda_lens.analysis.decompose import Component, TokenDecomposition, decompose
 from itda_lens.analysis.evaluate import Evaluation, evaluate
+from itda_lens.analysis.rows import RowsEvaluation, evaluate_rows
 
-__all__ = ["Component", "Evaluation", "TokenDecomposition", "decompose", "evaluate"]
+__all__ = [
+    "Component",
+    "Evaluation",
+    "RowsEvaluation",
+    "TokenDecomposition",
+    "decompose",
+    "evaluate",
+    "evaluate_rows",
+]

@@ -1,16 +1,16 @@
 """Decomposing the tokens of a text into atoms."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from sae_lens import SAE
 
-from itda_lens.analysis.evaluate import tokenization_of
+from itda_lens.analysis.evaluate import chat_reading_of, tokenization_of
 from itda_lens.records import Label, checked
 from itda_lens.sae import check_codable, coded, hook_name_of, labels_of
-from itda_lens.sources import Loader, language_model
+from itda_lens.sources import Chats, Loader, language_model
 
 
 @dataclass(frozen=True)
@@ -37,19 +37,23 @@ class TokenDecomposition:
         token: the token's text.
         components: atoms by falling absolute coefficient.
         explained: 1 - |x - xhat|^2 / |x - b_dec|^2.
+        role: of a conversation, the role of the message that the token belongs to.
+        special: whether the token belongs to the form of a conversation.
     """
 
     position: int
     token: str
     components: Sequence[Component]
     explained: float
+    role: str | None = None
+    special: bool = False
 
 
 @checked
 def decompose(
     model: Any,
     sae: SAE[Any],
-    text: str,
+    text: str | Sequence[Mapping[str, Any]],
     *,
     tokenizer: Any = None,
     loader: Loader = "bridge",
@@ -60,7 +64,8 @@ def decompose(
     Args:
         model, tokenizer, loader, device: as in `build`; the model that `sae` belongs to.
         sae: an ITDA, or another SAE of SAELens (see `sae.ARCHITECTURES`) with a hook_name.
-        text: what the model reads.
+        text: a text, or a conversation: a list of messages with "role" and "content", which the model
+            reads in the form of its chat template. The tokens of the form are shown too.
 
     Raises:
         ValueError: the text has no token that counts, the dictionary cannot be measured (see
@@ -70,7 +75,12 @@ def decompose(
     labels = labels_of(sae)
     lm = language_model(model, tokenizer=tokenizer, loader=loader, device=device)
     hook = hook_name_of(sae)
-    batch = next(tokenization_of([sae], lm).batches([text], batch_size=1), None)
+    if isinstance(text, str):
+        tokenization, read = tokenization_of([sae], lm), iter([text])
+    else:
+        reading = chat_reading_of([sae], lm, Chats([text]))
+        tokenization, read = reading.tokenization, reading.rendered()
+    batch = next(tokenization.batches(read, batch_size=1), None)
     if batch is None or not batch.keep.any():
         raise ValueError(f"text must hold at least one token that counts, got {text!r}")
     with torch.no_grad():
@@ -89,7 +99,10 @@ def decompose(
             )
             if value != 0
         ]
+        explained_here, token = explained[i].item(), place.token or ""
         found.append(
-            TokenDecomposition(place.position, place.token or "", components, explained[i].item())
+            TokenDecomposition(
+                place.position, token, components, explained_here, place.role, place.special
+            )
         )
     return found

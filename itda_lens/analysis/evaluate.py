@@ -1,7 +1,7 @@
 """How well dictionaries reconstruct a model's activations, and what that does to the model."""
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,14 +12,18 @@ from sae_lens import SAE
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from itda_lens.analysis.meter import CodeMeter
 from itda_lens.dictionary import RunningFVU
-from itda_lens.records import agreed_cutting, at_least, checked
-from itda_lens.sae import check_codable, coded, hook_name_of, provenance_of
+from itda_lens.records import TokenFilter, agreed_cutting, at_least, checked
+from itda_lens.sae import check_codable, hook_name_of, provenance_of
 from itda_lens.sources import (
+    ChatReading,
+    Chats,
     ContextBatch,
     LanguageModel,
     Loader,
     Tokenization,
+    chat_context_size,
     iterate_texts,
     language_model,
     tokenization_for,
@@ -34,7 +38,8 @@ class Evaluation:
         hook_name: where the dictionary was attached.
         d_sae: atoms.
         k: most nonzeros per code; None for an SAE that has no such limit.
-        n_tokens: tokens that counted (not position 0, special tokens or padding).
+        n_tokens: tokens that counted (not position 0, special tokens or padding; of `Chats`, special
+            tokens too unless they say otherwise).
         l0: mean nonzeros per code.
         fvu: sum |x - xhat|^2 / sum |x - mean x|^2.
         alive_fraction: share of atoms with a nonzero coefficient somewhere.
@@ -47,6 +52,11 @@ class Evaluation:
         kl: KL(model || spliced model), nats per token.
         feature_density: share of the tokens at which each atom has a nonzero coefficient, [d_sae], on
             the CPU. `sae.save_sparsity` writes it.
+        fvu_content, fvu_form: of chats, the FVU on the contents of messages, and on the tokens of the
+            template's form. Each is measured against its own mean, and NaN where no such token counted.
+            Position 0 is in neither: it draws attention whatever token is there, and its activation can
+            be a hundred times longer than all others. None for texts.
+        n_form: of chats, how many tokens `fvu_form` is measured on. None for texts.
     """
 
     hook_name: str
@@ -62,14 +72,18 @@ class Evaluation:
     ce_loss_score: float
     kl: float
     feature_density: Float[Tensor, " d_sae"] = field(repr=False, compare=False)
+    fvu_content: float | None = None
+    fvu_form: float | None = None
+    n_form: int | None = None
 
 
 @checked
 def evaluate(
     model: Any,
     dictionaries: SAE[Any] | Sequence[SAE[Any]],
-    texts: str | Path | Iterable[str],
+    texts: str | Path | Iterable[str] | Chats,
     *,
+    tokens: TokenFilter | None = None,
     batch_size: int = 8,
     max_tokens: int | None = None,
     text_field: str = "text",
@@ -81,7 +95,9 @@ def evaluate(
 ) -> list[Evaluation]:
     """Evaluate dictionaries and SAEs, each at its own hook point, on the same texts.
 
-    Contexts are cut as when the dictionaries were built. As in SAELens, positions that do not count keep
+    Contexts are cut as when the dictionaries were built. Conversations (`Chats`) are read by the model's
+    chat template, one by one, whatever the dictionaries were built from; of those that were built from
+    chats, their context size holds. As in SAELens, positions that do not count keep
     their activation when a reconstruction is spliced in, and every position is zeroed for the zero
     ablation; losses are means over the predictions made at the tokens that count.
 
@@ -89,9 +105,11 @@ def evaluate(
         model: as in `build`; the `dictionaries` must belong to it.
         dictionaries: ITDAs or other SAEs of SAELens (as they are used, not as they are trained; see
             `sae.ARCHITECTURES`), with hook_name, context_size and prepend_bos in their metadata, the
-            latter two the same for all.
+            latter two the same for all (for chats: the context size, of those built from chats).
+        texts: as in `build`: texts or `Chats`.
+        tokens: more conditions on the tokens that count.
         max_tokens: stop after the batch that reaches this number of tokens; default: all of the texts.
-        texts, batch_size, text_field, split, tokenizer, loader, device, progress: as in `build`.
+        batch_size, text_field, split, tokenizer, loader, device, progress: as in `build`.
 
     Raises:
         ValueError: there are no dictionaries or no tokens; a dictionary cannot be measured (a
@@ -104,10 +122,18 @@ def evaluate(
     at_least(1, batch_size=batch_size, max_tokens=max_tokens)
     check_codable(saes)
     # Looked at before the model is loaded, so that missing texts are told at once.
-    stream = iterate_texts(texts, text_field=text_field, split=split)
-    stream = itertools.chain(list(itertools.islice(stream, 1)), stream)
+    if isinstance(texts, Chats):
+        _ = texts.roles
+        stream: Iterator[str] = iter(())
+    else:
+        stream = iterate_texts(texts, text_field=text_field, split=split)
+        stream = itertools.chain(list(itertools.islice(stream, 1)), stream)
     lm = language_model(model, tokenizer=tokenizer, loader=loader, device=device)
-    tokenization = tokenization_of(saes, lm)
+    if isinstance(texts, Chats):
+        reading = chat_reading_of(saes, lm, texts, tokens)
+        stream, tokenization = reading.rendered(), reading.tokenization
+    else:
+        tokenization = tokenization_of(saes, lm, tokens)
     hooks = sorted({hook_name_of(sae) for sae in saes})
     lm.check_hooks(hooks)
 
@@ -138,13 +164,27 @@ def evaluate(
     return [meter.result() for meter in meters]
 
 
-def tokenization_of(saes: Sequence[SAE[Any]], lm: LanguageModel) -> Tokenization:
+def tokenization_of(
+    saes: Sequence[SAE[Any]], lm: LanguageModel, tokens: TokenFilter | None = None
+) -> Tokenization:
     """How the contexts that `saes` were built from were cut.
 
     Raises:
         ValueError: they were cut in different ways, or longer than the model's contexts.
     """
-    return tokenization_for(lm, agreed_cutting([provenance_of(sae) for sae in saes]))
+    return tokenization_for(lm, agreed_cutting([provenance_of(sae) for sae in saes]), tokens)
+
+
+def chat_reading_of(
+    saes: Sequence[SAE[Any]], lm: LanguageModel, chats: Chats, tokens: TokenFilter | None = None
+) -> ChatReading:
+    """How a model reads chats for `saes`.
+
+    Raises:
+        ValueError: as `ChatReading`; or two of `saes` were built from chats of different context sizes.
+    """
+    size = chat_context_size([provenance_of(sae) for sae in saes])
+    return ChatReading(lm, chats, context_size=size, tokens=tokens)
 
 
 class _Predictions:
@@ -184,9 +224,8 @@ class _Meter:
     def __init__(self, sae: SAE[Any]) -> None:
         self._sae = sae
         self.hook = hook_name_of(sae)
-        self._fvu = RunningFVU()
-        self._fired = torch.zeros(sae.cfg.d_sae, dtype=torch.int64)
-        self._nonzeros = 0
+        self._codes = CodeMeter(sae)
+        self._parts: dict[str, RunningFVU] = {}
         self._kl = 0.0
         self._losses = {"base": 0.0, "spliced": 0.0, "zero": 0.0}
         self._n_losses = 0
@@ -211,40 +250,45 @@ class _Meter:
                     f"dictionary has d_in={self._sae.cfg.d_in}: it belongs to another model or hook"
                 )
             x = flat[keep]
-            reconstruction = self._reconstruct(x)
-            self._fvu.update(x, reconstruction)
+            reconstruction = self._codes.update(x)
+            for name, part in _parts_of(batch, keep):
+                self._parts.setdefault(name, RunningFVU()).update(x[part], reconstruction[part])
             out = flat.clone()
             out[keep] = reconstruction.to(out.dtype)
             return out.reshape(activation.shape)
 
         return splice
 
-    def _reconstruct(self, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_in"]:
-        reconstructions = []
-        for part in coded(self._sae, x):
-            fired = part.codes.indices[part.codes.values != 0].cpu()
-            self._fired += fired.bincount(minlength=len(self._fired))
-            self._nonzeros += len(fired)
-            reconstructions.append(part.reconstruction.to(x.device))
-        return torch.cat(reconstructions)
-
     def result(self) -> Evaluation:
         n_losses = max(1, self._n_losses)
         base, spliced, zero = (self._losses[name] / n_losses for name in ("base", "spliced", "zero"))
         gap = zero - base
-        n = self._fvu.n
         return Evaluation(
             hook_name=self.hook,
-            d_sae=self._sae.cfg.d_sae,
-            k=getattr(self._sae.cfg, "k", getattr(self._sae.cfg, "max_iterations", None)),
-            n_tokens=n,
-            l0=self._nonzeros / n,
-            fvu=self._fvu.value(),
-            alive_fraction=(self._fired > 0).float().mean().item(),
+            n_tokens=self._codes.n,
             ce_loss=base,
             ce_loss_spliced=spliced,
             ce_loss_zero=zero,
             ce_loss_score=(zero - spliced) / gap if gap != 0 else float("nan"),
-            kl=self._kl / n,
-            feature_density=self._fired / n,
+            kl=self._kl / self._codes.n,
+            fvu_content=self._parts["content"].value() if self._parts else None,
+            fvu_form=self._parts["form"].value() if self._parts else None,
+            n_form=self._parts["form"].n if self._parts else None,
+            **self._codes.figures(),
         )
+
+
+def _parts_of(
+    batch: ContextBatch, keep: Bool[Tensor, "batch seq"]
+) -> Iterator[tuple[str, Bool[Tensor, " n"]]]:
+    """Which of the tokens that count are content, and which are form. Position 0 is neither.
+
+    Texts have none of the two.
+    """
+    if all(context.tags is None for context in batch.contexts):
+        return
+    special = batch.special().to(keep.device)
+    later = torch.ones_like(special)
+    later[:, 0] = False
+    for name, part in (("content", ~special), ("form", special)):
+        yield name, (part & later)[keep]

@@ -12,9 +12,17 @@ from sae_lens.constants import SAE_CFG_FILENAME
 
 from itda_lens.architectures.inference import save_inference
 from itda_lens.architectures.kinds import Baseline, baseline
-from itda_lens.records import agreed_cutting, at_least, checked
+from itda_lens.records import (
+    agreed_cutting,
+    at_least,
+    checked,
+    is_local_path,
+    known_name,
+    without_paths,
+)
 from itda_lens.sae import ITDA, provenance_of
-from itda_lens.sources import describe_texts
+from itda_lens.sources import describe_texts, iterate_texts
+from itda_lens.sources.model_source import texts_fingerprint
 from itda_lens.training import collect
 
 logger = logging.getLogger(__name__)
@@ -88,7 +96,7 @@ def build_baselines(
             raise ValueError("max_tokens must be given: the dictionaries do not record their tokens")
         max_tokens = max(recorded)
     recipe = {"max_tokens": max_tokens, "epochs": epochs, "seed": seed}
-    recipe |= describe_texts(texts, text_field, split)
+    recipe |= _described(texts, text_field, split)
     missing = {path: plan for path, plan in wanted.items() if not _is_built(path, recipe)}
     if not missing:
         return list(wanted)
@@ -115,7 +123,9 @@ def build_baselines(
             labels=found[hook].labels,
             epochs=epochs,
             seed=seed,
-            metadata={name: itda.cfg.metadata[name] for name in INHERITED} | {RECIPE_KEY: recipe},
+            metadata=without_paths(
+                {name: itda.cfg.metadata[name] for name in INHERITED} | {RECIPE_KEY: recipe}
+            ),
         )
         save_inference(sae, path)
     return list(wanted)
@@ -133,11 +143,26 @@ def _nonzeros(itda: ITDA) -> int:
     return itda.cfg.k if itda.cfg.l0 is None else max(1, round(itda.cfg.l0))
 
 
+def _described(texts: str | Path | Iterable[str], text_field: str, split: str) -> dict[str, str]:
+    """The entries of a recipe about the texts. They travel with the baseline, so that a file is told
+    from another by its name and its first texts, not by its path."""
+    described = describe_texts(texts, text_field, split)
+    if is_local_path(described["texts"]):
+        first = texts_fingerprint(iterate_texts(texts, text_field=text_field, split=split))
+        described |= {"texts": known_name(described["texts"]), "texts_fingerprint": first}
+    return described
+
+
 def _is_built(path: Path, recipe: dict[str, Any]) -> bool:
     config = path / SAE_CFG_FILENAME
     if not config.exists():
         return False
     built = json.loads(config.read_text())["metadata"].get(RECIPE_KEY)
-    if built != json.loads(json.dumps(recipe)):
+    wanted = json.loads(json.dumps(recipe))
+    if built is not None and "texts_fingerprint" in wanted and "texts_fingerprint" not in built:
+        # Saved by an earlier version, which kept the path and no digest.
+        del wanted["texts_fingerprint"]
+        wanted["texts"] = built["texts"] if Path(built["texts"]).name == wanted["texts"] else None
+    if built != wanted:
         raise ValueError(f"{path} is a baseline of other texts or settings: {built}; remove it")
     return True

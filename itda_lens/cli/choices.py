@@ -14,6 +14,8 @@ Match = Literal["auto", "position", "span", "overlap"]
 Contrast = Literal["difference", "sets", "f1", "strongest"]
 AmountUnit = Literal["norm", "absolute"]
 Codes = Literal["both", "signed", "nonnegative"]
+Exposed = Literal["full", "places", "none"]
+SpecialTokens = Literal["keep", "cap", "exclude"]
 Evaluation = Literal[
     "saelens",
     "core",

@@ -7,15 +7,21 @@ import typer
 
 from itda_lens.cli.options import (
     BatchSize,
+    ChatsOption,
     DeviceOption,
+    Drop,
     Folders,
     ModelOption,
+    Only,
+    Role,
     SameLoader,
     Split,
     TextField,
-    Texts,
+    TextsOrNone,
+    filter_of,
     load_all,
     model_of,
+    texts_of,
 )
 from itda_lens.terminal import make_console
 
@@ -72,7 +78,8 @@ def decompose_command(
 
 def eval_command(
     folders: Folders,
-    texts: Texts,
+    texts: TextsOrNone = None,
+    chats: ChatsOption = None,
     model: ModelOption = None,
     max_tokens: Annotated[
         int | None,
@@ -81,6 +88,9 @@ def eval_command(
         ),
     ] = None,
     batch_size: BatchSize = 8,
+    role: Role = None,
+    only: Only = None,
+    drop: Drop = None,
     text_field: TextField = "text",
     split: Split = "train",
     loader: SameLoader = None,
@@ -92,7 +102,8 @@ def eval_command(
     """Measure dictionaries on a text that they were not built from.
 
     The figures are FVU, L0, CE-loss score, KL and alive fraction. With --save-density the share of
-    tokens at which each atom fires is kept in the file that SAELens's tools look for.
+    tokens at which each atom fires is kept in the file that SAELens's tools look for. With --chats, FVU
+    is given apart for the contents of messages and for the tokens of the chat template's form.
 
     Example: itda eval gpt2-dictionaries --texts other-book.txt --max-tokens 20000
     """
@@ -100,13 +111,15 @@ def eval_command(
     from itda_lens.reports import evaluation_table
     from itda_lens.sae import save_sparsity
 
+    read = texts_of(texts, chats, text_field, split, "keep")
     loaded = load_all(folders)
     itdas = [itda for _, itda in loaded]
     name, loaded_by = model_of(itdas, model, loader)
     evaluations = evaluate(
         name,
         itdas,
-        texts,
+        read,
+        tokens=filter_of(role, only, drop),
         max_tokens=max_tokens,
         batch_size=batch_size,
         text_field=text_field,
@@ -117,4 +130,4 @@ def eval_command(
     if save_density:
         for (folder, _), found in zip(loaded, evaluations, strict=True):
             save_sparsity(folder, found.feature_density)
-    make_console().print(evaluation_table(evaluations, title=f"Evaluation on {texts}"))
+    make_console().print(evaluation_table(evaluations, title=f"Evaluation on {texts or chats}"))

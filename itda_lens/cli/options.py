@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from itda_lens.cli.choices import Loader
+from itda_lens.cli.choices import Loader, SpecialTokens
 
 if TYPE_CHECKING:
+    from itda_lens.records import TokenFilter
     from itda_lens.sae import ITDA
 
 Folders = Annotated[
@@ -25,6 +26,41 @@ Texts = Annotated[
         help="A text file, a .jsonl file, or the name of a Hugging Face data set.", show_default=False
     ),
 ]
+TextsOrNone = Annotated[
+    str | None,
+    typer.Option(
+        help="A text file, a .jsonl file, or the name of a Hugging Face data set.", show_default=False
+    ),
+]
+ChatsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--chats",
+        help="Instead of --texts: conversations, a .jsonl file or data set with messages of role and "
+        "content. Each is read alone, in the form of the model's chat template.",
+        show_default=False,
+    ),
+]
+SpecialTokensOption = Annotated[
+    SpecialTokens,
+    typer.Option(
+        help="For --chats: whether the tokens of the template's form count; cap: a tenth of the rows."
+    ),
+]
+Role = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="For --chats: only tokens of this role count; may be repeated.", show_default=False
+    ),
+]
+Only = Annotated[
+    str | None,
+    typer.Option(help="Only tokens in a match of this regular expression count.", show_default=False),
+]
+Drop = Annotated[
+    str | None,
+    typer.Option(help="No token in a match of this regular expression counts.", show_default=False),
+]
 ModelOption = Annotated[
     str | None,
     typer.Option(help="The model, if not the one that the dictionary names.", show_default=False),
@@ -38,7 +74,12 @@ DeviceOption = Annotated[
     str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default: a GPU if there is one.")
 ]
 BatchSize = Annotated[int, typer.Option(min=1, help="Contexts per forward pass.")]
-TextField = Annotated[str, typer.Option(help="Field of a jsonl line or data set row with the text.")]
+TextField = Annotated[
+    str,
+    typer.Option(
+        help="Field of a jsonl line or data set row with the text; of chats the default is messages."
+    ),
+]
 Split = Annotated[str, typer.Option(help="Split of the data set.")]
 
 
@@ -86,9 +127,36 @@ def model_of(itdas: "Sequence[ITDA]", model: str | None, loader: Loader | None) 
     chosen: Any = loader or (loaders.pop() if len(loaders) == 1 else "bridge")
     if model is not None:
         return model, chosen
-    models = {record.model for record in records} - {None}
-    if len(models) != 1:
-        raise ValueError(
-            f"pass --model: the dictionaries name {len(models)} models that could be loaded, not one"
-        )
+    models = {record.model for record in records if record.model is not None}
+    if len(models) > 1:
+        raise ValueError(f"pass --model: the dictionaries name several: {', '.join(sorted(models))}")
+    if not models:
+        names = sorted({record.model_name for record in records if record.model_name})
+        called = f", which is called {' or '.join(names)}" if names else ""
+        raise ValueError(f"pass --model: nothing here says where the dictionaries' model is{called}")
     return models.pop(), chosen
+
+
+def texts_of(
+    texts: str | None, chats: str | None, text_field: str, split: str, special: SpecialTokens
+) -> Any:
+    """The texts or chats that the user names: one of the two."""
+    from itda_lens.sources import Chats
+
+    if (texts is None) == (chats is None):
+        given = "neither" if texts is None else "both"
+        raise ValueError(f"pass one of --texts and --chats, got {given}")
+    if chats is None:
+        if special != "keep":
+            raise ValueError(f"--special-tokens is for --chats, got {special!r} for --texts")
+        return texts
+    field = "messages" if text_field == "text" else text_field
+    return Chats(chats, special, field=field, split=split)
+
+
+def filter_of(roles: list[str] | None, only: str | None, drop: str | None) -> "TokenFilter | None":
+    """The conditions on tokens that the user gives; None where there are none."""
+    from itda_lens.records import TokenFilter
+
+    found = TokenFilter(roles or None, only=only, drop=drop)
+    return found if found.record() else None

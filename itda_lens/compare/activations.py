@@ -9,14 +9,14 @@ import torch
 
 from itda_lens.records import Cutting, Provenance, agreed, checked
 from itda_lens.sae import ITDA, hook_name_of, provenance_of
-from itda_lens.sources import Activations, Loader
+from itda_lens.sources import Activations, Chats, Loader, chat_context_size
 from itda_lens.training import collect
 
 
 @checked
 def activations_of(
     itdas: Sequence[ITDA],
-    texts: str | Path | Iterable[str],
+    texts: str | Path | Iterable[str] | Chats,
     model: Any = None,
     *,
     max_tokens: int | None = 20_000,
@@ -29,6 +29,8 @@ def activations_of(
     progress: bool = True,
 ) -> list[Activations]:
     """Activations of one model at the hook points of its dictionaries, texts cut as for their build.
+
+    `Chats` are read by the model's chat template, whatever the dictionaries were built from.
 
     Args:
         itdas: dictionaries of one model.
@@ -44,13 +46,16 @@ def activations_of(
             different ways to cut texts; or as `build`.
     """
     settings = recorded_settings(itdas, model)
+    cutting: dict[str, Any] = asdict(settings.cutting)
+    if isinstance(texts, Chats):
+        cutting = {"context_size": chat_context_size([provenance_of(itda) for itda in itdas])}
     hooks = [hook_name_of(itda) for itda in itdas]
     found = collect(
         settings.model if model is None else model,
         texts,
         list(dict.fromkeys(hooks)),
         max_tokens=max_tokens,
-        **asdict(settings.cutting),
+        **cutting,
         batch_size=batch_size,
         text_field=text_field,
         split=split,
@@ -82,7 +87,7 @@ def recorded_settings(itdas: Sequence[ITDA], model: Any = None) -> Provenance:
     settings = agreed([provenance_of(itda) for itda in itdas], *names)
     if model is None and settings.model is None:
         raise ValueError(
-            "the dictionaries name no model that could be loaded (they were built from one in memory); "
-            "from Python, pass model= to activations_of"
+            "the dictionaries name no model that could be loaded (they were built from one in memory or "
+            "from a folder of another machine); from Python, pass model= to activations_of"
         )
     return settings

@@ -17,7 +17,14 @@ from itda_lens.compare.measures import shared_tokens
 from itda_lens.compare.places import Match, Place, places, resolve_match
 from itda_lens.records import Label, at_least, checked
 from itda_lens.sae import ITDA, check_codable, coded, labels_of, sparse_codes
-from itda_lens.sources import Activations, Loader, iterate_texts, language_model
+from itda_lens.sources import (
+    Activations,
+    Chats,
+    ChatTemplate,
+    Loader,
+    iterate_texts,
+    language_model,
+)
 from itda_lens.training import check_enough, collect, fit, recipe_of
 
 logger = logging.getLogger(__name__)
@@ -174,14 +181,14 @@ def check_diffable(a: SAE[Any], b: SAE[Any], match: Match = "auto") -> Match:
 def diff_models(
     a: Any,
     b: Any,
-    texts: str | Path | Iterable[str],
+    texts: str | Path | Iterable[str] | Chats,
     hook_name: str,
     *,
     d_sae: int = 1024,
     k: int = 20,
     max_tokens: int | None = 50_000,
     seed: int = 0,
-    context_size: int = 128,
+    context_size: int | None = None,
     batch_size: int = 16,
     tokenizer: Any = None,
     loader: Loader = "bridge",
@@ -209,13 +216,20 @@ def diff_models(
     read: list[str] = []  # texts of the first model, for the second: an iterator gives them once
     sides: list[tuple[ITDA, Activations]] = []
     tokenizers = []
+    templates: set[str] = set()
     for model in (a, b):
         lm = language_model(model, tokenizer=tokenizer, loader=loader, device=device)
         # Whether contexts begin with BOS depends on whether there is one.
         tokenizers.append((lm.tokenizer.get_vocab(), lm.tokenizer.bos_token_id))
-        own = (
-            read if sides else _recorded(iterate_texts(texts, text_field=text_field, split=split), read)
-        )
+        if isinstance(texts, Chats):
+            own = texts
+            templates.add(ChatTemplate(lm.tokenizer).source)
+        elif sides:
+            own = read
+        else:
+            own = _recorded(iterate_texts(texts, text_field=text_field, split=split), read)
+        if len(templates) > 1:
+            raise ValueError("a and b must have one chat template to be compared on chats, got two")
         x = collect(
             lm, own, [hook_name], max_tokens=max_tokens, context_size=context_size,
             batch_size=batch_size, progress=progress,

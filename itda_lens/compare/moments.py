@@ -7,6 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from itda_lens.records import checked
+
 
 class Moments(NamedTuple):
     """Sums of products of the centred activations of two representations, float64.
@@ -24,6 +26,7 @@ class Moments(NamedTuple):
     xy: Float[Tensor, "d_x d_y"]
 
     @classmethod
+    @checked
     def of(cls, x: Float[Tensor, "n d_x"], y: Float[Tensor, "n d_y"]) -> "Moments":
         """The moments of two tensors that are there as a whole.
 
@@ -61,6 +64,7 @@ class RunningMoments:
         self._cross: list[list[Tensor]] = []
         self._n_x = 0
 
+    @checked
     def update(self, xs: Sequence[Float[Tensor, "n _"]], ys: Sequence[Float[Tensor, "n _"]]) -> None:
         """Add the activations of the next tokens: of each layer of one model, and of the other.
 
@@ -68,10 +72,12 @@ class RunningMoments:
             ValueError: no layers or rows, different numbers of rows, other layers or widths than before,
                 NaN or infinite values.
         """
-        check_layers(xs, ys, "layers")
+        check_layers(xs, ys, "xs and ys")
         widths = [layer.shape[1] for layer in (*xs, *ys)]
         if self._shifts and (len(xs), widths) != (self._n_x, [len(s) for s in self._shifts]):
-            raise ValueError(f"layers must be those of the first batch, got widths {widths}")
+            raise ValueError(
+                f"xs and ys must be layers like those of the first batch, got widths {widths}"
+            )
         layers = [layer.double() for layer in (*xs, *ys)]
         if not self._shifts:
             # Any fixed point near the mean keeps the sums of squares from cancelling.
@@ -92,14 +98,18 @@ class RunningMoments:
                 cross.addmm_(x.T, y)
         self.n += len(layers[0])
 
+    @checked
     def pair(self, i: int, j: int) -> Moments:
         """The moments of layer `i` of the first model and layer `j` of the second.
 
         Raises:
-            ValueError: nothing was added yet.
+            ValueError: nothing was added yet, or there is no such layer.
         """
         if self.n == 0:
             raise ValueError("moments of no activations: call update first")
+        for name, index, count in (("i", i, self._n_x), ("j", j, len(self._sums) - self._n_x)):
+            if not 0 <= index < count:
+                raise ValueError(f"{name} must be between 0 and {count - 1}, got {index}")
         j_all = self._n_x + j
         x, y = self._sums[i], self._sums[j_all]
         return Moments(
@@ -117,7 +127,7 @@ def check_layers(xs: Sequence[Tensor], ys: Sequence[Tensor], name: str) -> None:
         ValueError: a side is of this kind, or holds NaN or infinite values.
     """
     if not xs or not ys:
-        raise ValueError(f"both sides need a layer at least, got {len(xs)} and {len(ys)}")
+        raise ValueError(f"{name} must have a layer each at least, got {len(xs)} and {len(ys)}")
     shapes = [tuple(layer.shape) for layer in (*xs, *ys)]
     if any(len(shape) != 2 or shape[0] != shapes[0][0] or shape[0] == 0 for shape in shapes):
         raise ValueError(f"{name} must be [n, width], of the same n >= 1 tokens, got {shapes}")

@@ -19,7 +19,8 @@ Match = Literal["auto", "position", "span", "overlap"]
 """
 
 Place = tuple[int, ...]
-"""A place of a text, as a key: (row, chunk, position) or (row, start, end)."""
+"""A place of a text, as a key: (row, chunk, position) or (row, start, end). The number of an attention
+head comes last in the former, and before the characters in the latter."""
 
 _CUTTING = ("vocabulary_sha256", "context_size", "prepend_bos")
 """Metadata in which two builds must agree before equal positions mean the same tokens."""
@@ -87,7 +88,7 @@ def n_overlapping(a: set[Place], b: set[Place]) -> int:
     left, right = sorted(a), sorted(b)
     i = j = found = 0
     while i < len(left) and j < len(right):
-        (row, start, end), (other_row, other_start, other_end) = left[i], right[j]
+        (*row, start, end), (*other_row, other_start, other_end) = left[i], right[j]
         if row == other_row and start < other_end and other_start < end:
             found += 1
             i += 1
@@ -108,7 +109,8 @@ def _span(label: Label) -> Place | None:
     if text.strip() and len(text) == end - start:
         start += len(text) - len(text.lstrip())
         end -= len(text) - len(text.rstrip())
-    return (label.row, start, end) if end > start else None
+    where = (label.row,) if label.head is None else (label.row, label.head)
+    return (*where, start, end) if end > start else None
 
 
 def _difference(records: Sequence[Provenance], keys: Sequence[str]) -> str | None:

@@ -105,18 +105,20 @@ class RunningRelative:
         ValueError: no layers or anchors, or different numbers of anchors.
     """
 
+    @checked
     def __init__(
         self,
         anchors_x: Sequence[Float[Tensor, "m _"]],
         anchors_y: Sequence[Float[Tensor, "m _"]],
         centred: bool = False,
     ) -> None:
-        check_layers(anchors_x, anchors_y, "anchors")
+        check_layers(anchors_x, anchors_y, "anchors_x and anchors_y")
         self._anchors = (list(anchors_x), list(anchors_y))
         self._centred = centred
         self._sums = torch.zeros(len(anchors_x), len(anchors_y), dtype=torch.float64)
         self.n = 0
 
+    @checked
     def update(self, xs: Sequence[Float[Tensor, "n _"]], ys: Sequence[Float[Tensor, "n _"]]) -> None:
         """Add the activations of the next tokens: of each layer of one model, and of the other.
 
@@ -124,10 +126,10 @@ class RunningRelative:
             ValueError: no rows, different numbers of rows, other layers than the anchors', NaN or
                 infinite values.
         """
-        check_layers(xs, ys, "layers")
+        check_layers(xs, ys, "xs and ys")
         widths = [[layer.shape[1] for layer in side] for side in (xs, ys)]
         if widths != [[layer.shape[1] for layer in side] for side in self._anchors]:
-            raise ValueError(f"layers must be those of the anchors, got widths {widths}")
+            raise ValueError(f"xs and ys must be layers like those of the anchors, got widths {widths}")
         left, right = (
             [
                 _unit(relative_representation(layer, own, self._centred))

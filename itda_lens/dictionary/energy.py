@@ -1,6 +1,6 @@
 """The rule of presets "best" and "thorough": it keeps the activations that carry most energy."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import cycle, islice
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from itda_lens.dictionary.mean import ExactSum
 from itda_lens.dictionary.outliers import duplicate_cosines, limit_outliers, robust_centre
 from itda_lens.dictionary.rule import Dictionary, Request
-from itda_lens.dictionary.sampling import StreamSample
+from itda_lens.dictionary.sampling import PriorityBound, StreamSample
 from itda_lens.dictionary.selection import (
     SAME_DIRECTION,
     first_of_direction,
@@ -170,6 +170,15 @@ class EnergySelector:
             prefix = f"{i}."
             part.load({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
 
+    def bounds(self, spare: float) -> list[PriorityBound]:
+        """Fresh bounds of the samples: which rows can enter them is known from the places."""
+        return [sample.bound(spare) for sample in (self._activations, *self._samples)]
+
+    def limit(self, bounds: Sequence[int]) -> None:
+        """Pass over the rows beyond these values of `bounds`."""
+        for sample, bound in zip((self._activations, *self._samples), bounds, strict=True):
+            sample.limit(bound)
+
     def _parts_of_state(self) -> "list[ExactSum | StreamSample]":
         return [self._sum, self._activations, *self._samples]
 
@@ -192,6 +201,8 @@ class EnergySelector:
 
     def finish(self, progress: bool) -> Dictionary:
         rule = self._rule
+        for sample in (self._activations, *self._samples):
+            sample.check_whole()
         scored = self._samples[0].rows(self._n_scored)
         mean = robust_centre(scored, self._mean())
         x = limit_outliers(scored - mean)

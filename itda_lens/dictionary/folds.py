@@ -55,10 +55,12 @@ def assign_folds(
         if all(max(share.values(), default=1) <= LARGEST for share in shares):
             fold_of = _deal(*shares)
             return (
-                torch.tensor([fold_of[place] for place in of_rows]),
-                torch.tensor([fold_of[place] for place in of_atoms]),
+                torch.tensor([fold_of[place] for place in of_rows], device="cpu"),
+                torch.tensor([fold_of[place] for place in of_atoms], device="cpu"),
             )
-    return torch.zeros(len(rows), dtype=torch.long), torch.full((len(atoms),), -1)
+    return torch.zeros(len(rows), dtype=torch.long, device="cpu"), torch.full(
+        (len(atoms),), -1, device="cpu"
+    )
 
 
 def _shares(places: list[Place]) -> dict[Place, float]:

@@ -54,20 +54,22 @@ class ExactSum:
 
     def total(self) -> Float[Tensor, " d"]:
         """The sums, rounded once, in float64 on the CPU."""
-        return torch.tensor(self._rounded(1), dtype=torch.float64)
+        return torch.tensor(self._rounded(1), dtype=torch.float64, device="cpu")
 
     def mean(self) -> Float[Tensor, " d"]:
         """The means, rounded once, in float64 on the CPU; zero before the first row."""
-        return torch.tensor(self._rounded(max(1, self.n)), dtype=torch.float64)
+        return torch.tensor(self._rounded(max(1, self.n)), dtype=torch.float64, device="cpu")
 
     def state(self) -> dict[str, Tensor]:
         """All of it, as tensors; `load` takes it back."""
         exponents = sorted(self._bins)
         bins = [self._bins[exponent] for exponent in exponents]
         return {
-            "n": torch.tensor(self.n),
-            "exponents": torch.tensor(exponents, dtype=torch.int64),
-            "bins": torch.stack(bins) if bins else torch.zeros(0, self._d, dtype=torch.int64),
+            "n": torch.tensor(self.n, device="cpu"),
+            "exponents": torch.tensor(exponents, dtype=torch.int64, device="cpu"),
+            "bins": torch.stack(bins)
+            if bins
+            else torch.zeros(0, self._d, dtype=torch.int64, device="cpu"),
         }
 
     def load(self, state: Mapping[str, Tensor]) -> None:

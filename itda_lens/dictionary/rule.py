@@ -1,6 +1,6 @@
 """The interface between rules for choosing atoms and the code that runs them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from itda_lens.dictionary.sampling import PriorityBound
 from itda_lens.pursuit import Coding
 from itda_lens.records import Label, Places
 
@@ -115,6 +116,27 @@ class Resumable(Protocol):
 
     def merge(self, other: Any) -> None:
         """Take in a run of the same rule and request on another part of the stream."""
+        ...
+
+
+@runtime_checkable
+class Foreseeing(Resumable, Protocol):
+    """A selector that can tell from the places of a stream which rows it will look at.
+
+    Parts of a planned stream then keep only these rows: a part of a thousand does not hold a thousandth
+    of the tokens, but of the samples.
+    """
+
+    def bounds(self, spare: float) -> list[PriorityBound]:
+        """Fresh bounds of its samples, each to be shown all places of the stream.
+
+        Args:
+            spare: room for rows that turn out to be equal, as a share of a sample.
+        """
+        ...
+
+    def limit(self, bounds: Sequence[int]) -> None:
+        """Pass over the rows beyond these values of its bounds."""
         ...
 
 

@@ -10,6 +10,41 @@ from torch import Tensor
 from itda_lens.dictionary.rows import RowStore
 from itda_lens.records import Places, mix64
 
+NO_BOUND = 2**64 - 1
+"""The bound of a sample that any row may enter: the largest priority."""
+
+
+class PriorityBound:
+    """The largest priority that a row can have and still be in a sample, from the places alone.
+
+    Where equal rows count as one, more places than the capacity may be needed, which only the
+    activations can tell. So the bound leaves room for more, and the sample knows whether that was enough
+    (`StreamSample.check_whole`).
+
+    Args:
+        capacity, seed, distinct: those of the sample.
+        spare: room for more places where equal rows count as one, as a share of the capacity.
+    """
+
+    def __init__(self, capacity: int, seed: int, *, distinct: bool, spare: float) -> None:
+        self._capacity = capacity + int(spare * capacity) if distinct else capacity
+        self._salt, self._distinct = _salt(seed), distinct
+        self._smallest = np.empty(0, dtype=np.uint64)
+
+    def update(self, places: Places) -> None:
+        """Show more places of the stream."""
+        both = np.concatenate([self._smallest, mix64(places.identity ^ self._salt)])
+        if self._distinct:  # a text that comes again has its places again
+            both = np.unique(both)
+        if len(both) > self._capacity:
+            both = np.partition(both, self._capacity - 1)[: self._capacity]
+        self._smallest = both
+
+    def value(self) -> int:
+        """The bound, or `NO_BOUND` if all rows shown so far can enter."""
+        full = len(self._smallest) == self._capacity
+        return int(self._smallest.max()) if full else NO_BOUND
+
 
 class StreamSample:
     """The `capacity` rows of a stream that have the smallest random priorities.
@@ -41,7 +76,8 @@ class StreamSample:
         self._places = Places.numbered(0, 0)
         self._priorities = np.empty(0, dtype=np.uint64)
         self._identities = np.empty(0, dtype=np.uint64)
-        self._salt = mix64(np.array(seed % 2**64, dtype=np.uint64))
+        self._capacity, self._seed, self._salt = capacity, seed, _salt(seed)
+        self._bound, self._n_beyond = NO_BOUND, 0
         self._distinct, self._labelled = distinct, labelled
         # Odd multipliers of the row's 32-bit pieces; a sum of products modulo 2**64. They must not
         # depend on the seed, since samples of one stream are merged by these hashes.
@@ -53,14 +89,36 @@ class StreamSample:
     def __len__(self) -> int:
         return len(self._store)
 
+    def bound(self, spare: float) -> PriorityBound:
+        """A fresh bound for this sample, to be shown all places of the stream."""
+        return PriorityBound(self._capacity, self._seed, distinct=self._distinct, spare=spare)
+
+    def limit(self, bound: int) -> None:
+        """Take in no row of a larger priority from now on: the value of a `PriorityBound`."""
+        self._bound = bound
+
+    def check_whole(self) -> None:
+        """Refuse a sample that lacks rows because of its bound.
+
+        Raises:
+            ValueError: equal rows counted as one so often that rows beyond the bound are needed.
+        """
+        if self._n_beyond and len(self) < self._capacity:
+            raise ValueError(
+                f"spare must be larger: so many activations are equal that a sample of "
+                f"{self._capacity} different ones got {len(self)}"
+            )
+
     def update(self, rows: Float[Tensor, "m d"], places: Places) -> None:
         """Show the sample more rows of the stream, and the place of each."""
         priorities = mix64(places.identity ^ self._salt)
         self.n_seen += len(rows)
-        offered = np.arange(len(rows))
+        most = self._bound
         if self._store.room == 0 and len(self):
             # Most new rows have larger priorities than all rows of a full sample.
-            offered = np.flatnonzero(priorities <= self._priorities.max())
+            most = min(most, int(self._priorities.max()))
+        offered = np.flatnonzero(priorities <= np.uint64(most))
+        self._n_beyond += int((priorities > np.uint64(self._bound)).sum())
         if not len(offered):
             return
         rows = rows[torch.from_numpy(offered).to(rows.device)]
@@ -70,26 +128,34 @@ class StreamSample:
     def merge(self, other: "StreamSample") -> None:
         """Take in a sample of another part of the stream, of the same seed and settings."""
         self.n_seen += other.n_seen
+        self._n_beyond += other._n_beyond
         self._admit(other._store.rows, other._places, other._priorities, other._identities)
 
     def state(self) -> dict[str, Tensor]:
         """All of it, as tensors; `load` of a sample of the same settings takes it back."""
         columns = {"priorities": self._priorities, "identities": self._identities}
         return {
-            "n_seen": torch.tensor(self.n_seen),
+            "n_seen": torch.tensor(self.n_seen, device="cpu"),
+            "n_beyond": torch.tensor(self._n_beyond, device="cpu"),
             "rows": self._store.rows.cpu().clone(),
             **{name: torch.from_numpy(column.view(np.int64)) for name, column in columns.items()},
-            **{name: torch.from_numpy(part) for name, part in self._places.state().items()},
+            **{f"places.{name}": torch.from_numpy(part) for name, part in self._places.state().items()},
         }
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Become the sample that gave this state. It must be empty."""
         assert len(self) == 0, "a state is loaded into an empty sample"
-        self.n_seen = int(state["n_seen"])
+        self.n_seen, self._n_beyond = int(state["n_seen"]), int(state["n_beyond"])
         self._store.append(state["rows"].to(self._store.rows))
         self._priorities = state["priorities"].numpy().view(np.uint64)
         self._identities = state["identities"].numpy().view(np.uint64)
-        self._places = Places.restored({name: state[name].numpy() for name in ("columns", "origins")})
+        self._places = Places.restored(
+            {
+                name.removeprefix("places."): part.numpy()
+                for name, part in state.items()
+                if name.startswith("places.")
+            }
+        )
 
     def rows(self, at_most: int | None = None) -> Float[Tensor, "n d"]:
         """The sampled rows, in the order of the stream.
@@ -151,7 +217,7 @@ class StreamSample:
         pieces = rows.contiguous().view(torch.int32)  # rows are float32 or float64
         digest = torch.cat(
             [_mix(part.long() * self._multipliers).sum(dim=-1) for part in pieces.split(1024)]
-            or [torch.empty(0, dtype=torch.long)]
+            or [torch.empty(0, dtype=torch.long, device="cpu")]
         )
         return digest.cpu().numpy().view(np.uint64)
 
@@ -161,8 +227,12 @@ def _by_priority(priorities: UInt64[np.ndarray, " n"], places: Places) -> Int[np
     order = np.argsort(priorities, kind="stable")
     ordered = priorities[order]
     if (ordered[1:] == ordered[:-1]).any():  # several tokens of one character, a text that comes twice
-        order = np.lexsort((places.position, places.chunk, places.row, priorities))
+        order = np.lexsort((places.head, places.position, places.chunk, places.row, priorities))
     return order
+
+
+def _salt(seed: int) -> np.uint64:
+    return np.uint64(mix64(np.array(seed % 2**64, dtype=np.uint64)))
 
 
 def _mix(products: Int[Tensor, "m p"]) -> Int[Tensor, "m p"]:

@@ -19,8 +19,9 @@ from itda_lens.pursuit.gram import (
 )
 from itda_lens.pursuit.gram_rows import GramRows
 from itda_lens.pursuit.methods import PURSUITS
-from itda_lens.pursuit.precision import FLOATS, check_floats
+from itda_lens.pursuit.precision import FLOATS, check_fits, check_floats
 from itda_lens.pursuit.prepared import PreparedAtoms, encode
+from itda_lens.pursuit.transforms import beneath
 
 __all__ = [
     "DEFAULT_RTOL",
@@ -33,8 +34,10 @@ __all__ = [
     "Method",
     "PreparedAtoms",
     "SparseCodes",
+    "beneath",
     "calibrate_out_of_fold",
     "calibrate_threshold",
+    "check_fits",
     "check_floats",
     "check_l0",
     "check_sign",

@@ -6,6 +6,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from itda_lens.pursuit.transforms import differentiated, rowwise, with_derivative
+
 CANCELLATION = 1e-4
 """Once a residual has less than this share of its row's energy, its energy is computed from the
 residual, since tracking it by subtraction has become inexact."""
@@ -69,14 +71,19 @@ def gather_sum(
     weights: Float[Tensor, "*batch k"],
     rows: Float[Tensor, "n d"],
 ) -> Float[Tensor, "*batch d"]:
-    """`sum_s weights[..., s] * rows[indices[..., s]]` without building the gathered rows."""
+    """`sum_s weights[..., s] * rows[indices[..., s]]`.
+
+    The gathered rows are built where derivatives may be wanted, and only there.
+    """
     if indices.numel() == 0:  # embedding_bag refuses an empty bag
         return weights.new_zeros(*indices.shape[:-1], rows.shape[1])
-    k = indices.shape[-1]
-    flat = torch.nn.functional.embedding_bag(
-        indices.reshape(-1, k),
-        rows.to(weights.dtype),
-        per_sample_weights=weights.reshape(-1, k),
-        mode="sum",
-    )
-    return flat.reshape(*indices.shape[:-1], rows.shape[1])
+    k, batch = indices.shape[-1], indices.shape[:-1]
+    indices, weights, rows = indices.reshape(-1, k), weights.reshape(-1, k), rows.to(weights.dtype)
+    (total,) = rowwise(_bags, indices, weights, shared=rows)
+    if differentiated(weights, rows):
+        total = with_derivative(total, (weights[:, None] @ rows[indices]).squeeze(1))
+    return total.reshape(*batch, rows.shape[1])
+
+
+def _bags(indices: Tensor, weights: Tensor, rows: Tensor) -> tuple[Tensor, ...]:
+    return (torch.nn.functional.embedding_bag(indices, rows, per_sample_weights=weights, mode="sum"),)

@@ -7,9 +7,10 @@ from torch import Tensor
 BLOCK = 4096
 """Rows that are searched at a time, once a sum has shown that a number is not finite."""
 
-LARGEST = 1e150
-"""Numbers of this size or more are refused, so that the squared norm of a row is finite in float64. Only
-float64 can hold such numbers."""
+LARGEST = {torch.float64: 1e150, torch.float32: 1e34, torch.bfloat16: 1e34}
+"""Larger numbers are refused. The squared norm of a row must be finite in float64, and coefficients,
+which can be some hundred times as large as it, must be in the dtype of codes. All of float16 may be
+coded."""
 
 
 def first_nonfinite_row(x: Float[Tensor, "n d"]) -> int | None:
@@ -32,5 +33,6 @@ def check_rows(name: str, x: Float[Tensor, "n d"]) -> None:
     bad = first_nonfinite_row(x)
     if bad is not None:
         raise ValueError(f"{name} has NaN or infinite values, first in row {bad}")
-    if x.dtype == torch.float64 and x.numel() and (largest := x.detach().abs().max()) > LARGEST:
-        raise ValueError(f"{name} must be at most {LARGEST:.0e} in size, got {largest:.3g}")
+    allowed = LARGEST.get(x.dtype, torch.inf)
+    if x.numel() and (largest := x.detach().abs().max()) > allowed:
+        raise ValueError(f"{name} must be at most {allowed:.0e} in size, got {largest:.3g}")

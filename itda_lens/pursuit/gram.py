@@ -10,6 +10,7 @@ from itda_lens.pursuit.fixed_point import fixed_point, fixed_point_gram
 from itda_lens.pursuit.gram_rows import GramRows
 from itda_lens.pursuit.methods import pursuit_named
 from itda_lens.pursuit.precision import at_least_float32, full_precision
+from itda_lens.pursuit.transforms import beneath
 
 GRAM_BUDGET_BYTES = 2 * 1024**3
 """Default memory for a whole matrix, in bytes: enough for 32,768 atoms in fixed point, or 23,170 in
@@ -85,16 +86,7 @@ def gram_matrix(
         The matrix. If it is over the budget: a `GramRows` for pursuits that are compiled for a CPU, with
         codes that are equal bit for bit; None for the others.
     """
-    dtype = gram_dtype(atoms, method, signed)
-    whole = _whole_budget(atoms.device, dtype) if budget_bytes is None else budget_bytes
-    if gram_fits(len(atoms), dtype, whole):
-        return fixed_point_gram(atoms) if dtype == torch.int16 else inner_products(atoms, atoms, dtype)
-    if dtype != torch.int16 or gpu.serves(atoms.device):
-        return None
-    if budget_bytes is None:
-        available = psutil.virtual_memory().available
-        budget_bytes = max(GRAM_BUDGET_BYTES, min(int(ROWS_SHARE * available), MOST_ROWS_BYTES))
-    return GramRows(atoms, budget_bytes)
+    return beneath(lambda plain: _gram_matrix(plain, budget_bytes, method, signed), atoms)
 
 
 def leave_out(gram: Shaped[Tensor, "n n"], start: int, stop: int) -> Shaped[Tensor, "m m"]:
@@ -111,3 +103,18 @@ def _whole_budget(device: torch.device, dtype: torch.dtype) -> int:
     if device.type != "cuda" or dtype != torch.int16:
         return GRAM_BUDGET_BYTES
     return max(GRAM_BUDGET_BYTES, int(GPU_SHARE * torch.cuda.mem_get_info(device)[0]))
+
+
+def _gram_matrix(
+    atoms: Tensor, budget_bytes: int | None, method: str, signed: bool
+) -> GramMatrix | None:
+    dtype = gram_dtype(atoms, method, signed)
+    whole = _whole_budget(atoms.device, dtype) if budget_bytes is None else budget_bytes
+    if gram_fits(len(atoms), dtype, whole):
+        return fixed_point_gram(atoms) if dtype == torch.int16 else inner_products(atoms, atoms, dtype)
+    if dtype != torch.int16 or gpu.serves(atoms.device):
+        return None
+    if budget_bytes is None:
+        available = psutil.virtual_memory().available
+        budget_bytes = max(GRAM_BUDGET_BYTES, min(int(ROWS_SHARE * available), MOST_ROWS_BYTES))
+    return GramRows(atoms, budget_bytes)

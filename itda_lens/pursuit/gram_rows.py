@@ -45,10 +45,10 @@ class GramRows:
         capacity = min(n, budget_bytes // (n * self.dtype.itemsize))
         self.shape = torch.Size((n, n))
         with torch.inference_mode(False):  # what is made in inference mode must serve later passes
-            self.rows = torch.empty(capacity, n, dtype=self.dtype)
-            self.slots = torch.full((n,), -1, dtype=torch.long)
-            self.used = torch.zeros(capacity, dtype=torch.long)
-            self._atom_of = torch.full((capacity,), -1, dtype=torch.long)
+            self.rows = torch.empty(capacity, n, dtype=self.dtype, device="cpu")
+            self.slots = torch.full((n,), -1, dtype=torch.long, device="cpu")
+            self.used = torch.zeros(capacity, dtype=torch.long, device="cpu")
+            self._atom_of = torch.full((capacity,), -1, dtype=torch.long, device="cpu")
         self.turn = 0
         self.lock = threading.Lock()
         _tables.add(self)
@@ -84,8 +84,8 @@ class WholeGram:
             self.rows = gram.as_strided((n, pitch), (pitch, 1))
         else:
             self.rows = gram.contiguous()
-        self.slots = torch.arange(n)
-        self.used = torch.zeros(n, dtype=torch.long)
+        self.slots = torch.arange(n, device="cpu")
+        self.used = torch.zeros(n, dtype=torch.long, device="cpu")
         self.turn = 0
         self.lock = threading.Lock()
         _tables.add(self)

@@ -411,13 +411,13 @@ def _subtract(correlations, products, c, mask):
     return found
 
 
-# --- Orthogonal matching pursuit, signed (Pati et al., 1993)
+# --- Orthogonal matching pursuit (Pati et al., 1993), with and without signs
 
 
 @jit
 def orthogonal_rows(
-    rows, correlations, x, energies, atoms, gram, slots, used, turn, rtol, threshold, tolerance, error_0,
-    error_g, missing, picks, coefficients
+    rows, correlations, x, energies, atoms, gram, slots, used, turn, signed, rtol, threshold, tolerance,
+    error_0, error_g, missing, picks, coefficients
 ):  # fmt: skip
     """Orthogonal matching pursuit of some rows of x; arguments as in `matching_rows`.
 
@@ -426,8 +426,14 @@ def orthogonal_rows(
     support, and so the new coefficients, c + <q, x> m. The residual is formed only where the error bound
     leaves several atoms in question.
 
+    Without signs, the coefficients are the non-negative least-squares fit on all atoms picked so far
+    (`_constrain`). An atom whose coefficient is zero keeps its place in `held`, with a row of zeros in
+    `inverse`; it is no longer picked, but later fits may use it again.
+
     Args:
         tolerance: squared distance from the span of the support under which an atom is inside it.
+            Without signs it is also the correlation, as a share of the row's norm, up to which an atom
+            is not wanted.
     """
     n, k, d = correlations.shape[1], picks.shape[1], x.shape[1]
     tops = np.empty((n + BLOCK - 1) // BLOCK, _i4)
@@ -435,8 +441,11 @@ def orthogonal_rows(
     residual = np.empty(d)
     current = np.empty(n, _f4)
     bits = current.view(_i4)
+    mask = MAGNITUDE if signed else _i4(-1)
     held, inverse = np.empty((k, d)), np.empty((k, k))
     cross, m = np.empty(k), np.empty(k)
+    products, targets = np.empty((k, k)), np.empty(k)
+    positive = np.empty(k, np.bool_)
     packed = np.zeros((tops.shape[0], (k + 1) // 2, BLOCK), _i4)
     packed_c = np.empty((k + 1) // 2, _i4)
     sums = np.empty(BLOCK, _i4)
@@ -449,9 +458,10 @@ def orthogonal_rows(
         support, c = picks[row], coefficients[row]
         initial = correlations[row]
         scale = 1 / np.sqrt(energies[row])
+        floor = 0.0 if signed else tolerance / scale
         current[:] = initial
         left, error = energies[row], error_0
-        block_tops(bits, MAGNITUDE, tops)
+        block_tops(bits, mask, tops)
         for t in range(k):
             if largest(tops) < REFRESH * error:
                 _residual(residual, x, row, held, c, t)
@@ -459,22 +469,30 @@ def orthogonal_rows(
                 for i in range(t):
                     current[support[i]] = 0.0  # but for rounding, which must not hide the others
                 error = ROUNDING
-                block_tops(bits, MAGNITUDE, tops)
-            n_found = in_question(bits, MAGNITUDE, tops, largest(tops) - 2 * error, support, t, found)
+                block_tops(bits, mask, tops)
+            n_found = in_question(bits, mask, tops, largest(tops) - 2 * error, support, t, found)
             atom = found[0]
             if n_found != 1:
                 _residual(residual, x, row, held, c, t)
-                atom, _ = pick(found, n_found, MAGNITUDE, residual, atoms)
+                atom, _ = pick(found, n_found, mask, residual, atoms)
                 if atom < 0:
                     break
             new = held[t]
             best, distance = _beside(atom, atoms, x, row, held, inverse, c, t, new, cross, m)
-            if best == 0 or abs(best) < threshold or distance <= tolerance:
+            size = abs(best) if signed else best
+            if size <= floor or size < threshold or distance <= tolerance:
                 break
             step = best / np.sqrt(distance)
             support[t] = atom
             _hold(inverse, c, m, step, distance, t)
             left -= step * step
+            if not signed:
+                products[t, :t] = cross[:t]
+                products[:t, t] = cross[:t]
+                products[t, t] = squared_norm(new)
+                targets[t], positive[t] = dot(new, x, row), True
+                if _constrain(products, targets, positive, c, inverse, step, tolerance, floor, t + 1):
+                    left = 0.0  # it is computed
             if left < CANCELLED * energies[row]:
                 _residual(residual, x, row, held, c, t + 1)
                 left = squared_norm(residual)
@@ -497,7 +515,127 @@ def orthogonal_rows(
                 b = i if t % 2 == 0 else tops.shape[0] - 1 - i
                 low, high = b * BLOCK, min(n, (b + 1) * BLOCK)
                 packed_sums(sums, packed[b], packed_c, t // 2 + 1)
-                tops[b] = _difference(current[low:high], initial[low:high], sums, inverse_unit)
+                tops[b] = _difference(current[low:high], initial[low:high], sums, inverse_unit, mask)
+        if not signed:
+            for i in range(k):
+                if c[i] <= 0:
+                    support[i], c[i] = -1, 0.0
+
+
+@jit
+def _constrain(products, targets, positive, c, inverse, step, tolerance, floor, n):
+    """Go on from the fit on `n` atoms, just extended by the last, to the non-negative fit on them.
+
+    The active-set method of Lawson & Hanson (1974), begun where the fit before stopped. Nothing is done
+    where the new fit is positive and wants no atom back that was dropped before.
+
+    Args:
+        products, targets: inner products of the atoms with each other, and with the row.
+        positive: which atoms have a positive coefficient, the last included; updated.
+        c: the fit on the positive atoms without a constraint; becomes the constrained one.
+        inverse: inverse of the Cholesky factor of the positive atoms' products, with rows of zeros for
+            the others; updated.
+        step: how far the last atom moved the fit, along its row of `inverse`.
+        floor: correlation up to which a dropped atom is not wanted back.
+
+    Returns:
+        whether anything was done.
+    """
+    if _all_positive(c, positive, n) and _wanted(products, targets, positive, c, floor, n) < 0:
+        return False
+    fit, entered = np.empty(n), -1
+    for i in range(n):
+        fit[i] = c[i]
+        c[i] -= step * inverse[n - 1, i] if positive[i] else 0.0
+    c[n - 1] = 0.0
+    for _ in range(3 * n):  # each turn but the last drops an atom or lessens the error; a safeguard
+        if _all_positive(fit, positive, n):
+            c[:n] = fit
+            entered = _wanted(products, targets, positive, c, floor, n)
+            if entered < 0:
+                break
+            positive[entered] = True
+            if not _factorise(products, positive, inverse, tolerance, n):
+                positive[entered] = False  # it lies in the span of the others
+                _factorise(products, positive, inverse, tolerance, n)
+                break
+        else:
+            share = 1.0
+            for i in range(n):
+                if positive[i] and fit[i] <= 0:
+                    share = min(share, c[i] / (c[i] - fit[i]) if c[i] > 0 else 0.0)
+            for i in range(n):
+                if positive[i]:
+                    blocked = fit[i] <= 0 and c[i] <= share * (c[i] - fit[i])
+                    c[i] += share * (fit[i] - c[i])
+                    if blocked or c[i] <= 0:
+                        positive[i], c[i] = False, 0.0
+            _factorise(products, positive, inverse, tolerance, n)
+        _solve(inverse, targets, positive, fit, n)
+    return True
+
+
+@jit
+def _all_positive(values, positive, n):
+    for i in range(n):  # noqa: SIM110 (numba compiles this)
+        if positive[i] and values[i] <= 0:
+            return False
+    return True
+
+
+@jit
+def _wanted(products, targets, positive, c, floor, n):
+    """The dropped atom that correlates most with the residual, by more than `floor`, or -1."""
+    best, atom = floor, -1
+    for i in range(n):
+        if not positive[i]:
+            value = targets[i]
+            for j in range(n):
+                value -= products[i, j] * c[j]
+            if value > best:
+                best, atom = value, i
+    return atom
+
+
+@jit
+def _factorise(products, positive, inverse, tolerance, n):
+    """The inverse of the Cholesky factor of the positive atoms' products, into the first `n` rows.
+
+    Returns False if an atom is inside the span of those before it.
+    """
+    for i in range(n):
+        inverse[i, : i + 1] = 0
+        if not positive[i]:
+            continue
+        distance = products[i, i]
+        for j in range(i):
+            if positive[j]:
+                w = 0.0
+                for h in range(j + 1):
+                    w += inverse[j, h] * products[i, h]
+                for h in range(j + 1):
+                    inverse[i, h] -= w * inverse[j, h]
+                distance -= w * w
+        if distance <= tolerance:
+            return False
+        diagonal = 1 / np.sqrt(distance)
+        for h in range(i):
+            inverse[i, h] *= diagonal
+        inverse[i, i] = diagonal
+    return True
+
+
+@jit
+def _solve(inverse, targets, positive, fit, n):
+    """The least-squares fit on the positive atoms, from the inverse of their Cholesky factor."""
+    fit[:n] = 0
+    for i in range(n):
+        if positive[i]:
+            value = 0.0
+            for j in range(i + 1):
+                value += inverse[i, j] * targets[j]
+            for j in range(i + 1):
+                fit[j] += value * inverse[i, j]
 
 
 @jit
@@ -569,8 +707,8 @@ def _residual(out, x, row, held, c, n):
 
 
 @jit
-def _difference(out, a, b, c):
-    """a - b c; returns the largest magnitude, as bits.
+def _difference(out, a, b, c, mask):
+    """a - b c; returns the largest of the result's bits & mask, at least 0.
 
     Not `_subtract` after a copy: the copy costs OMP a sixth of its time at 4,096 atoms.
     """
@@ -578,7 +716,7 @@ def _difference(out, a, b, c):
     for i in range(out.shape[0]):
         value = _f4(a[i] - c * _f4(b[i]))
         out[i] = value
-        found = _i4(max(found, _i4(value.view(_i4) & MAGNITUDE)))
+        found = _i4(max(found, _i4(value.view(_i4) & mask)))
     return found
 
 

@@ -60,13 +60,16 @@ def search(
 def replay(
     x: Float[Tensor, "b d"], atoms: Float[Tensor, "n d"], picks: Int[Tensor, "b k"]
 ) -> Float[Tensor, "b k"]:
-    """Coefficients of the pursuit that made `picks`, as a differentiable function of x and atoms."""
+    """Coefficients of the pursuit that made `picks`, as a differentiable function of x and atoms.
+
+    Atoms may be of any norm: a change of norm is made up for by the coefficient.
+    """
     residual = x
     coefficients = []
     for step in range(picks.shape[1]):
         j = picks[:, step]
         atom = atoms[j.clamp(min=0)] * (j >= 0)[:, None]
-        c = (residual * atom).sum(dim=-1)
+        c = (residual * atom).sum(dim=-1) / (atom.square().sum(dim=-1) + (j < 0))
         residual = residual - c[:, None] * atom
         coefficients.append(c)
     return torch.stack(coefficients, dim=-1)

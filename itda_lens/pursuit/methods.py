@@ -77,8 +77,9 @@ PURSUITS = {
         loop=Loop(
             "orthogonal_rows",
             lambda coding, most, dtype: (
-                coding.rtol, coding.threshold, orthogonal.dependence_tolerance(dtype),
+                coding.signed, coding.rtol, coding.threshold, orthogonal.dependence_tolerance(dtype),
             ),
+            nonnegative=True,
         ),
     ),
     "ols": Pursuit(

@@ -44,7 +44,9 @@ def replay(
     used = picks >= 0
     support = atoms[picks.clamp(min=0)] * used[..., None]
     inner = support @ support.transpose(-1, -2) + torch.diag_embed((~used).to(x.dtype))
-    return torch.linalg.solve(inner, (support @ x[..., None])).squeeze(-1)
+    # Not torch.linalg.solve, whose derivative has a wrong derivative in forward mode (torch 2.13).
+    factors = torch.linalg.lu_factor(inner)
+    return torch.linalg.lu_solve(*factors, support @ x[..., None]).squeeze(-1)
 
 
 def _signed(
@@ -94,10 +96,10 @@ def _signed(
 def _non_negative(
     x: Tensor, atoms: Tensor, gram: Tensor | None, k: int, rtol: float, threshold: float
 ) -> tuple[Tensor, Tensor]:
-    """The first `k` outer steps of non-negative least squares (Lawson & Hanson, 1974).
+    """Non-negative OMP (Bruckstein, Elad & Zibulevsky, 2008).
 
-    A pick whose coefficient the constraint drives to zero gives its slot up for good; the atom itself
-    may be picked again.
+    After each pick, all atoms picked so far are fitted by non-negative least squares. A pick whose
+    coefficient is then zero is not picked again, but later fits may use it.
     """
     b = x.shape[0]
     picks = torch.full((b, k), -1, dtype=torch.long, device=x.device)
@@ -106,24 +108,24 @@ def _non_negative(
     correlations = initial
     start = x.double().square().sum(dim=-1)
     active = start > 0
+    # Rounding leaves correlations of this size on atoms that the optimum does not want.
+    floor = dependence_tolerance(x.dtype) * start.sqrt()
     for t in range(k):
         j, best = _best_new(correlations, picks[:, :t])
-        # Rounding leaves correlations of this size on atoms that the optimum does not want.
-        active = active & (best > dependence_tolerance(x.dtype) * start.sqrt()) & (best >= threshold)
+        active = active & (best > floor) & (best >= threshold)
         picks[:, t] = j.masked_fill(~active, -1)
-        passive, solved = _constrained_fit(x, atoms, picks[:, : t + 1], coefficients[:, : t + 1])
+        held = picks[:, : t + 1]
+        fit, solved = _constrained_fit(x, atoms, held, coefficients[:, : t + 1], floor)
         # A row whose new atom lies in the span of the others keeps what it had and stops.
         active = active & solved
-        kept = torch.where(active[:, None], passive, coefficients[:, : t + 1])
-        coefficients[:, : t + 1] = kept
-        picks[:, : t + 1] = picks[:, : t + 1].masked_fill(kept <= 0, -1)
-        residual = x - gather_sum(picks[:, : t + 1].clamp(min=0), kept, atoms)
+        coefficients[:, : t + 1] = torch.where(active[:, None], fit, coefficients[:, : t + 1])
+        residual = x - gather_sum(held.clamp(min=0), coefficients[:, : t + 1], atoms)
         active = active & (residual.double().square().sum(dim=-1) > rtol**2 * start)
         if not active.any():
             break
         if t + 1 < k:
-            correlations = _correlations(x, atoms, gram, initial, picks[:, : t + 1], kept)
-    return picks, coefficients
+            correlations = _correlations(x, atoms, gram, initial, held, coefficients[:, : t + 1])
+    return picks.masked_fill(coefficients <= 0, -1), coefficients
 
 
 def _constrained_fit(
@@ -131,38 +133,61 @@ def _constrained_fit(
     atoms: Float[Tensor, "n d"],
     picks: Int[Tensor, "b t"],
     start: Float[Tensor, "b t"],
+    floor: Float[Tensor, " b"],
 ) -> tuple[Float[Tensor, "b t"], Bool[Tensor, " b"]]:
-    """Inner loop of Lawson-Hanson: from the feasible `start` to the non-negative fit on `picks`.
+    """The non-negative least-squares fit on `picks`, by the method of Lawson & Hanson (1974).
 
-    Returns the coefficients, and which rows' supports were independent enough to solve.
+    It begins at `start`, the fit on all picks but the last. Each turn drops an atom of a row, or takes
+    one back that was dropped and correlates with the residual by more than `floor`.
+
+    Returns the coefficients, and which rows' last picks were independent of the others.
     """
-    passive = picks >= 0
+    chosen = picks >= 0
     support = atoms[picks.clamp(min=0)]
     inner = support @ support.transpose(-1, -2)
     target = (support @ x[..., None]).squeeze(-1)
-    current = fit = start
-    solved = torch.ones(len(x), dtype=torch.bool, device=x.device)
-    for _ in range(picks.shape[1] + 1):  # each turn drops at least one atom of every open row
+    passive = chosen & (start > 0)
+    passive[:, -1] = chosen[:, -1]
+    current, done = start, ~chosen[:, -1]
+    entered = torch.full_like(picks[:, -1], picks.shape[1] - 1)
+    solved = torch.ones_like(done)
+    for turn in range(3 * picks.shape[1]):  # a safeguard: rows are done long before
         masked = inner * passive[:, :, None] * passive[:, None, :]
         masked = masked + torch.diag_embed((~passive).to(x.dtype))
         factor, info = torch.linalg.cholesky_ex(masked)
         smallest = factor.diagonal(dim1=-2, dim2=-1).square().amin(dim=-1)
-        solved = solved & (info == 0) & (smallest > dependence_tolerance(x.dtype))
+        dependent = ~done & ~((info == 0) & (smallest > dependence_tolerance(x.dtype)))
+        if turn == 0:
+            solved = ~dependent
+        passive = passive & ~(_slot(entered, passive) & dependent[:, None])
+        done = done | dependent
         fit = torch.cholesky_solve((target * passive)[..., None], factor).squeeze(-1)
         blocked = passive & (fit <= 0)
-        open_rows = blocked.any(dim=-1) & solved
-        if not open_rows.any():
-            break
+        walks = blocked.any(dim=-1) & ~done
+        rests = ~blocked.any(dim=-1) & ~done
+        current = torch.where(rests[:, None], fit * passive, current)
         # Walk from `current` towards `fit` until the first coefficient reaches zero.
         gap = (current - fit).clamp(min=torch.finfo(x.dtype).tiny)
         ratio = torch.where(blocked, current / gap, torch.inf)
         step = ratio.amin(dim=-1, keepdim=True).clamp(max=1)
         walked = current + step * (fit - current)
-        dropped = blocked & ((ratio <= step) | (walked <= 0))
-        walked = walked.masked_fill(dropped, 0)
-        current = torch.where(open_rows[:, None], walked, fit)
-        passive = passive & ~(dropped & open_rows[:, None])
-    return (fit * passive).clamp(min=0), solved
+        dropped = passive & ((blocked & (ratio <= step)) | (walked <= 0)) & walks[:, None]
+        passive = passive & ~dropped
+        current = torch.where(walks[:, None], (walked * passive).clamp(min=0), current)
+        wanted = target - (inner @ current[..., None]).squeeze(-1)
+        best, back = wanted.masked_fill(~chosen | passive, -torch.inf).max(dim=-1)
+        enters = rests & (best > floor)
+        entered = torch.where(enters, back, entered)
+        passive = passive | (_slot(back, passive) & enters[:, None])
+        done = done | (rests & ~enters)
+        if done.all():
+            break
+    return current, solved
+
+
+def _slot(index: Int[Tensor, " b"], like: Bool[Tensor, "b t"]) -> Bool[Tensor, "b t"]:
+    """Marks the slot of each row's index."""
+    return torch.zeros_like(like).scatter_(-1, index[:, None], True)
 
 
 def _best_new(

@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from itda_lens.pursuit.transforms import rowwise
+
 FLOAT32_UNIT = 2.0**-24
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -34,10 +36,38 @@ def check_floats(name: str, tensor: object) -> None:
     allowed = "a dense tensor of float16, bfloat16, float32 or float64"
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be {allowed}, got {type(tensor).__name__}")
+    if tensor.is_nested:
+        raise TypeError(f"{name} must be {allowed}, got a nested tensor")
     if tensor.layout != torch.strided:
         raise TypeError(f"{name} must be {allowed}, got the layout {tensor.layout}")
     if tensor.dtype not in FLOATS:
         raise TypeError(f"{name} must be {allowed}, got {tensor.dtype}")
+
+
+def check_fits(name: str, x: Float[Tensor, "*batch m"], atoms: Float[Tensor, "n d"]) -> None:
+    """Refuse numbers that the dtype of the atoms cannot hold, if they have another dtype.
+
+    Single numbers that are too small for it may become zero there.
+
+    Raises:
+        ValueError: a number is too large, or all that are not zero are too small.
+    """
+    dtype = atoms.dtype
+    if torch.promote_types(x.dtype, dtype) == dtype or not x.numel():
+        return
+
+    def check(x: Tensor, _: Tensor) -> tuple[Tensor, ...]:
+        largest = float(x.abs().max())
+        limits = torch.finfo(dtype)
+        short = str(dtype).removeprefix("torch.")
+        advice = f"for a dictionary in {short}, got {largest:.3g}; convert it, as by itda.float()"
+        if limits.max < largest < torch.inf:
+            raise ValueError(f"{name} must be at most {limits.max:.3g} in size {advice}")
+        if 0 < largest < limits.smallest_normal:
+            raise ValueError(f"{name} must be at least {limits.smallest_normal:.3g} in size {advice}")
+        return (x.new_empty(len(x), 0),)
+
+    rowwise(check, x.reshape(-1, x.shape[-1]), shared=atoms)
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:

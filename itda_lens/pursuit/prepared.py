@@ -16,6 +16,8 @@ from itda_lens.pursuit.gram import GramMatrix, gram_dtype, gram_matrix, leave_ou
 from itda_lens.pursuit.gram_rows import GramRows
 from itda_lens.pursuit.methods import PURSUITS
 from itda_lens.pursuit.precision import at_least_float32, check_floats, full_precision
+from itda_lens.pursuit.scales import at_ordinary_size
+from itda_lens.pursuit.transforms import beneath, differentiated, rowwise, with_derivative
 
 ROWS_PER_CHUNK = {"compiled": 1024, "gram": 64, "gemm": 1024}
 """Rows worked on at once on a CPU. With a Gram matrix in torch, they are few enough for their
@@ -140,7 +142,7 @@ class PreparedAtoms:
         rows, batch = pack([x], "* d")
         rows, atoms, gram = rows.to(dtype), self.atoms.to(dtype), self.gram
         if isinstance(gram, Tensor) and gram.is_floating_point():
-            gram = gram.detach().to(dtype)
+            gram = beneath(lambda plain: plain.to(dtype), gram)
         with full_precision(x.device):
             chunks = [
                 _encode_chunk(chunk, atoms, gram, self.coding)
@@ -173,9 +175,10 @@ def encode(
     Autocast and the settings that allow TF32 or bfloat16 in products of float32 change nothing; a
     backward pass follows the settings that hold when it runs.
 
-    Codes are differentiable in `x` and `atoms`, given the support. Their values are the same bits
-    whether gradients are asked for or not. Gradients assume atoms of norm 1: if the atoms change,
-    normalise them inside the function that is differentiated.
+    Codes are differentiable in `x` and `atoms`, given the support, in backward and forward mode and as
+    often as asked for. Their values are the same bits whether derivatives are asked for or not.
+    Derivatives by the atoms are those of coefficients on atoms of any norm. `torch.func.vmap` may map
+    over `x` and not over `atoms`.
 
     Args:
         x: activations, centred by the caller if at all; 1-D to n-D, dense, of float16, bfloat16, float32
@@ -203,22 +206,34 @@ def encode(
 def _encode_chunk(
     x: Float[Tensor, "b d"], atoms: Float[Tensor, "n d"], gram: GramMatrix | None, coding: Coding
 ) -> SparseCodes:
-    """Search without gradients; then, where gradients are wanted, add those of the coefficients."""
+    """Search without derivatives; then, where some may be wanted, add those of the coefficients."""
+    pursuit = PURSUITS[coding.method]
+
+    def search(x: Tensor, atoms: Tensor) -> tuple[Tensor, ...]:
+        return at_ordinary_size(
+            lambda rows, threshold: _search(rows, atoms, gram, replace(coding, threshold=threshold)),
+            x,
+            coding.threshold,
+        )
+
+    picks, coefficients = rowwise(search, x, shared=atoms)
+    if differentiated(x, atoms):
+        coefficients = with_derivative(coefficients, pursuit.replay(x, atoms, picks))
+    return _merge(picks, coefficients)
+
+
+def _search(
+    x: Float[Tensor, "b d"], atoms: Float[Tensor, "n d"], gram: GramMatrix | None, coding: Coding
+) -> tuple[Int[Tensor, "b k"], Float[Tensor, "b k"]]:
+    """Picks and coefficients, in the form that the Gram matrix selects."""
     pursuit = PURSUITS[coding.method]
     settings = (coding.k, coding.signed, coding.rtol, coding.threshold)
-    with torch.no_grad():
-        if gram is None or gram.dtype.is_floating_point:
-            picks, coefficients = pursuit.search(x, atoms, gram, *settings)
-        elif gpu.serves(x.device):
-            assert pursuit.on_gpu is not None
-            picks, coefficients = pursuit.on_gpu(x, atoms, gram, *settings)
-        else:
-            picks, coefficients = compiled.search(x, atoms, gram, coding)
-    if torch.is_grad_enabled() and (x.requires_grad or atoms.requires_grad):
-        replayed = pursuit.replay(x, atoms, picks)
-        # The difference is zero: the value stays that of the search, only the gradient is added.
-        coefficients = coefficients + (replayed - replayed.detach())
-    return _merge(picks, coefficients)
+    if gram is None or gram.dtype.is_floating_point:
+        return pursuit.search(x, atoms, gram, *settings)
+    if gpu.serves(x.device):
+        assert pursuit.on_gpu is not None
+        return pursuit.on_gpu(x, atoms, gram, *settings)
+    return compiled.search(x, atoms, gram, coding)
 
 
 def _merge(picks: Int[Tensor, "b k"], coefficients: Float[Tensor, "b k"]) -> SparseCodes:
@@ -280,4 +295,9 @@ def _check_x(x: Tensor, atoms: Tensor, gram: GramMatrix | None) -> None:
     for name, other in (("atoms", atoms), ("gram", gram)):
         if isinstance(other, Tensor) and other.device != x.device:
             raise ValueError(f"{name} must be on the device of x, {x.device}, got {other.device}")
-    check_rows("x", x.reshape(-1, d))
+    rowwise(_checked_rows, x.reshape(-1, d), shared=atoms)
+
+
+def _checked_rows(x: Tensor, atoms: Tensor) -> tuple[Tensor, ...]:
+    check_rows("x", x)
+    return (x.new_empty(len(x), 0),)

@@ -52,7 +52,10 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
             raise TypeError(f"{function.__name__}(): {error}") from None
         hints = _hints(function)
         for name, value in bound.arguments.items():
-            if name in hints:
+            if name in hints and signature.parameters[name].kind is inspect.Parameter.VAR_POSITIONAL:
+                items = (converted(f"{name}[{i}]", one, hints[name]) for i, one in enumerate(value))
+                bound.arguments[name] = tuple(items)
+            elif name in hints:
                 bound.arguments[name] = converted(name, value, hints[name])
         return function(*bound.args, **bound.kwargs)
 

@@ -28,3 +28,11 @@ class Cutting:
     def __post_init__(self) -> None:
         check_fields(self)
         at_least(2, context_size=self.context_size)
+
+    @classmethod
+    def given(
+        cls, context_size: int | None, prepend_bos: bool | None, keep_special_tokens: bool
+    ) -> "Cutting":
+        """The cutting of these arguments, in which None as the context size stands for the default."""
+        size = cls.context_size if context_size is None else context_size
+        return cls(size, prepend_bos, keep_special_tokens)

@@ -109,6 +109,32 @@ def temporary_folder(parent: Path, stem: str) -> Iterator[Path]:
             os.close(lock)
 
 
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Hold a folder's lock while the block runs, so that no other process that asks for it writes there.
+
+    Where the file system has no locks, the block runs without one.
+
+    Raises:
+        BlockingIOError: another process has it.
+        OSError: there is no such folder.
+    """
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise BlockingIOError(error.errno, "another process is writing there", str(folder)) from None
+        except OSError:  # no locks here
+            pass
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def dead_folders(parent: Path, stem: str) -> Iterator[Path]:
     """Temporary folders of this user and machine whose processes have ended.
 
@@ -167,6 +193,29 @@ def _lock(folder: Path) -> int | None:
     if descriptor is not None:
         os.close(descriptor)
     return None
+
+
+@contextmanager
+def exclusive(folder: Path, work: str) -> Iterator[None]:
+    """Keep other processes out of a block that works in this folder. A killed process leaves no lock.
+
+    Where the system has no locks, nothing is kept out.
+
+    Args:
+        folder: the folder.
+        work: the name of the work, for the message.
+
+    Raises:
+        ValueError: another process is in such a block just now.
+    """
+    lock = _lock(folder)
+    if lock is None and fcntl is not None:
+        raise ValueError(f"another process is at {work} in {folder}")
+    try:
+        yield
+    finally:
+        if lock is not None:
+            os.close(lock)
 
 
 @contextmanager

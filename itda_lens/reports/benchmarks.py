@@ -9,7 +9,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from itda_lens.records import replacing
+from itda_lens.reports.images import image_file, literal
 from itda_lens.reports.tables import TITLE
 from itda_lens.saebench import EVALUATIONS, Metric, Result
 from itda_lens.terminal import shown
@@ -46,44 +46,31 @@ def pareto_plot(results: Sequence[Result], path: str | Path) -> Path:
     Raises:
         ValueError: no dictionary has an L0 and a further figure.
     """
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
     l0 = {r.dictionary: r.metrics[L0] for r in results if L0 in r.metrics}
     columns = [(e, m) for e, m in _columns(results) if m.name != L0]
     drawn = [(e, m, _curves(results, e, m, l0)) for e, m in columns]
     drawn = [(e, m, curves) for e, m, curves in drawn if curves]
     if not drawn:
         raise ValueError("a plot over L0 needs results of 'saelens' (for L0) and of another figure")
-    width = min(3, len(drawn))
-    height = math.ceil(len(drawn) / width)
-    figure, axes = pyplot.subplots(
-        height, width, figsize=(4.2 * width, 3.2 * height), squeeze=False, layout="constrained"
-    )
+    columns_shown = min(3, len(drawn))
+    rows = math.ceil(len(drawn) / columns_shown)
     families = sorted({family for _, _, curves in drawn for family in curves})
     colours = {family: f"C{i}" for i, family in enumerate(families)}
-    for ax, (_, metric, curves) in zip(axes.flat, drawn, strict=False):
-        for family, points in sorted(curves.items()):
-            xs, ys = zip(*sorted(points), strict=True)
-            ax.plot(xs, ys, marker="o", label=family, color=colours[family])
-        ax.set_xscale("log")
-        ax.set_xlabel("L0")
-        ax.set_title(metric.name)
-        ax.grid(alpha=0.3)
-    for ax in axes.flat[len(drawn) :]:
-        ax.axis("off")
-    handles = {
-        text: handle
-        for ax in axes.flat
-        for handle, text in zip(*ax.get_legend_handles_labels(), strict=True)
-    }
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=5)
+    lines = {}
     path = Path(path)
-    with replacing(path) as (temporary,):
-        figure.savefig(temporary, dpi=130, format=path.suffix.removeprefix(".") or "png")
-    pyplot.close(figure)
+    with image_file(path, 4.2 * columns_shown, 3.2 * rows) as figure:
+        axes = figure.subplots(rows, columns_shown, squeeze=False)
+        for ax, (_, metric, curves) in zip(axes.flat, drawn, strict=False):
+            for family, points in sorted(curves.items()):
+                xs, ys = zip(*sorted(points), strict=True)
+                (lines[family],) = ax.plot(xs, ys, marker="o", color=colours[family])
+            ax.set_xscale("log")
+            ax.set_xlabel("L0")
+            ax.set_title(metric.name)
+            ax.grid(alpha=0.3)
+        for ax in axes.flat[len(drawn) :]:
+            ax.axis("off")
+        figure.legend(lines.values(), map(literal, lines), loc="outside lower center", ncols=5)
     return path
 
 

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from itda_lens.compare import Comparison, Difference, LayerComparison
 from itda_lens.records import replacing
+from itda_lens.reports.images import image_file, literal
 from itda_lens.reports.tables import TITLE, origin, quote
 from itda_lens.terminal import shown
 
@@ -123,27 +124,22 @@ def comparison_heatmap(comparison: Comparison, path: str | Path) -> Path:
     Raises:
         OSError: the file cannot be written.
     """
-    # Not through pyplot, which would set the back end of the notebook that calls this.
-    from matplotlib.figure import Figure
-
     drawn = _matrices(comparison)
-    width = min(3, len(drawn))
-    height = -(-len(drawn) // width)
-    figure = Figure(figsize=(5 * width, 4.4 * height), layout="constrained")
-    axes = figure.subplots(height, width, squeeze=False)
-    for ax in axes.flat[len(drawn) :]:
-        ax.axis("off")
-    for ax, (a, b, rows, columns, values) in zip(axes.flat, drawn, strict=False):
-        image = ax.imshow(values, cmap="viridis", vmin=0)
-        ax.set_yticks(range(len(rows)), rows, fontsize=6)
-        ax.set_xticks(range(len(columns)), columns, fontsize=6, rotation=90)
-        ax.set_ylabel(a)
-        ax.set_xlabel(b)
-        figure.colorbar(image, ax=ax, shrink=0.8)
-    figure.suptitle(f"{SHOWN[comparison.measure]}")
+    columns = min(3, len(drawn))
+    rows = -(-len(drawn) // columns)
     path = Path(path)
-    with replacing(path) as (temporary,):
-        figure.savefig(temporary, dpi=130, format=path.suffix.removeprefix(".") or "png")
+    with image_file(path, 5 * columns, 4.4 * rows) as figure:
+        axes = figure.subplots(rows, columns, squeeze=False)
+        for ax in axes.flat[len(drawn) :]:
+            ax.axis("off")
+        for ax, (a, b, hooks_a, hooks_b, values) in zip(axes.flat, drawn, strict=False):
+            image = ax.imshow(values, cmap="viridis", vmin=0)
+            ax.set_yticks(range(len(hooks_a)), map(literal, hooks_a), fontsize=6)
+            ax.set_xticks(range(len(hooks_b)), map(literal, hooks_b), fontsize=6, rotation=90)
+            ax.set_ylabel(literal(a))
+            ax.set_xlabel(literal(b))
+            figure.colorbar(image, ax=ax, shrink=0.8)
+        figure.suptitle(SHOWN[comparison.measure])
     return path
 
 

@@ -6,7 +6,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from itda_lens.analysis import Evaluation, TokenDecomposition
+from itda_lens.analysis import Evaluation, RowsEvaluation, TokenDecomposition
 from itda_lens.records import CONTEXT_CHARS, Label
 from itda_lens.sae import ITDA, provenance_of
 from itda_lens.terminal import printable, shown
@@ -19,12 +19,16 @@ QUOTED_BEFORE, QUOTED_AFTER = 24, 32
 
 
 def evaluation_table(
-    evaluations: Sequence[Evaluation],
+    evaluations: Sequence[Evaluation | RowsEvaluation],
     build_tokens: Mapping[str, int] | None = None,
     build_seconds: Mapping[str, float] | None = None,
     title: str = "Evaluation",
 ) -> Table:
-    """One row a dictionary; tokens and seconds of their builds, by hook name, where given."""
+    """One row a dictionary; tokens and seconds of their builds, by hook name, where given.
+
+    Where the evaluations are of activations alone, there are no columns for the effect on a model.
+    """
+    of_model = all(isinstance(e, Evaluation) for e in evaluations)
     table = Table(
         title=shown(title, TITLE),
         caption=_evaluation_caption(evaluations),
@@ -34,7 +38,11 @@ def evaluation_table(
     )
     # In a narrow terminal the hook's name folds and headers wrap; figures are never cut.
     table.add_column("hook", overflow="fold")
-    for name, width in {"atoms": 6, "L0": 4, "FVU": 5, "CE-loss score": 7, "KL": 5, "alive": 6}.items():
+    chats = any(isinstance(e, Evaluation) and e.fvu_form is not None for e in evaluations)
+    for name, width in {
+        "atoms": 6, "L0": 4, "FVU": 5, **({"FVU content": 7, "FVU form": 5} if chats else {}),
+        **({"CE-loss score": 7, "KL": 5} if of_model else {}), "alive": 6,
+    }.items():  # fmt: skip
         table.add_column(name, justify="right", min_width=width)
     if build_tokens is not None:
         table.add_column("tokens", justify="right", min_width=7)
@@ -46,8 +54,8 @@ def evaluation_table(
             f"{e.d_sae:,}",
             f"{e.l0:.1f}",
             f"{e.fvu:.3f}",
-            f"{e.ce_loss_score:.4f}",
-            f"{e.kl:.3f}",
+            *(_figure(getattr(e, part, None)) for part in ("fvu_content", "fvu_form") if chats),
+            *([f"{e.ce_loss_score:.4f}", f"{e.kl:.3f}"] if isinstance(e, Evaluation) else []),
             f"{e.alive_fraction:.1%}",
         ]
         if build_tokens is not None:
@@ -59,9 +67,15 @@ def evaluation_table(
 
 
 def decomposition_table(decomposition: Sequence[TokenDecomposition], top: int, hook_name: str) -> Table:
-    """Tokens with their `top` atoms: signed coefficient, where the atom came from, in context."""
+    """Tokens with their `top` atoms: signed coefficient, where the atom came from, in context.
+
+    Of a conversation, each token's role stands beside it, dim for a token of the form.
+    """
     table = Table(title=shown(f"Decomposition at {hook_name}", TITLE), show_lines=False)
     table.add_column("token", no_wrap=True)
+    chat = any(token.special or token.role is not None for token in decomposition)
+    if chat:
+        table.add_column("role", no_wrap=True)
     # In a narrow terminal the quotation wraps, not the figures.
     for name in ("explained", "coefficient", "atom"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -71,6 +85,7 @@ def decomposition_table(decomposition: Sequence[TokenDecomposition], top: int, h
             first = i == 0
             table.add_row(
                 shown(repr(token.token)) if first else "",
+                *([_role(token) if first else ""] if chat else []),
                 f"{token.explained:.0%}" if first else "",
                 shown(f"{component.coefficient:+.2f}", "green" if component.coefficient > 0 else "red"),
                 str(component.atom),
@@ -112,13 +127,19 @@ def info_table(itda: ITDA, name: str) -> Table:
 
 def labels_table(itda: ITDA, n: int) -> Table:
     """The first `n` atoms and where they came from."""
+    labels = itda.labels[:n]
     table = Table(title=f"First {min(n, itda.cfg.d_sae)} atoms")
-    for name in ("atom", "text", "chunk", "position"):
-        table.add_column(name, justify="right", no_wrap=True)
+    kinds = {label.kind for label in labels}
+    for name in ("atom", kinds.pop() if len(kinds) == 1 else "row", "chunk", "position"):
+        table.add_column(shown(name), justify="right", no_wrap=True)
     table.add_column("came from")
-    for i, label in enumerate(itda.labels[:n]):
+    for i, label in enumerate(labels):
         table.add_row(str(i), str(label.row), str(label.chunk), str(label.position), quote(label))
     return table
+
+
+def _role(token: TokenDecomposition) -> Text:
+    return shown(token.role or "form", "dim" if token.special else "")
 
 
 def origin(label: Label | None, atom: int) -> Text:
@@ -130,6 +151,7 @@ def quote(label: Label) -> Text:
     """A label in one line: its token in bold, with some of the text around it."""
     if label.context is None:
         return shown(label)
+    whose = [word for word in (label.role, "form" if label.special else None) if word]
     before, token, after = (
         part.replace("\n", "⏎").replace("\t", " ") for part in _around(label, label.context)
     )
@@ -139,7 +161,12 @@ def quote(label: Label) -> Text:
         (printable(before[-QUOTED_BEFORE:]), "dim"),
         (f"«{printable(token)}»", "bold"),
         (printable(after[:QUOTED_AFTER]), "dim"),
+        *([(printable(f" ({', '.join(whose)})"), "italic")] if whose else []),
     )
+
+
+def _figure(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
 
 
 def _around(label: Label, context: str) -> tuple[str, str, str]:
@@ -158,8 +185,10 @@ def _around(label: Label, context: str) -> tuple[str, str, str]:
     return context[:start], token, context[start + len(marked) :]
 
 
-def _evaluation_caption(evaluations: Sequence[Evaluation]) -> str:
+def _evaluation_caption(evaluations: Sequence[Evaluation | RowsEvaluation]) -> str:
     if not evaluations:
         return ""
     e = evaluations[0]
+    if isinstance(e, RowsEvaluation):
+        return f"on {e.n_rows:,} rows"
     return f"on {e.n_tokens:,} tokens; the model's own CE loss there is {e.ce_loss:.3f} nats"

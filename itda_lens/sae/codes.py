@@ -11,6 +11,7 @@ from torch import Tensor
 
 from itda_lens.pursuit import SparseCodes
 from itda_lens.pursuit.finite import first_nonfinite_row
+from itda_lens.records import checked
 from itda_lens.sae.itda import ITDA
 
 ARCHITECTURES = frozenset(
@@ -67,6 +68,7 @@ def check_codable(saes: Sequence[SAE[Any]]) -> None:
             )
 
 
+@checked
 def coded(sae: SAE[Any], x: Float[Tensor, "n *d_in"], batch_size: int | None = None) -> Iterator[Coded]:
     """Encode and reconstruct activations, slice by slice and in their order.
 
@@ -102,6 +104,7 @@ def coded(sae: SAE[Any], x: Float[Tensor, "n *d_in"], batch_size: int | None = N
         yield _coded(sae, part.to(sae.device))
 
 
+@checked
 def sparse_codes(
     sae: SAE[Any], x: Float[Tensor, "n *d_in"], batch_size: int | None = None
 ) -> SparseCodes:
@@ -126,6 +129,7 @@ def sparse_codes(
     return SparseCodes(*map(torch.cat, columns))
 
 
+@checked
 def reconstructed(
     sae: SAE[Any], x: Float[Tensor, "n *d_in"], batch_size: int | None = None
 ) -> Float[Tensor, "n *d_in"]:

@@ -1,20 +1,34 @@
 """Loading a dictionary from a folder or a Hugging Face repository; errors say what is wrong."""
 
 import json
+import logging
 import time
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import torch
-from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
 from sae_lens import SAE
 from sae_lens.constants import DTYPE_MAP, SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, SPARSITY_FILENAME
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from itda_lens.records import HookPoint, checked, is_leftover
+from itda_lens.sae.hub import fetched
 from itda_lens.sae.itda import ITDA, LABELS_KEY, ITDAConfig
-from itda_lens.sae.saved import WEIGHTS_KEY, MixedFilesError, check_config, check_digests
+from itda_lens.sae.provenance import provenance_of
+from itda_lens.sae.saved import (
+    LOCAL_FILENAME,
+    WEIGHTS_KEY,
+    MixedFilesError,
+    check_config,
+    check_digests,
+    load_by_weights,
+    read_local,
+)
+
+log = logging.getLogger(__name__)
 
 TRIES, PAUSE_SECONDS = 20, 0.02
 """How often, and how long after one another, files are read that are not of one save: another process
@@ -23,34 +37,48 @@ may be between renaming one and the other."""
 
 @checked
 def load(
-    path_or_repo: str | Path, device: str | torch.device = "cpu", dtype: str | torch.dtype | None = None
+    path_or_repo: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype | None = None,
+    revision: str | None = None,
 ) -> ITDA:
     """Load an ITDA.
 
     Where the configuration holds digests of the weights, as `ITDA.save_model` writes them, the weights
-    are compared with them. Files that another process is just replacing are read again.
+    are compared with them. Where they do not belong together, as after a kill in the middle of a save,
+    the weights decide: with the configuration that their own file holds they are the dictionary before
+    that save. A warning is logged then. Files that another process is just replacing are read again.
+    Paths of the model and the texts come from `itda_local.json`, where that is beside.
 
     Args:
         path_or_repo: a folder with `cfg.json` and `sae_weights.safetensors`; or, where no such folder
-            exists, `org/name/folder/of/the/dictionary` on the Hugging Face hub (the only case in
-            which the network is used).
+            exists, a dictionary on the Hugging Face hub (the only case in which the network is used):
+            "org/name" of a repository that holds one dictionary, or "org/name/folder".
         device: where to put it.
         dtype: as which SAELens dtype name ("float32", "bfloat16", ...) or torch dtype; default: as it
             was saved, and float32 from the hub.
+        revision: a branch, tag or commit of a repository on the hub; default: its main branch.
 
     Raises:
         FileNotFoundError: no such folder or repository, or files are missing from it.
         ValueError: the config or the weights are damaged, do not fit each other, are not of one save, or
-            are not an ITDA's; the message names the file. Or device or dtype is not one.
+            are not an ITDA's; the message names the file. Or device or dtype is not one, a folder is
+            given with a revision, or a repository holds several dictionaries.
+        OSError: the hub cannot be reached.
     """
     device_name, dtype_name = _device(device), _dtype(dtype)
     folder = Path(path_or_repo)
     if not folder.exists():
-        return _from_hub(path_or_repo, device_name, dtype_name)
+        folder = fetched(_on_hub(path_or_repo), revision)
+        return _from_folder(folder, device_name, dtype_name or "float32")
+    if revision is not None:
+        raise ValueError(f"revision is for repositories on the hub; {folder} is a folder")
     for _ in range(TRIES - 1):
         try:
             return _from_folder(folder, device_name, dtype_name)
         except MixedFilesError:
+            with suppress(MixedFilesError):
+                return _by_weights(folder, device_name, dtype_name)
             time.sleep(PAUSE_SECONDS)
     return _from_folder(folder, device_name, dtype_name)
 
@@ -68,7 +96,7 @@ def is_dictionary(folder: Path) -> bool:
     if not folder.is_dir():
         return False
     found = {file.name for file in folder.iterdir() if not is_leftover(file)}
-    if found - {SPARSITY_FILENAME} != {SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME}:
+    if found - {SPARSITY_FILENAME, LOCAL_FILENAME} != {SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME}:
         return False
     try:
         return json.loads((folder / SAE_CFG_FILENAME).read_text())["architecture"] == "itda"
@@ -97,6 +125,28 @@ def _from_folder(folder: Path, device: str, dtype: str | None) -> ITDA:
     except ValueError as error:
         raise ValueError(f"{weights} or {config} is damaged: {error}") from error
     _check_labels(itda, config)
+    if local := read_local(folder):
+        provenance_of(itda).with_local(local).into(itda.cfg.metadata)
+    return itda if dtype is None else itda.to(dtype=DTYPE_MAP[dtype])
+
+
+def _by_weights(folder: Path, device: str, dtype: str | None) -> ITDA:
+    """The dictionary that the weights file is of, by the configuration in its header."""
+    weights = folder / SAE_WEIGHTS_FILENAME
+    try:
+        config, _ = load_by_weights(folder)
+        _check_config(config)
+        itda = _checked(SAE.load_from_disk(folder, device=device, converter=load_by_weights), folder)
+    except MixedFilesError:
+        raise
+    except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{weights} is truncated or damaged: {error!r}") from error
+    _check_labels(itda, weights)
+    log.warning(
+        "%s is not of the save that %s is of: loaded the dictionary that the weights are of, by the "
+        "configuration in their file; save it again to settle this",
+        folder / SAE_CFG_FILENAME, weights,
+    )  # fmt: skip
     return itda if dtype is None else itda.to(dtype=DTYPE_MAP[dtype])
 
 
@@ -112,21 +162,14 @@ def _advice(folder: Path) -> str:
     return "save the dictionary again, or put back the file that belongs to the other"
 
 
-def _from_hub(name: str | Path, device: str, dtype: str | None) -> ITDA:
+def _on_hub(name: str | Path) -> str:
+    """The name, if it may be that of a repository on the hub, or of a dictionary in one."""
     parts = str(name).split("/")
-    if not isinstance(name, str) or len(parts) < 3 or not all(parts):
+    if not isinstance(name, str) or len(parts) < 2 or not all(part.strip(".") for part in parts):
         raise FileNotFoundError(
-            f"no folder {str(name)!r} (a dictionary on the hub is named org/name/folder)"
+            f"no folder {str(name)!r} (a dictionary on the hub is named org/name or org/name/folder)"
         )
-    release, sae_id = "/".join(parts[:2]), "/".join(parts[2:])
-    try:
-        sae = SAE.from_pretrained(release, sae_id, device=device, dtype=dtype or "float32")
-    except (EntryNotFoundError, RepositoryNotFoundError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise FileNotFoundError(f"no dictionary {name!r} on the hub: {reason}") from error
-    except (SafetensorError, ValueError) as error:
-        raise ValueError(f"the dictionary {name!r} on the hub is damaged: {error}") from error
-    return _checked(sae, name)
+    return name
 
 
 def _check_config_file(file: Path) -> None:
@@ -140,12 +183,16 @@ def _check_config_file(file: Path) -> None:
             f"{file.parent} holds a {architecture!r} SAE, not an ITDA; load it with SAELens"
         )
     try:
-        if "metadata" not in config:
-            raise ValueError("the field 'metadata' is missing")
-        check_config(config, [field.name for field in fields(ITDAConfig)])
-        ITDAConfig.from_dict(config)
+        _check_config(config)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{file} is not a complete config: {error}") from error
+
+
+def _check_config(config: dict[str, Any]) -> None:
+    if "metadata" not in config:
+        raise ValueError("the field 'metadata' is missing")
+    check_config(config, [field.name for field in fields(ITDAConfig)])
+    ITDAConfig.from_dict(config)
 
 
 def _check_floating(file: Path) -> None:

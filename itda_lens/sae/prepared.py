@@ -9,6 +9,12 @@ from torch import Tensor
 
 from itda_lens.pursuit import FLOATS, Coding, GramMatrix, PreparedAtoms
 
+SMALL, LARGE = 1e-15, 1e15
+"""Norms of rows that float32 can compute from squares."""
+
+SMALLEST, LARGEST = 1e-30, 1e30
+"""Norms of rows that coefficients in float32 can be divided by."""
+
 _WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Integers as wide as a number, by its bytes."""
 
@@ -44,7 +50,7 @@ def prepare(weights: Float[Tensor, "n d"], coding: Coding, previous: Prepared | 
 
     Raises:
         ValueError: `weights` has NaN or infinite values, fewer rows than `coding.k`, or a dtype that
-            cannot be computed with.
+            cannot be computed with; or a row is too long or too short.
     """
     if previous is not None and previous.of(weights, coding):
         return previous
@@ -55,6 +61,8 @@ def prepare(weights: Float[Tensor, "n d"], coding: Coding, previous: Prepared | 
     weights = weights.clone()
     unit = weights.to(torch.promote_types(weights.dtype, torch.float32))
     norms = unit.norm(dim=-1)
+    if not (norms.min() > SMALL and norms.max() < LARGE):  # squares may have vanished or overflown
+        norms = _exact_norms(weights).to(norms.dtype)
     if unit_up_to_rounding(norms, norms.dtype):
         norms = None
     else:
@@ -62,6 +70,18 @@ def prepare(weights: Float[Tensor, "n d"], coding: Coding, previous: Prepared | 
         unit = unit / norms[:, None]
     gram = PreparedAtoms(unit, coding).gram
     return Prepared(weights, (coding.method, coding.signed), norms, gram)
+
+
+def _exact_norms(weights: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
+    norms = torch.linalg.vector_norm(weights, dim=-1, dtype=torch.float64)
+    bad = ((norms > 0) & (norms < SMALLEST)) | (norms > LARGEST)
+    if bad.any():
+        row = int(bad.nonzero()[0])
+        raise ValueError(
+            f"W_dec must have rows of zeros, or of norms between {SMALLEST:.0e} and {LARGEST:.0e}, got "
+            f"{norms[row]:.3g} in row {row}"
+        )
+    return norms
 
 
 def unit_up_to_rounding(norms: Float[Tensor, " n"], dtype: torch.dtype) -> bool:

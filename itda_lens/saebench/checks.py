@@ -2,20 +2,43 @@
 
 import importlib.util
 import os
-import re
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from itda_lens.records import HookPoint
 from itda_lens.saebench.evaluations import EXTRA_DATA, Evaluation, datasets_of
 from itda_lens.saebench.subjects import Subject
 
 UNLEARNING_DATA = Path(EXTRA_DATA["unlearning"][0]) / "bio-forget-corpus.jsonl"
 """Where SAEBench reads the corpus to forget, relative to the current folder."""
 
+DTYPES = ("float32", "float64", "bfloat16", "float16")
+
 RAVEL_MODELS = ("gemma-2-2b", "pythia-160m-deduped")
 """The models that SAEBench's RAVEL knows (`LLM_NAME_MAP`, evals/ravel/main.py:49)."""
+
+
+RESIDUAL = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_mlp_out", "hook_attn_out")
+"""Kinds of hook points at which activations are those of the residual stream, or are added to it."""
+
+
+def check_device(device: str | torch.device | None) -> None:
+    """Raise ValueError unless PyTorch has this device here."""
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(f"device {device!r} is not one that PyTorch has here: {reason}") from error
+
+
+def check_dtype(dtype: str) -> None:
+    """Raise ValueError unless it is the name of a dtype that models and SAEs are loaded in."""
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
 
 
 def check_package(evaluations: Sequence[Evaluation]) -> None:
@@ -120,13 +143,13 @@ def check_fits_model(subjects: Sequence[Subject], model_name: str) -> None:
     for subject in subjects:
         if subject.hook_name is None:
             continue
-        layer = re.search(r"blocks\.(\d+)\.", subject.hook_name)
-        if layer is not None and int(layer[1]) >= model.n_layers:
+        point = HookPoint.parse(subject.hook_name)
+        if point.layer is not None and point.layer >= model.n_layers:
             raise ValueError(
                 f"{subject.name} belongs to {subject.hook_name}, but {model_name} has "
                 f"{model.n_layers} layers"
             )
-        width = _width_at(subject.hook_name, model)
+        width = _width_at(point, model)
         if width is not None and subject.d_in != width:
             raise ValueError(
                 f"{subject.name} has d_in={subject.d_in}, but {model_name} gives activations of width "
@@ -141,17 +164,16 @@ def check_hooks(evaluations: Sequence[Evaluation], subjects: Sequence[Subject]) 
     for subject in subjects:
         # evals/absorption/common.py:286 and feature_absorption_calculator.py:150 read there, whatever
         # the dictionary's own hook point.
-        if subject.hook_name is not None and not subject.hook_name.endswith(".hook_resid_post"):
+        hook = subject.hook_name
+        if hook is not None and HookPoint.parse(hook).kind != "hook_resid_post":
             raise ValueError(
                 f"absorption reads at blocks.N.hook_resid_post only, but {subject.name} belongs to "
                 f"{subject.hook_name}"
             )
 
 
-def _width_at(hook_name: str, model: Any) -> int | None:
-    last = hook_name.rsplit(".", 1)[-1]
-    if last in ("hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_mlp_out", "hook_attn_out"):
+def _width_at(point: HookPoint, model: Any) -> int | None:
+    """Numbers that the model gives there for each token; None if nothing here says it."""
+    if point.kind in RESIDUAL:
         return model.d_model
-    if last == "hook_z":
-        return model.n_heads * model.d_head
-    return None
+    return model.n_heads * model.d_head if point.reshape_activations == "hook_z" else None

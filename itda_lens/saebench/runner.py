@@ -16,9 +16,11 @@ import torch
 from tqdm.auto import tqdm
 
 from itda_lens.architectures import build_baselines
+from itda_lens.records import at_least, checked
 from itda_lens.sae import load
 from itda_lens.saebench import checks
 from itda_lens.saebench.evaluations import (
+    EVALUATIONS,
     EXTRA_DATA,
     Codes,
     Evaluation,
@@ -43,6 +45,7 @@ TERMINATE_SECONDS = 10
 """How long a worker has to end by itself once it was asked to."""
 
 
+@checked
 def bench(
     saes: Sequence[str | Path] | Mapping[str, str | Path],
     evals: Sequence[str],
@@ -53,7 +56,7 @@ def bench(
     model: str | Path | None = None,
     codes: CodesOption = "both",
     settings: Mapping[str, Mapping[str, Any]] | None = None,
-    device: str | None = None,
+    device: str | torch.device | None = None,
     dtype: str = "float32",
     batch_size: int = 16,
     text_field: str = "text",
@@ -98,10 +101,14 @@ def bench(
         OSError: `out` cannot be written.
     """
     evaluations = chosen(list(evals))
+    at_least(1, batch_size=batch_size)
+    checks.check_device(device)
+    checks.check_dtype(dtype)
     if codes not in get_args(CodesOption):
         raise ValueError(f"codes must be one of {get_args(CodesOption)}, got {codes!r}")
     for name in settings or {}:
-        chosen([name])
+        if name not in EVALUATIONS:
+            raise ValueError(f"settings must be of {', '.join(EVALUATIONS)}; got {name!r}")
     checks.check_package(evaluations)
     subjects = subjects_of(saes)
     model_name, model_folder = _model_of(subjects, model)
@@ -111,7 +118,7 @@ def bench(
     checks.check_hooks(evaluations, subjects)
     if baselines and train_texts is None:
         raise ValueError("baselines need train_texts, what the dictionaries were built from")
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = str(device) if device else ("cuda" if torch.cuda.is_available() else "cpu")
     folder = OutputFolder(Path(out).resolve(), None if data is None else Path(data).resolve())
 
     # A data set goes by its name: it may be large, and SAELens and SAEBench stream it themselves.

@@ -10,6 +10,7 @@ from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
 
 from itda_lens.records import Provenance
 from itda_lens.sae import dictionaries_in
+from itda_lens.sae.saved import read_local
 
 NONNEGATIVE = "+nonnegative"
 """Suffix of the names of non-negative views in result files."""
@@ -25,7 +26,7 @@ class Subject:
         architecture: SAELens's name of its architecture. This and the fields below are not known before
             a download.
         d_in, d_sae, hook_name, model_name: as its config says.
-        model_source: folder or name that its model can be loaded from, if the config says so.
+        model_source: folder or name that its model can be loaded from, if its files say so.
         signed: whether its codes may be negative and it has a non-negative view.
         fingerprint: hash of its files.
     """
@@ -126,7 +127,7 @@ def _read(name: str, source: str) -> Subject:
         d_sae=d_sae,
         hook_name=metadata.get("hook_name"),
         model_name=metadata.get("model_name"),
-        model_source=Provenance.of(metadata).model,
+        model_source=Provenance.of(metadata).with_local(read_local(config.parent)).model,
         signed=bool(
             values.get("architecture") == "itda" and values.get("signed") and not values.get("mirrored")
         ),

@@ -19,8 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from sae_lens import SAE
+from sae_lens.saes.sae import SAEMetadata
 
 import itda_lens
+from itda_lens.records import without_paths
 from itda_lens.saebench import workarounds
 from itda_lens.saebench.evaluations import EVALUATIONS, load_config_class
 from itda_lens.saebench.job import Entry, Job, result_file
@@ -95,6 +97,8 @@ def load(entry: Entry, job: Job) -> SAE[Any]:
     # A dictionary names the folder or the name that it was built with; SAEBench takes this name to load
     # the model and puts it into paths (an absolute one would leave the folder).
     sae.cfg.metadata.model_name = job.model_name
+    # SAEBench writes the configuration into its results. Those of older files hold paths.
+    sae.cfg.metadata = SAEMetadata(**without_paths(sae.cfg.metadata.to_dict()))
     return sae
 
 

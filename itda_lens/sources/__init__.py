@@ -1,8 +1,20 @@
 """Where activations come from: models and texts, and the tokens between them; arrays."""
 
 from itda_lens.records import HookPoint
-from itda_lens.sources.array_source import ArraySource, check_activations
+from itda_lens.sources._as_source import as_source
+from itda_lens.sources.array_source import ArraySource
+from itda_lens.sources.batch_source import BatchSource
+from itda_lens.sources.caches import CachedSource, cache
+from itda_lens.sources.chat_source import (
+    ChatReading,
+    ChatSource,
+    chat_context_size,
+    text_or_chat_source,
+)
+from itda_lens.sources.chat_templates import ChatTemplate, RenderedChat
+from itda_lens.sources.chats import Chats, SpecialTokens
 from itda_lens.sources.contexts import Context, ContextBatch, Tokenization
+from itda_lens.sources.hidden_states import HiddenStatesSource
 from itda_lens.sources.hooked import HookedModel
 from itda_lens.sources.hooks import Site, unknown_hook
 from itda_lens.sources.hugging_face_models import HuggingFaceModel
@@ -11,9 +23,19 @@ from itda_lens.sources.models import LIBRARIES, language_model
 from itda_lens.sources.naming import register_with_transformer_lens
 from itda_lens.sources.passes import Pass, Watch
 from itda_lens.sources.readable import Loader, ReadableModel, Replace
-from itda_lens.sources.source import Activations, ActivationSource, Rows, gathered
+from itda_lens.sources.row_tensors import check_activations
+from itda_lens.sources.saelens_sources import SAELensCache, SAELensStore
+from itda_lens.sources.source import (
+    Activations,
+    ActivationSource,
+    Listed,
+    Listing,
+    Rows,
+    gathered,
+)
 from itda_lens.sources.texts import describe_texts, iterate_texts, names_data_set
 from itda_lens.sources.transformer_lens_models import TransformerLensModel
+from itda_lens.sources.unembedding import Vectors, unembedding
 
 LanguageModel = ReadableModel
 """The earlier name of `ReadableModel`."""
@@ -29,22 +51,39 @@ __all__ = [
     "ActivationSource",
     "Activations",
     "ArraySource",
+    "BatchSource",
+    "CachedSource",
+    "ChatReading",
+    "ChatSource",
+    "ChatTemplate",
+    "Chats",
     "Context",
     "ContextBatch",
+    "HiddenStatesSource",
     "HookPoint",
     "HookedModel",
     "HuggingFaceModel",
     "LanguageModel",
+    "Listed",
+    "Listing",
     "Loader",
     "ModelSource",
     "Pass",
     "ReadableModel",
+    "RenderedChat",
     "Replace",
     "Rows",
+    "SAELensCache",
+    "SAELensStore",
     "Site",
+    "SpecialTokens",
     "Tokenization",
     "TransformerLensModel",
+    "Vectors",
     "Watch",
+    "as_source",
+    "cache",
+    "chat_context_size",
     "check_activations",
     "describe_texts",
     "gathered",
@@ -54,6 +93,8 @@ __all__ = [
     "language_model",
     "names_data_set",
     "register_with_transformer_lens",
+    "text_or_chat_source",
     "tokenization_for",
+    "unembedding",
     "unknown_hook",
 ]

@@ -5,14 +5,14 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from itda_lens.records import Cutting, Places, text_digest
+from itda_lens.records import Cutting, Places, Tag, TokenFilter, text_digest
 from itda_lens.sources.texts import check_text
 
 _SPACES = " \u0120\u2581"
@@ -33,6 +33,7 @@ class Context:
             has no character: start and end are equal.
         digest: `text_digest(text)`, computed once for all contexts of a text.
         counts: for each token, whether it may count at all; None if all may.
+        tags: for each token, more facts about it; None where there are none, as for texts.
     """
 
     row: int
@@ -42,6 +43,7 @@ class Context:
     spans: list[tuple[int, int]]
     digest: int
     counts: Sequence[bool] | None = None
+    tags: Sequence[Tag] | None = None
 
 
 @dataclass(frozen=True)
@@ -72,10 +74,22 @@ class ContextBatch:
         def each(name: str, dtype: type = np.int64) -> np.ndarray:
             return np.array([getattr(context, name) for context in self.contexts], dtype=dtype)[which]
 
-        return Places.tokens(
+        places = Places.tokens(
             each("row"), each("chunk"), position, spans[which, position], texts[which],
             each("digest", np.uint64),
         )  # fmt: skip
+        if all(context.tags is None for context in self.contexts):
+            return places
+        tags = [context.tags or [None] * len(context.ids) for context in self.contexts]
+        return places.tagged([tags[i][j] for i, j in zip(which, position, strict=True)])
+
+    def special(self) -> Bool[Tensor, "batch seq"]:
+        """True on tokens that belong to the form of a chat, and not to its content."""
+        special = torch.zeros_like(self.keep)
+        for i, context in enumerate(self.contexts):
+            for j, tag in enumerate(context.tags or ()):
+                special[i, j] = tag.special
+        return special
 
 
 @dataclass(frozen=True)
@@ -85,13 +99,19 @@ class Tokenization:
     Attributes:
         tokenizer: a fast Hugging Face tokenizer.
         cutting: how they are cut.
+        tokens: more conditions on the tokens that count.
 
     Raises:
-        ValueError: the tokenizer is not a fast one, or has no BOS token though `cutting` asks for it.
+        ValueError: the tokenizer is not a fast one, or has no BOS token though `cutting` asks for it; or
+            `tokens` asks for roles, which texts have none of.
     """
 
     tokenizer: Any
     cutting: Cutting = field(default_factory=Cutting)
+    tokens: TokenFilter | None = None
+
+    has_roles: ClassVar[bool] = False
+    """Whether tokens have roles: those of chats do."""
 
     def __post_init__(self) -> None:
         if not getattr(self.tokenizer, "is_fast", False):
@@ -101,6 +121,11 @@ class Tokenization:
             )
         if self.prepend_bos and self.tokenizer.bos_token_id is None:
             raise ValueError("prepend_bos=True, but the tokenizer has no BOS token")
+        if self.tokens is not None and self.tokens.roles is not None and not self.has_roles:
+            raise ValueError(
+                f"roles are those of chats (itda_lens.Chats), and texts have none, got "
+                f"roles={self.tokens.roles}"
+            )
 
     @cached_property
     def prepend_bos(self) -> bool:
@@ -130,35 +155,58 @@ class Tokenization:
         vocabulary = sorted(self.tokenizer.get_vocab().items())
         return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()
 
-    def contexts(self, texts: Iterable[str]) -> Iterator[Context]:
+    def contexts(
+        self, texts: Iterable[str], first_row: int = 0, first_chunk: int = 0
+    ) -> Iterator[Context]:
         """Cut texts into contexts, in order.
+
+        Args:
+            texts: the texts from number `first_row` on.
+            first_chunk: contexts of the first of them that are left out at its beginning.
 
         A text that begins with the BOS token already, as chat templates write it, gets no second one.
 
         Raises:
             ValueError: a text has a lone surrogate.
         """
+        for row, text in enumerate(texts, first_row):
+            check_text(text, f"text {row}")
+            for context in self._contexts_of(row, text):
+                if row > first_row or context.chunk >= first_chunk:
+                    yield context
+
+    def _contexts_of(self, row: int, text: str) -> Iterator[Context]:
         bos = [self.tokenizer.bos_token_id] if self.prepend_bos else []
         step = self.cutting.context_size - len(bos)
-        for row, text in enumerate(texts):
-            check_text(text, f"text {row}")
-            digest = text_digest(text)
-            encoded = self.tokenizer(
-                text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        digest = text_digest(text)
+        ids, spans = self._encoded(text)
+        if bos and ids[:1] == bos:
+            ids, spans = ids[1:], spans[1:]
+        for chunk, start in enumerate(range(0, len(ids), step)):
+            own = [(0, 0)] * len(bos) + spans[start : start + step]
+            yield Context(
+                row=row,
+                chunk=chunk,
+                text=text,
+                ids=bos + ids[start : start + step],
+                spans=own,
+                digest=digest,
+                counts=None if self.tokens is None else self._filtered(text, own, [None] * len(own)),
             )
-            ids = list(encoded["input_ids"])
-            spans = self._spans(text, ids, encoded["offset_mapping"])
-            if bos and ids[:1] == bos:
-                ids, spans = ids[1:], spans[1:]
-            for chunk, start in enumerate(range(0, len(ids), step)):
-                yield Context(
-                    row=row,
-                    chunk=chunk,
-                    text=text,
-                    ids=bos + ids[start : start + step],
-                    spans=[(0, 0)] * len(bos) + spans[start : start + step],
-                    digest=digest,
-                )
+
+    def _encoded(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """The tokens of a text, without a BOS token of the tokenizer's own, and their characters."""
+        encoded = self.tokenizer(
+            text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )
+        ids = list(encoded["input_ids"])
+        return ids, self._spans(text, ids, encoded["offset_mapping"])
+
+    def _filtered(
+        self, text: str, spans: Sequence[tuple[int, int]], roles: Sequence[str | None]
+    ) -> list[bool]:
+        """For each token, whether `tokens` lets it count."""
+        return [True] * len(spans) if self.tokens is None else self.tokens.counts(text, spans, roles)
 
     def _spans(
         self, text: str, ids: Sequence[int], given: Sequence[Sequence[int]]
@@ -187,10 +235,12 @@ class Tokenization:
         spelt = self.tokenizer.convert_ids_to_tokens(token)
         return 0 if spelt.strip(_SPACES) else len(spelt)
 
-    def batches(self, texts: Iterable[str], batch_size: int) -> Iterator[ContextBatch]:
-        """Contexts of `texts`, `batch_size` at a time."""
+    def batches(
+        self, texts: Iterable[str], batch_size: int, first_row: int = 0, first_chunk: int = 0
+    ) -> Iterator[ContextBatch]:
+        """Contexts of `texts`, `batch_size` at a time; the other arguments as in `contexts`."""
         held: list[Context] = []
-        for context in self.contexts(texts):
+        for context in self.contexts(texts, first_row, first_chunk):
             held.append(context)
             if len(held) == batch_size:
                 yield self.batch(held)

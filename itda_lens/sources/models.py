@@ -1,12 +1,13 @@
 """From a name, a folder or a model of a known library to a `ReadableModel`."""
 
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 
-from itda_lens.records import checked
+from itda_lens.records import checked, known_name
 from itda_lens.sources.hooked import HookedModel
 from itda_lens.sources.hugging_face_models import HuggingFaceModel
 from itda_lens.sources.readable import Loader, ReadableModel
@@ -135,4 +136,4 @@ def _source(own_name: str | None, source: str | None) -> str | None:
 
 
 def _plain_name(name: str) -> str:
-    return Path(name).name if Path(name).is_dir() else name
+    return known_name(os.path.abspath(name) if Path(name).is_dir() else name)

@@ -81,6 +81,42 @@ class ActivationSource(Protocol):
         ...
 
 
+class Listing(NamedTuple):
+    """A batch of a source before its activations are computed.
+
+    Attributes:
+        places: where its rows come from.
+        mark: plain data for JSON from which `Listed.rows_from` goes on with this batch.
+    """
+
+    places: Places
+    mark: dict[str, int]
+
+
+@runtime_checkable
+class Listed(ActivationSource, Protocol):
+    """A source that can tell its places at little cost, and go on from any of its batches.
+
+    Work on such a source can be planned, split among processes and stopped (`itda_lens.plan`).
+    """
+
+    def listing(self) -> Iterator[Listing]:
+        """The batches of `rows()`, without their activations. `provenance` is complete after it.
+
+        Raises:
+            ValueError: there is no row.
+        """
+        ...
+
+    def rows_from(self, mark: Mapping[str, int]) -> Iterator[Rows]:
+        """The batches of `rows()` from the one with this mark on, bit for bit on a CPU.
+
+        Raises:
+            ValueError: there are no rows from there on, or one has NaN or infinite values.
+        """
+        ...
+
+
 class Activations(NamedTuple):
     """Activations at one hook point, held in memory.
 

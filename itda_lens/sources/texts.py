@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Set
 from pathlib import Path
@@ -49,10 +50,22 @@ def iterate_texts(
     for name, value in (("text_field", text_field), ("split", split)):
         converted(name, value, str)
     if not isinstance(texts, str | Path):
-        return _readable(_from_iterable(texts, text_field))
-    if names_data_set(texts):
-        return _readable(_from_data_set(texts, text_field, split))
-    return _readable(_from_file(Path(texts), text_field))
+        return _readable(_from_iterable(texts, text_field), text_field)
+    return _readable(iterate_fields(texts, field=text_field, split=split), text_field)
+
+
+def iterate_fields(source: str | Path, *, field: str, split: str) -> Iterator[tuple[str, Any]]:
+    """The values of one field in the items of a file or data set, of any type.
+
+    Returns:
+        Pairs of the item's place in words, for messages, and the value.
+
+    Raises:
+        ValueError: as `iterate_texts`, except for the type of a value.
+    """
+    if names_data_set(source):
+        return _from_data_set(source, field, split)
+    return _from_file(Path(source), field)
 
 
 def names_data_set(texts: str | Path | Iterable[str]) -> bool:
@@ -61,10 +74,11 @@ def names_data_set(texts: str | Path | Iterable[str]) -> bool:
 
 
 def describe_texts(texts: str | Path | Iterable[str], text_field: str, split: str) -> dict[str, str]:
-    """Metadata entries about where the texts came from."""
+    """Metadata entries about where the texts came from: an absolute path, or a data set's name."""
     if not isinstance(texts, str | Path):
         return {"texts": type(texts).__name__}
-    known = {"texts": str(texts), "text_field": text_field}
+    source = os.path.abspath(texts) if _exists(texts) else str(texts)
+    known = {"texts": source, "text_field": text_field}
     return known | {"split": split} if names_data_set(texts) else known
 
 
@@ -84,15 +98,21 @@ def check_text(text: str, where: str) -> None:
 
 
 def _is_file(name: str | Path) -> bool:
+    return _exists(name) and Path(name).is_file()
+
+
+def _exists(name: str | Path) -> bool:
     try:
-        return Path(name).is_file()
+        return Path(name).exists()
     except (OSError, ValueError):  # too long for a file name, or no name at all: a text
         return False
 
 
-def _readable(texts: Iterable[tuple[str, str]]) -> Iterator[str]:
+def _readable(texts: Iterable[tuple[str, Any]], text_field: str) -> Iterator[str]:
     """Pass texts on without their places, and refuse those that no tokenizer reads."""
     for where, text in texts:
+        if not isinstance(text, str):
+            raise ValueError(f"{where}: {text_field!r} is not a string")
         check_text(text, where)
         yield text
 
@@ -121,11 +141,15 @@ def _from_iterable(texts: Iterable[Any], text_field: str) -> Iterator[tuple[str,
         return
     for index, text in enumerate(iterator):
         if not isinstance(text, str):
-            raise TypeError(f"texts must be strings, but text {index} is {type(text).__name__}")
+            chat = isinstance(text, list | Mapping)
+            raise TypeError(
+                f"texts must be strings, but text {index} is {type(text).__name__}"
+                + ("; conversations are passed as itda_lens.Chats(conversations)" if chat else "")
+            )
         yield f"text {index}", text
 
 
-def _from_file(path: Path, text_field: str) -> Iterator[tuple[str, str]]:
+def _from_file(path: Path, text_field: str) -> Iterator[tuple[str, Any]]:
     suffix = path.suffix.lower()
     if suffix in NOT_READ:
         raise ValueError(
@@ -155,7 +179,7 @@ def _from_file(path: Path, text_field: str) -> Iterator[tuple[str, str]]:
         yield where, item if isinstance(item, str) else _field(item, text_field, where)
 
 
-def _from_lines(path: Path, text_field: str) -> Iterator[tuple[str, str]]:
+def _from_lines(path: Path, text_field: str) -> Iterator[tuple[str, Any]]:
     with path.open("rb") as lines:
         for number, data in enumerate(lines, start=1):
             where = f"line {number} of {path}"
@@ -171,7 +195,7 @@ def _from_lines(path: Path, text_field: str) -> Iterator[tuple[str, str]]:
             yield where, _field(item, text_field, where)
 
 
-def _from_data_set(texts: str | Path, text_field: str, split: str) -> Iterator[tuple[str, str]]:
+def _from_data_set(texts: str | Path, text_field: str, split: str) -> Iterator[tuple[str, Any]]:
     name = str(texts)
     if len(name) <= 200 and name and Path(name).is_dir():
         _check_folder(Path(name))
@@ -194,7 +218,7 @@ def _from_data_set(texts: str | Path, text_field: str, split: str) -> Iterator[t
     yield from _from_rows(rows, text_field, f"data set {name!r}")
 
 
-def _from_rows(rows: Iterable[Any], text_field: str, source: str) -> Iterator[tuple[str, str]]:
+def _from_rows(rows: Iterable[Any], text_field: str, source: str) -> Iterator[tuple[str, Any]]:
     for index, row in enumerate(rows):
         where = f"row {index} of {source}"
         if text_field not in row:
@@ -202,12 +226,10 @@ def _from_rows(rows: Iterable[Any], text_field: str, source: str) -> Iterator[tu
         yield where, _field(row, text_field, where)
 
 
-def _field(item: Any, text_field: str, where: str) -> str:
-    """The text in an object of a file or data set."""
+def _field(item: Any, text_field: str, where: str) -> Any:
+    """The value of a field in an object of a file or data set."""
     if not isinstance(item, Mapping) or text_field not in item:
         raise ValueError(f"{where} is no JSON object with a field {text_field!r}, but {_json(item)}")
-    if not isinstance(item[text_field], str):
-        raise ValueError(f"{where}: {text_field!r} is not a string")
     return item[text_field]
 
 

@@ -1,7 +1,9 @@
 """Models of TransformerLens: TransformerBridge, HookedTransformer, and SAELens's classes of both."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -33,14 +35,19 @@ class TransformerLensModel(HookedModel):
     def load(
         cls, name: str, loader: Loader, tokenizer: Any, device: str | None, dtype: torch.dtype
     ) -> nn.Module:
-        options: dict[str, Any] = dict(device=device, dtype=dtype, tokenizer=tokenizer)
-        if loader == "bridge":
-            from transformer_lens.model_bridge import TransformerBridge
+        with _reloadable(tokenizer) as copy:
+            options: dict[str, Any] = dict(device=device, dtype=dtype, tokenizer=copy)
+            if loader == "bridge":
+                from transformer_lens.model_bridge import TransformerBridge
 
-            return TransformerBridge.boot_transformers(name, **options)
-        from transformer_lens import HookedTransformer
+                model: Any = TransformerBridge.boot_transformers(name, **options)
+            else:
+                from transformer_lens import HookedTransformer
 
-        return HookedTransformer.from_pretrained_no_processing(name, **options)
+                model = HookedTransformer.from_pretrained_no_processing(name, **options)
+        if tokenizer is not None:
+            model.tokenizer.name_or_path = getattr(tokenizer, "name_or_path", None) or ""
+        return model
 
     @staticmethod
     def described(model: Any) -> tuple[str | None, Any]:
@@ -96,6 +103,22 @@ class TransformerLensModel(HookedModel):
                 f"{', '.join(dictionaries)}; detach them first (reset_saes())"
             )
         raise unknown_hook(hook, points)
+
+
+@contextmanager
+def _reloadable(tokenizer: Any) -> Iterator[Any]:
+    """A copy of a tokenizer that can be loaded again within the block, from the place that it names.
+
+    TransformerLens loads a tokenizer again to let it prepend BOS. One that was made in memory names no
+    place, and others may name one that is gone. It also sets special tokens that are missing, which
+    should not change the caller's object.
+    """
+    if not hasattr(tokenizer, "save_pretrained"):
+        yield tokenizer
+        return
+    with TemporaryDirectory(prefix="itda-tokenizer-") as folder:
+        tokenizer.save_pretrained(folder)
+        yield type(tokenizer).from_pretrained(folder)
 
 
 def _site_of(point: nn.Module) -> Site:

@@ -10,11 +10,12 @@ import torch
 
 from itda_lens.dictionary import Rule
 from itda_lens.pursuit import DEFAULT_RTOL, Method
-from itda_lens.records import Cutting, at_least, checked
+from itda_lens.records import Cutting, TokenFilter, at_least, checked
 from itda_lens.sae import ITDA, provenance_of
-from itda_lens.sources import Activations, Loader, ModelSource, gathered
+from itda_lens.sources import Activations, Chats, Loader, gathered, text_or_chat_source
 from itda_lens.training.recipe import Preset, recipe_of
 from itda_lens.training.run import build_from, check_enough
+from itda_lens.training.shards import plan_texts
 
 _DEFAULT = Cutting()
 
@@ -22,7 +23,7 @@ _DEFAULT = Cutting()
 @checked
 def build(
     model: Any,
-    texts: str | Path | Iterable[str],
+    texts: str | Path | Iterable[str] | Chats,
     hook_names: str | Sequence[str],
     *,
     d_sae: int | None,
@@ -37,9 +38,10 @@ def build(
     update: bool = False,
     least_cosine: float | None = None,
     rtol: float = DEFAULT_RTOL,
-    context_size: int = _DEFAULT.context_size,
+    context_size: int | None = None,
     prepend_bos: bool | None = _DEFAULT.prepend_bos,
     keep_special_tokens: bool = _DEFAULT.keep_special_tokens,
+    tokens: TokenFilter | None = None,
     batch_size: int = 16,
     max_tokens: int | None = None,
     text_field: str = "text",
@@ -48,6 +50,7 @@ def build(
     model_name: str | None = None,
     loader: Loader = "bridge",
     device: str | torch.device | None = None,
+    folder: str | Path | None = None,
     progress: bool = True,
 ) -> dict[str, ITDA]:
     """Build one labelled dictionary per hook point, all from the same forward passes.
@@ -59,17 +62,24 @@ def build(
         model: a Hugging Face name or local folder, a HookedTransformer, a TransformerBridge or a
             Hugging Face model; see `itda_lens.sources.language_model`.
         texts: strings, a text or jsonl file, or the name of a `datasets` data set; see
-            `itda_lens.sources.iterate_texts`.
+            `itda_lens.sources.iterate_texts`. Or `Chats`: conversations, each read alone in the form of
+            the model's chat template.
         hook_names: one hook point or several, by TransformerLens's names.
         d_sae, k, preset, rule, seed, method, signed, loss_threshold, l0, update, least_cosine, rtol:
             as in `fit`.
-        context_size: tokens per context, the BOS token included; longer texts are cut.
+        context_size: tokens per context, the BOS token included; longer texts are cut. Default: 128.
+            Of a longer conversation the rest is left out; default there: 2,048, or all that the model
+            has positions for, if these are fewer.
         prepend_bos: begin each context with the BOS token; default: if the tokenizer has one.
-        keep_special_tokens: let position 0 and special tokens count; padding never does.
+        keep_special_tokens: let position 0 and special tokens count; padding never does. For `Chats`,
+            neither this nor `prepend_bos` may be given.
+        tokens: more conditions on the tokens that count, such as `TokenFilter(drop=r"\\d+")`.
         batch_size: contexts per forward pass.
         max_tokens: stop once this number of tokens has counted; default: all of the texts.
         text_field, split: for jsonl files and data sets.
         tokenizer, model_name, loader, device: as in `language_model`.
+        folder: a folder that keeps finished parts of the work, so that a second call goes on where the
+            first one stopped; see `plan`. The dictionaries are those of a call without it.
         progress: show a progress bar with tokens/s, atoms and running FVU.
 
     Returns:
@@ -86,11 +96,19 @@ def build(
     )  # fmt: skip
     at_least(1, max_tokens=max_tokens)
     check_enough(recipe, max_tokens)
-    source = ModelSource(
-        model, texts, hook_names, Cutting(context_size, prepend_bos, keep_special_tokens),
+    reading: dict[str, Any] = dict(
+        tokens=tokens,
         batch_size=batch_size, max_tokens=max_tokens, text_field=text_field, split=split,
         tokenizer=tokenizer, model_name=model_name, loader=loader, device=device,
     )  # fmt: skip
+    if folder is not None:
+        cutting = Cutting.given(context_size, prepend_bos, keep_special_tokens)
+        made = plan_texts(model, texts, hook_names, recipe, cutting, folder=folder, **reading)
+        made.run_all(progress=progress)
+        return made.finish(progress=progress)
+    source = text_or_chat_source(
+        model, texts, hook_names, context_size, prepend_bos, keep_special_tokens, **reading
+    )
     start = time.perf_counter()
     dictionaries = build_from(source, recipe, progress=progress)
     seconds = round(time.perf_counter() - start, 2)
@@ -102,13 +120,14 @@ def build(
 @checked
 def collect(
     model: Any,
-    texts: str | Path | Iterable[str],
+    texts: str | Path | Iterable[str] | Chats,
     hook_names: str | Sequence[str],
     *,
     max_tokens: int | None = None,
-    context_size: int = _DEFAULT.context_size,
+    context_size: int | None = None,
     prepend_bos: bool | None = _DEFAULT.prepend_bos,
     keep_special_tokens: bool = _DEFAULT.keep_special_tokens,
+    tokens: TokenFilter | None = None,
     batch_size: int = 16,
     text_field: str = "text",
     split: str = "train",
@@ -127,8 +146,8 @@ def collect(
     Raises:
         ValueError, TypeError: as `build`.
     """
-    source = ModelSource(
-        model, texts, hook_names, Cutting(context_size, prepend_bos, keep_special_tokens),
+    source = text_or_chat_source(
+        model, texts, hook_names, context_size, prepend_bos, keep_special_tokens, tokens=tokens,
         batch_size=batch_size, max_tokens=max_tokens, text_field=text_field, split=split,
         tokenizer=tokenizer, loader=loader, device=device,
     )  # fmt: skip

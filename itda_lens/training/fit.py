@@ -1,29 +1,27 @@
-"""From a tensor of activations to a dictionary."""
+"""From activations of any form to a dictionary."""
 
-from collections.abc import Sequence
 from typing import Any
-
-from jaxtyping import Float
-from torch import Tensor
 
 from itda_lens.dictionary import Rule
 from itda_lens.pursuit import DEFAULT_RTOL, Method
-from itda_lens.records import Label, Provenance, checked
+from itda_lens.records import Provenance, checked
 from itda_lens.sae import ITDA
-from itda_lens.sources import ArraySource
+from itda_lens.sources import as_source
 from itda_lens.training.recipe import Preset, recipe_of
 from itda_lens.training.run import build_from
 
 
 @checked
 def fit(
-    activations: Float[Tensor, "n_tokens d_in"],
+    activations: Any,
     *,
     d_sae: int | None,
     k: int,
     preset: Preset = "best",
     rule: str | Rule | None = None,
-    labels: Sequence[Label | tuple[int, int, int]] | None = None,
+    labels: Any = None,
+    item: str | None = None,
+    column: str | None = None,
     seed: int = 0,
     method: Method | None = None,
     signed: bool = True,
@@ -41,8 +39,12 @@ def fit(
     The same arguments give the same dictionary, bit for bit, on a CPU.
 
     Args:
-        activations: one activation a row, any floating dtype. Rows that should not count (padding, BOS)
-            must be left out by the caller; `build` does that by itself.
+        activations: one activation a row, any floating dtype: a tensor, a numpy array or memory map, a
+            `.npy`, `.safetensors` or `.parquet` file, a column of a `datasets` data set, a DataLoader,
+            an iterator of batches, or a source with one hook point; see `sources.as_source`. All forms
+            of the same rows give the same dictionary, bit for bit. Those that are not in memory are read
+            once, batch by batch. Rows that should not count (padding, BOS) must be left out by the
+            caller; `build` does that by itself.
         d_sae: atoms. For preset "paper": the most atoms, or None to let `loss_threshold` decide.
         k: most nonzeros per code.
         preset: "best" centres by the mean, drops near-duplicates and keeps those of a uniform sample of
@@ -51,9 +53,13 @@ def fit(
             as long; "paper" is the greedy rule of Leask et al. (2025).
         rule: instead of `preset`: the name of a rule (`itda_lens.dictionary.RULES`), or a rule of your
             own, such as `EnergyRule(near_duplicate=0.95)`.
-        labels: where each row came from, `Label`s or (row, chunk, position) triples; default: row i is
-            labelled row=i, chunk=0, position=0. Samples are drawn by these places. If you pass on the
+        labels: strings or whole numbers that name the rows; or where each row came from, as `Label`s or
+            (row, chunk, position) triples; or the name of a column that holds strings or numbers.
+            Default: row i is labelled row=i. Samples are drawn by these places. If you pass on the
             labels of `collect` as they are, you get the dictionary that `build` makes from these texts.
+        item: the kind of thing that a row is, such as "image"; an atom then reads "image 391: cat".
+            Default: "row".
+        column: the column, key or tensor that holds the activations; default: the only one that can.
         seed: seed of the samples that are drawn.
         method: "mp", "omp" or "ols", see `pursuit.Coding`; default: "mp" for "paper", otherwise "ols"
             ("omp" for non-negative codes).
@@ -79,14 +85,23 @@ def fit(
 
     Raises:
         ValueError: a setting is out of range; there are no activations, NaN or infinite ones, or fewer
-            distinct ones than d_sae; the number of labels is wrong.
-        TypeError: `activations` is no floating-point tensor, or a label is none.
+            distinct ones than d_sae; the number of labels is wrong; or as `as_source`.
+        TypeError: `activations` has no floating-point numbers or is of no form that is read, or a label
+            is none.
     """
     recipe = recipe_of(
         d_sae=d_sae, k=k, preset=preset, rule=rule, seed=seed, method=method, signed=signed,
         loss_threshold=loss_threshold, l0=l0, update=update, least_cosine=least_cosine, rtol=rtol,
     )  # fmt: skip
     metadata = metadata or {}
-    source = ArraySource(activations, labels, batch_size=batch_size, provenance=Provenance.of(metadata))
+    source = as_source(
+        activations, labels, item=item, column=column, batch_size=batch_size,
+        provenance=Provenance.of(metadata),
+    )  # fmt: skip
+    if len(source.hooks) != 1:
+        raise ValueError(
+            f"activations must be of one hook point, got a source with {list(source.hooks)}; build_from "
+            "makes a dictionary for each"
+        )
     (itda,) = build_from(source, recipe, metadata=metadata, progress=progress).values()
     return itda

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from itda_lens.records import is_leftover
+from itda_lens.records import checked, is_leftover
 from itda_lens.records.files import dead_folders, probe, temporary_folder
 from itda_lens.sae import ITDA, is_dictionary
 
@@ -22,12 +22,14 @@ logger = logging.getLogger(__name__)
 _NEW, _OLD, _DONE = "new", "old", "done"
 
 
+@checked
 @contextmanager
 def output_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
     """A folder beside `path` to write into, which becomes `path` when the block ends well.
 
     Entered before the work begins, so that a folder that exists or cannot be written is told at once. If
-    the block raises, or is interrupted, what was written is removed and `path` is as it was.
+    the block raises, or is interrupted, what was written is removed and `path` is as it was, as are the
+    folders above it.
     Dictionaries that were finished before an error of the system, such as a full disk, are kept beside
     `path`.
 
@@ -46,62 +48,38 @@ def output_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
         OSError: the folder cannot be made, written or replaced.
     """
     target = _place(Path(path))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    for dead in dead_folders(target.parent, target.name):
-        _recover(dead, target)
-    found = _check(target, overwrite)
-    with temporary_folder(target.parent, target.name) as work:
-        new = work / _NEW
-        try:
-            new.mkdir()
-            try:
-                probe(new)
-            except OSError as error:
-                raise OSError(error.errno, error.strerror, str(target)) from error
-            yield new
-        except BaseException as error:
-            if isinstance(error, KeyboardInterrupt):
-                logger.warning("interrupted: %s was not written", target)
-            kept = None
-            if isinstance(error, Exception) and _has_finished(new):
-                kept = _keep(new, target)
-            if kept != new:
-                shutil.rmtree(work, ignore_errors=True)
-            if kept is not None and isinstance(error, OSError):
-                note = f"{error.strerror or error}; dictionaries that were finished are in {kept}"
-                raise _with_note(error, note, error.filename) from error
-            if kept is not None:
-                logger.warning("dictionaries that were finished are in %s", kept)
-            raise
-        try:
-            _put(new, target, found)
-        except FileExistsError as error:
-            kept = _keep(new, target)
-            raise FileExistsError(
-                f"{target} was made or changed while this ran and is left as it is; the new "
-                f"dictionaries are in {kept}"
-            ) from error
-        except OSError as error:
-            kept = _keep(new, target)
-            note = f"{error.strerror or error}; the new dictionaries are in {kept}"
-            raise _with_note(error, note, str(target)) from error
-        except BaseException:
-            if new.exists():
-                logger.warning("interrupted: the new dictionaries are in %s", _keep(new, target))
-            raise
-        finally:
-            _remove(work)
+    with _folders_above(target):
+        for dead in dead_folders(target.parent, target.name):
+            _recover(dead, target)
+        found = _check(target, overwrite)
+        with temporary_folder(target.parent, target.name) as work:
+            new = work / _NEW
+            with _finished_ones_kept(new, target):
+                new.mkdir()
+                try:
+                    probe(new)
+                except OSError as error:
+                    raise OSError(error.errno, error.strerror, str(target)) from error
+                yield new
+            _put_or_keep(new, target, found)
 
 
-def save_all(dictionaries: Mapping[str, ITDA], folder: Path) -> None:
+@checked
+def save_all(dictionaries: Mapping[str, ITDA], folder: str | Path) -> None:
     """Save each dictionary into the subfolder of its hook name.
 
     Where one cannot be written there, it is saved in a temporary folder of the system, since it may have
     taken hours.
 
     Raises:
+        ValueError: a name is none of a subfolder.
         OSError: one could not be written into `folder`; the message says where it is instead.
     """
+    folder = Path(folder)
+    for name in dictionaries:
+        parts = Path(name).parts
+        if not parts or ".." in parts or "\0" in name or Path(name).is_absolute():
+            raise ValueError(f"dictionaries must go by names of subfolders, got {name!r}")
     failed: dict[str, OSError] = {}
     for name, itda in dictionaries.items():
         try:
@@ -117,12 +95,72 @@ def save_all(dictionaries: Mapping[str, ITDA], folder: Path) -> None:
         except OSError as second:
             logger.warning("%s could not be saved elsewhere either: %s", ", ".join(failed), second)
             raise error from None
-        note = f"{error.strerror or error}; saved in {elsewhere} instead: {', '.join(failed)}"
+        note = f"saved in {elsewhere} instead: {', '.join(failed)}"
         raise _with_note(error, note, error.filename) from error
 
 
+@contextmanager
+def _folders_above(target: Path) -> Iterator[None]:
+    """Make the folders that a target is to be in; if the block raises, those that are empty still go."""
+    missing = [folder for folder in target.parents if not folder.exists()]
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        for folder in missing:  # the innermost first
+            with suppress(OSError):
+                folder.rmdir()
+        raise
+
+
+@contextmanager
+def _finished_ones_kept(new: Path, target: Path) -> Iterator[None]:
+    """If the block raises, remove the hidden folder around `new`, but keep dictionaries that were
+    finished before an error beside the target. An interrupt keeps nothing."""
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt):
+            logger.warning("interrupted: %s was not written", target)
+        kept = _keep(new, target) if isinstance(error, Exception) and _has_finished(new) else None
+        if kept != new:
+            shutil.rmtree(new.parent, ignore_errors=True)
+        if kept is not None and isinstance(error, OSError):
+            note = f"dictionaries that were finished are in {kept}"
+            raise _with_note(error, note, error.filename) from error
+        if kept is not None:
+            logger.warning("dictionaries that were finished are in %s", kept)
+        raise
+
+
+def _put_or_keep(new: Path, target: Path, found: "_State | None") -> None:
+    """Let a finished folder become the target, or keep it beside the target if that fails.
+
+    Raises:
+        FileExistsError: the target is no longer as it was found.
+        OSError: it cannot be replaced. Both messages say where the new dictionaries are.
+    """
+    try:
+        _put(new, target, found)
+    except FileExistsError as error:
+        raise FileExistsError(
+            f"{target} was made or changed while this ran and is left as it is; the new "
+            f"dictionaries are in {_keep(new, target)}"
+        ) from error
+    except OSError as error:
+        note = f"the new dictionaries are in {_keep(new, target)}"
+        raise _with_note(error, note, str(target)) from error
+    except BaseException:
+        if new.exists():
+            logger.warning("interrupted: the new dictionaries are in %s", _keep(new, target))
+        raise
+    finally:
+        _remove(new.parent)
+
+
 def _with_note(error: OSError, note: str, file: object) -> OSError:
-    return OSError(note) if error.errno is None else OSError(error.errno, note, file)
+    text = f"{error.strerror or error}; {note}"
+    return OSError(text) if error.errno is None else OSError(error.errno, text, file)
 
 
 class _State(NamedTuple):
@@ -156,6 +194,11 @@ def _place(path: Path) -> Path:
     if _is_mount(target):
         raise FileExistsError(
             f"{target} is a mount point, which cannot be replaced; choose a folder inside it"
+        )
+    if target.exists() and Path(os.path.realpath(os.curdir)).is_relative_to(target):
+        # A process, and the shell that started it, would go on in the folder that was there before.
+        raise FileExistsError(
+            f"{target} is the current folder or holds it: it cannot be replaced; choose one inside it"
         )
     return target
 

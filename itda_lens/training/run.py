@@ -7,11 +7,11 @@ from dataclasses import replace
 import torch
 from tqdm.auto import tqdm
 
-from itda_lens.dictionary import Dictionary, Guided, Sated, Selector, StreamSample, assign_folds
-from itda_lens.pursuit import calibrate_out_of_fold
+from itda_lens.dictionary import Dictionary, Guided
 from itda_lens.records import Provenance, at_least, checked, versions
 from itda_lens.sae import ITDA, assemble
-from itda_lens.sources import ActivationSource, Rows, hook_is_per_head
+from itda_lens.sources import ActivationSource, hook_is_per_head
+from itda_lens.training.point import Point
 from itda_lens.training.recipe import Recipe
 
 logger = logging.getLogger(__name__)
@@ -19,14 +19,6 @@ logger = logging.getLogger(__name__)
 SECONDS_BETWEEN_FVU = 5.0
 """Least time between two measurements of the progress bar's FVU: each is a small pursuit for every
 hook."""
-
-CALIBRATION_ROWS = 2048
-"""Activations on which a threshold is calibrated. The error of their mean L0 is a 45th of the standard
-deviation of L0."""
-
-CALIBRATION_SEED = 3
-"""Added to a recipe's seed, so that the calibration's sample shares no priorities with those of a
-rule."""
 
 
 @checked
@@ -54,12 +46,10 @@ def build_from(
         if missing := [hook for hook in source.hooks if hook not in points]:
             raise ValueError(f"the source must give at least one row, got none at {missing}")
         chosen = {hook: points[hook].finish(progress) for hook in source.hooks}
-    made = {}
-    for hook, (dictionary, threshold) in chosen.items():
-        logger.info("%s: %d atoms chosen", hook, len(dictionary.atoms))
-        provenance = replace(source.provenance(hook), recipe=recipe.record(), versions=versions())
-        made[hook] = _assembled(dictionary, threshold, recipe, provenance, metadata or {})
-    return made
+    return {
+        hook: assembled(*found, recipe, source.provenance(hook), metadata or {})
+        for hook, found in chosen.items()
+    }
 
 
 @checked
@@ -77,56 +67,8 @@ def check_enough(recipe: Recipe, n_rows: int | None) -> None:
         )
 
 
-class _Point:
-    """The run at one hook point: the rule's selector, and the rows that a threshold is calibrated on.
-
-    The rows belong to the run, not to the rule, so that every rule works with a mean L0.
-    """
-
-    def __init__(self, recipe: Recipe, x: torch.Tensor) -> None:
-        self.selector: Selector = recipe.rule.selector(
-            recipe.request(d_in=x.shape[1], dtype=x.dtype, device=x.device)
-        )
-        self._recipe = recipe
-        self._sample = None
-        if recipe.l0 is not None:
-            seed = recipe.seed + CALIBRATION_SEED
-            self._sample = StreamSample(
-                x.shape[1], CALIBRATION_ROWS, seed, x.dtype, x.device, distinct=False, labelled=False
-            )
-
-    @property
-    def done(self) -> bool:
-        return isinstance(self.selector, Sated) and self.selector.done
-
-    def update(self, x: torch.Tensor, rows: Rows) -> None:
-        self.selector.update(x, rows.places)
-        if self._sample is not None:
-            self._sample.update(x, rows.places)
-
-    def finish(self, progress: bool) -> tuple[Dictionary, float]:
-        """The dictionary, and the threshold at which its codes have the mean L0 that was asked for."""
-        dictionary = self.selector.finish(progress)
-        if self._sample is None or self._recipe.l0 is None:
-            return dictionary, 0.0
-        coding = self._recipe.coding
-        folds, atom_folds = assign_folds(self._sample.places(), dictionary.labels)
-        threshold = calibrate_out_of_fold(
-            self._sample.rows() - dictionary.mean,
-            folds,
-            dictionary.atoms,
-            atom_folds,
-            self._recipe.l0,
-            min(coding.k, len(dictionary.atoms)),
-            method=coding.method,
-            signed=coding.signed,
-            rtol=coding.rtol,
-        )
-        return dictionary, threshold
-
-
-def _read(source: ActivationSource, recipe: Recipe, progress: bool) -> dict[str, _Point]:
-    points: dict[str, _Point] = {}
+def _read(source: ActivationSource, recipe: Recipe, progress: bool) -> dict[str, Point]:
+    points: dict[str, Point] = {}
     fvu_at = time.perf_counter()
     with tqdm(
         total=source.n_rows, unit="tok", unit_scale=True, desc="building", disable=not progress
@@ -134,8 +76,8 @@ def _read(source: ActivationSource, recipe: Recipe, progress: bool) -> dict[str,
         for rows in source.rows():
             for hook, x in rows.values.items():
                 if hook not in points:
-                    points[hook] = _Point(recipe, x)
-                points[hook].update(x, rows)
+                    points[hook] = Point.for_rows(recipe, x)
+                points[hook].update(x, rows.places)
             bar.update(len(rows.places))
             now = time.perf_counter()
             if progress and now - fvu_at > SECONDS_BETWEEN_FVU:
@@ -146,7 +88,7 @@ def _read(source: ActivationSource, recipe: Recipe, progress: bool) -> dict[str,
     return points
 
 
-def _status(points: dict[str, _Point]) -> dict[str, str]:
+def _status(points: dict[str, Point]) -> dict[str, str]:
     guides = [point.selector for point in points.values() if isinstance(point.selector, Guided)]
     return {
         "atoms": "/".join(str(guide.n_atoms) for guide in guides),
@@ -154,10 +96,13 @@ def _status(points: dict[str, _Point]) -> dict[str, str]:
     }
 
 
-def _assembled(
+def assembled(
     dictionary: Dictionary, threshold: float, recipe: Recipe, provenance: Provenance,
     metadata: dict[str, object],
 ) -> ITDA:  # fmt: skip
+    """The SAE of a finished run at one hook point, which records how it came to be."""
+    logger.info("%s: %d atoms chosen", provenance.hook_name, len(dictionary.atoms))
+    provenance = replace(provenance, recipe=recipe.record(), versions=versions())
     coding = replace(recipe.coding, k=min(recipe.coding.k, len(dictionary.atoms)), threshold=threshold)
     hook = provenance.hook_name
     itda = assemble(
