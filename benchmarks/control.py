@@ -359,7 +359,7 @@ def ioi(setup: Setup) -> None:
         return found
 
     setup.once(able, system="ioi-able")
-    layer = 20
+    layer = 25  # patched there, the last token carries the answer; at layer 20 it does not yet
     fitted = task.Task(setup.lm, setup.hook(layer), train)
     held = task.Task(setup.lm, setup.hook(layer), test)
     seen, x = fitted.activations(), held.activations()

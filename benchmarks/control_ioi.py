@@ -161,7 +161,7 @@ def dictionaries(x: Tensor, which: Sequence[Case], d_sae: int, k: int) -> dict[s
         "supervised, least squares": supervised(x, which, "MSE"),
         "ITDA": of_sae(itda_lens.fit(x, d_sae=d_sae, k=k)),
         "random activations": of_sae(random_atoms(x, d_sae=d_sae, k=k)),
-        "TopK SAE": of_sae(train_sae(x, "topk", d_sae=d_sae, k=k, epochs=200)),
+        "TopK SAE": of_sae(train_sae(x, architecture="topk", d_sae=d_sae, k=k, epochs=200)),
     }
 
 

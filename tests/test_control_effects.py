@@ -221,7 +221,7 @@ class TestEffects:
         for name, values in (("KL", kl), ("loss", loss), ("accuracy", right)):
             assert figures[name].mean == pytest.approx(sum(values) / 3, abs=1e-5), name
 
-    def test_equal_strength(self, measured):
+    def test_equal_strength(self, measured, model):
         """Random atoms and the difference in means change the same tokens by as much."""
         _, found = measured
         assert found["nothing"]["changed"].mean == 0
@@ -230,6 +230,10 @@ class TestEffects:
                 assert found[name][figure].mean == pytest.approx(found["edit"][figure].mean, rel=1e-4)
             assert found[name]["probability"] != found["edit"]["probability"]
         assert found["edit"]["norm"].mean > 0.01
+        edit, shares = measured[0], []
+        for codes in dense(model, edit.sae, TARGETS):
+            shares.append((codes[:, :12] != 0).any(dim=-1).double().mean().item())
+        assert found["edit"]["changed"].mean == pytest.approx(sum(shares) / 3)
 
     def test_generations(self, model, measured):
         _, found = measured

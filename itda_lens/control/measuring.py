@@ -339,9 +339,13 @@ class _Bench:
                 found["logit difference"] += (at_end.gather(1, answer) - at_end.gather(1, foil))[
                     :, 0
                 ].tolist()
-            changed = sum(tally.changed for tally in tallies)
-            shares += [changed / max(1, sum(t.tokens for t in tallies))] * len(part)
-            sizes += [sum(t.relative for t in tallies) / max(1, changed)] * len(part)
+            for row in range(len(part)):
+                known = [t.by_input[row].tolist() for t in tallies if t.by_input is not None]
+                looked, changed, relative = (
+                    sum(column) for column in zip((0.0,) * 3, *known, strict=True)
+                )
+                shares.append(changed / max(1.0, looked))
+                sizes.append(relative / max(1.0, changed))
         return found | {"changed": shares, "norm": sizes}
 
     @torch.no_grad()

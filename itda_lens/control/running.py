@@ -28,6 +28,8 @@ class Tally:
         norm: sum of the norms of the changes.
         relative: sum of the norms of the changes, each divided by that of its activation.
         change: sum of the changes; None before the first.
+        by_input: of the latest pass, for each input of the batch: activations that were looked at, those
+            that were changed, and the sum of their relative norms. None before the first.
         scores: the latest scores of an `Excess` gate, one for each input of the batch; NaN for an input
             without a token. None without such a gate.
     """
@@ -37,6 +39,7 @@ class Tally:
     norm: float = 0.0
     relative: float = 0.0
     change: Float[Tensor, " d_in"] | None = field(default=None, repr=False)
+    by_input: Float[Tensor, "inputs 3"] | None = field(default=None, repr=False)
     scores: Float[Tensor, " inputs"] | None = field(default=None, repr=False)
 
 
@@ -183,18 +186,24 @@ class _Running:
         if edit.replace:
             change = change + error
         change, changed = change.to(kept.device), changed.to(kept.device)
-        self._note(kept, change, changed)
+        self._note(kept, change, changed, inputs.to(kept.device), len(where))
         return change, changed
 
     @torch.no_grad()
-    def _note(self, kept: Tensor, change: Tensor, changed: Tensor) -> None:
+    def _note(
+        self, kept: Tensor, change: Tensor, changed: Tensor, inputs: Tensor, n_inputs: int
+    ) -> None:
         tally, moved = self.tally, change.detach()[changed].double()
         norms = moved.norm(dim=-1)
         lengths = kept.detach()[changed].double().norm(dim=-1).clamp(min=1e-30)
         tally.tokens += len(changed)
         tally.changed += len(norms)
         tally.norm += norms.sum().item()
-        tally.relative += (norms / lengths).sum().item()
+        relative = torch.zeros(len(changed), dtype=torch.double, device=norms.device)
+        relative[changed] = norms / lengths
+        tally.relative += relative.sum().item()
+        each = torch.stack([torch.ones_like(relative), changed.double(), relative], dim=1)
+        tally.by_input = torch.zeros(n_inputs, 3).double().index_add(0, inputs.cpu(), each.cpu())
         total = moved.sum(dim=0).cpu()
         tally.change = total if tally.change is None else tally.change + total
 
