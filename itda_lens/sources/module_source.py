@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, RandomSampler, SubsetRandomSampler, Wei
 
 from itda_lens.records import Label, Places, Provenance, Tag, at_least, checked
 from itda_lens.sources.modules import AnyModule
+from itda_lens.sources.row_labels import check_item
 from itda_lens.sources.source import Rows
 
 _SHUFFLING = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
@@ -64,6 +65,7 @@ class ModuleSource:
         self.module = AnyModule(module, call)
         self.hooks = self.module.paths(paths)
         at_least(1, max_rows=max_rows)
+        check_item(item)
         _check_inputs(inputs)
         self.n_rows = max_rows
         self._inputs, self._label, self._item, self._axis = inputs, label, item, axis

@@ -21,6 +21,19 @@ ROW = "row"
 """The kind of a row about which the user says nothing."""
 
 
+def check_item(item: object) -> None:
+    """Refuse a kind of row that is no word; None stands for the default.
+
+    Raises:
+        ValueError: it is empty.
+        TypeError: it is no string.
+    """
+    if item is not None and not (isinstance(item, str) and item):
+        raise (ValueError if isinstance(item, str) else TypeError)(
+            f"item must be a word for what a row is, such as 'image', got {item!r}"
+        )
+
+
 class Names(NamedTuple):
     """Names of rows that a table holds: None for a row that has none there."""
 
@@ -48,10 +61,7 @@ class RowLabels:
     """
 
     def __init__(self, labels: Any, item: str | None, n_rows: int | None = None) -> None:
-        if item is not None and not (isinstance(item, str) and item):
-            raise (ValueError if isinstance(item, str) else TypeError)(
-                f"item must be a word for what a row is, such as 'image', got {item!r}"
-            )
+        check_item(item)
         self._item = item
         self._seen: dict[int, int] = {}
         self._labels = None if labels is None else self._read(labels)
