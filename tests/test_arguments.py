@@ -84,7 +84,6 @@ NONSENSE = {
     "texts": TEXTS,
     "model": MODEL,
     "hook_names": [None, 3, [], [3], "nowhere", {"a": 1}, ["a", "a"]],
-    "hooks": [None, 3, [], [3], "nowhere", {"a": 1}, ["a", "a"]],
     "module": [None, 3, object(), "x", torch.nn.Linear],
     "paths": [None, 3, [], [3], "nowhere", "*.nowhere", {"a": 1}, ["0", "0"], [""]],
     "inputs": [None, 3, "x", {"x": X}, [], [{"a": X}], [(X, X)], X, X.numpy(), [X[0]], [X * NAN]],
@@ -177,7 +176,7 @@ ALLOWED = {
 """Nonsense that is taken, and why. Values that are equal to no other go by their name."""
 
 ALSO_CALLED = {
-    "a": "models|dictionar|activations", "b": "models|dictionar|activations", "hooks": "hook",
+    "a": "models|dictionar|activations", "b": "models|dictionar|activations",
     "hook_name": "hook", "hook_names": "hook", "chats": "conversation", "call": "hook",
     "inputs": "row 0|batch|activations",
 }  # fmt: skip

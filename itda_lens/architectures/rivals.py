@@ -145,7 +145,7 @@ def _nonzeros(itda: ITDA) -> int:
     return itda.cfg.k if itda.cfg.l0 is None else max(1, round(itda.cfg.l0))
 
 
-def _described(texts: str | Path | Iterable[str], text_field: str, split: str) -> dict[str, str]:
+def _described(texts: str | Path | Iterable[Any], text_field: str, split: str) -> dict[str, str]:
     """The entries of a recipe about the texts. They travel with the baseline, so that a file is told
     from another by its name and its first texts, not by its path."""
     described = describe_texts(texts, text_field, split)
