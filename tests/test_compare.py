@@ -46,6 +46,16 @@ def test_closed_form():
     assert jaccard(a, labelled([(0, 1, 0), (1, 0, 0), (2, 0, 0)])) == 0
 
 
+def test_rows_of_other_kinds_are_other_places():
+    """Image 5, vocabulary token 5 and text 5 are three things; heads of a token are apart too."""
+    texts = labelled([Label(i) for i in range(4)])
+    images = labelled([Label(i, kind="image") for i in range(4)])
+    assert jaccard(texts, images) == 0
+    assert jaccard(images, images) == 1
+    assert jaccard(texts, labelled([Label(i, kind="row") for i in range(4)])) == 1
+    assert jaccard(texts, labelled([Label(i, head=1) for i in range(4)])) == 0
+
+
 def test_unions_over_layers():
     first, second = labelled(places(range(4))), labelled(places(range(2, 8)))
     other = labelled(places(range(6, 10)))

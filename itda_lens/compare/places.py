@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterable, Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from itda_lens.records import Label, Provenance
 from itda_lens.sae import ITDA, provenance_of
@@ -18,9 +18,13 @@ Match = Literal["auto", "position", "span", "overlap"]
 "auto": "position" where it can be used, else "span".
 """
 
-Place = tuple[int, ...]
+Place = tuple[Any, ...]
 """A place of a text, as a key: (row, chunk, position) or (row, start, end). The number of an attention
-head comes last in the former, and before the characters in the latter."""
+head comes last in the former, and before the characters in the latter. Images, vocabulary tokens and
+other rows that are no text have their kind in front: token 5 is not text 5."""
+
+_UNNAMED_KINDS = ("text", "row")
+"""Kinds that no user has named. Version 0.1 wrote none, and called every row a text."""
 
 _CUTTING = ("vocabulary_sha256", "context_size", "prepend_bos")
 """Metadata in which two builds must agree before equal positions mean the same tokens."""
@@ -70,7 +74,9 @@ def places(labels: Iterable[Label], match: Match) -> list[Place | None]:
         ValueError: a label has no characters, and they are needed.
     """
     if match == "position":
-        return [label.key for label in labels]
+        return [
+            label.key if label.kind in _UNNAMED_KINDS else (label.kind, *label.key) for label in labels
+        ]
     return [_span(label) for label in labels]
 
 
