@@ -253,3 +253,22 @@ def smollm2() -> LanguageModel:
     from itda_lens.samples.smollm2 import load
 
     return language_model(load(progress=False))
+
+
+@pytest.fixture
+def itda_command(request, capsys, monkeypatch):
+    """Run `itda` with arguments; exit code, standard output and standard error.
+
+    A test file that needs another width of the terminal than 140 columns has a constant COLUMNS.
+    """
+    from itda_lens.__main__ import main
+
+    monkeypatch.setenv("COLUMNS", getattr(request.module, "COLUMNS", "140"))
+
+    def run(*arguments):
+        with pytest.raises(SystemExit) as exit_:
+            main([str(argument) for argument in arguments])
+        shown = capsys.readouterr()
+        return exit_.value.code, shown.out, " ".join(shown.err.split())
+
+    return run

@@ -371,6 +371,7 @@ NOT_WALKED = {
     "heads_at": "for models and hooks that were looked at before",
     "text_or_chat_source": "build and collect, which it serves, are walked",
     "chat_context_size": "tests/test_chats.py",
+    "special_ids": "of a tokenizer that was checked before",
     "describe_texts": "for metadata: called once the texts were looked at",
     "names_data_set": "a question, with an answer for everything",
     "hook_is_per_head": "the old name of a property of HookPoint",

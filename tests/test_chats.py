@@ -18,7 +18,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import itda_lens
 from itda_lens import Chats, TokenFilter
-from itda_lens.__main__ import main
 from itda_lens.analysis import decompose, evaluate
 from itda_lens.compare import activations_of, diff_models
 from itda_lens.dictionary import RunningFVU
@@ -35,6 +34,9 @@ from itda_lens.sources import (
 )
 from itda_lens.sources.chat_templates import Part
 from itda_lens.training import build_from, collect, plan_from, recipe_of
+
+COLUMNS = "200"
+"""Width of the terminal in which `itda_command` runs."""
 
 HOOK = "blocks.1.hook_resid_post"
 OPTIONS: dict[str, Any] = dict(d_sae=12, k=3, progress=False)
@@ -75,20 +77,6 @@ def said(*contents: str, system: str | None = None) -> list[dict[str, str]]:
     roles = ["user", "assistant"] * len(contents)
     first = [] if system is None else [{"role": "system", "content": system}]
     return first + [{"role": r, "content": c} for r, c in zip(roles, contents, strict=False)]
-
-
-@pytest.fixture
-def itda_command(capsys, monkeypatch):
-    """Run `itda` with arguments; exit code, standard output and standard error."""
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def run(*arguments):
-        with pytest.raises(SystemExit) as exit_:
-            main([str(argument) for argument in arguments])
-        shown = capsys.readouterr()
-        return exit_.value.code, shown.out, " ".join(shown.err.split())
-
-    return run
 
 
 @pytest.fixture(scope="module")

@@ -23,20 +23,6 @@ from itda_lens.cli.options import completing
 HOOK = "blocks.1.hook_resid_post"
 
 
-@pytest.fixture
-def itda_command(capsys, monkeypatch):
-    """Run `itda` with arguments; exit code, standard output and standard error."""
-    monkeypatch.setenv("COLUMNS", "140")
-
-    def run(*arguments):
-        with pytest.raises(SystemExit) as exit_:
-            main([str(argument) for argument in arguments])
-        shown = capsys.readouterr()
-        return exit_.value.code, shown.out, " ".join(shown.err.split())
-
-    return run
-
-
 @pytest.fixture(scope="module")
 def text_file(texts, tmp_path_factory):
     file = tmp_path_factory.mktemp("texts") / "texts.txt"

@@ -13,7 +13,7 @@ from test_terminal import HOSTILE
 
 import itda_lens
 from itda_lens import Label, fit
-from itda_lens.__main__ import BAD_INPUT, main
+from itda_lens.__main__ import BAD_INPUT
 from itda_lens.control import (
     Add,
     Always,
@@ -35,6 +35,9 @@ from itda_lens.control import (
     save_edits,
 )
 from itda_lens.reports import chosen_table, effects_table, save_effects, writings_table
+
+COLUMNS = "160"
+"""Width of the terminal in which `itda_command` runs."""
 
 HOOK = "blocks.1.hook_resid_post"
 
@@ -183,19 +186,6 @@ class TestReports:
             text = drawn(table)
             assert HOSTILE[written] in text or HOSTILE[written] in text.replace("\n", "")
             assert text.replace("\n", "").isprintable()
-
-
-@pytest.fixture
-def itda_command(capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "160")
-
-    def run(*arguments):
-        with pytest.raises(SystemExit) as exit_:
-            main([str(argument) for argument in arguments])
-        shown = capsys.readouterr()
-        return exit_.value.code, shown.out, " ".join(shown.err.split())
-
-    return run
 
 
 class TestCommands:

@@ -7,26 +7,12 @@ from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig
 
 import itda_lens
 from itda_lens import Label, Labels, build
-from itda_lens.__main__ import BAD_INPUT, main
+from itda_lens.__main__ import BAD_INPUT
 from itda_lens.analysis import evaluate, nearest
 from itda_lens.samples import smollm2
 from itda_lens.sources import language_model
 
 HOOK = "blocks.1.hook_resid_post"
-
-
-@pytest.fixture
-def itda_command(capsys, monkeypatch):
-    """Run `itda` with arguments; exit code, standard output and standard error."""
-    monkeypatch.setenv("COLUMNS", "140")
-
-    def run(*arguments):
-        with pytest.raises(SystemExit) as exit_:
-            main([str(argument) for argument in arguments])
-        shown = capsys.readouterr()
-        return exit_.value.code, shown.out, " ".join(shown.err.split())
-
-    return run
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,6 @@ import torch
 from safetensors import safe_open
 
 from itda_lens import build, fit, load, open_plan, plan
-from itda_lens.__main__ import main
 from itda_lens.dictionary import EnergyRule, PriorityBound, StreamSample
 from itda_lens.records import Places
 from itda_lens.records.files import exclusive
@@ -258,37 +257,31 @@ def kill_one_worker(killed):
 
 
 class TestCommands:
-    def run(self, capsys, *arguments):
-        with pytest.raises(SystemExit) as exit_:
-            main([str(argument) for argument in arguments])
-        shown = capsys.readouterr()
-        return exit_.value.code, " ".join(shown.out.split()), " ".join(shown.err.split())
-
-    def test_parts_and_whole(self, tiny_folder, texts, tmp_path, capsys):
+    def test_parts_and_whole(self, itda_command, tiny_folder, texts, tmp_path):
         file, run, out = tmp_path / "texts.txt", tmp_path / "run", tmp_path / "out"
         file.write_text(" ".join(texts))
         command = ["build", tiny_folder, "--texts", file, "--hook", HOOKS[0], "--d-sae", 40, "--k", 4]
         command += ["--batch-size", 2]
         parts = [*command, "--folder", run, "--shard-rows", 200]
-        code, said, _ = self.run(capsys, *parts, "--plan-only")
+        code, said, _ = itda_command(*parts, "--plan-only")
         assert code == 0
-        assert "in 5 parts, 5 of them to do Each: itda build-shard" in said
-        code, said, _ = self.run(capsys, "build-shard", run, "--index", 3, "--index", 1)
-        assert (code, said.endswith("2 of 5 parts are finished")) == (0, True)
-        code, _, told = self.run(capsys, "build-finish", run, "--out", out)
+        assert "in 5 parts, 5 of them to do Each: itda build-shard" in " ".join(said.split())
+        code, said, _ = itda_command("build-shard", run, "--index", 3, "--index", 1)
+        assert (code, said.rstrip().endswith("2 of 5 parts are finished")) == (0, True)
+        code, _, told = itda_command("build-finish", run, "--out", out)
         assert code == 2
         assert "all shards must be finished first: 3 of 5 are not" in told
         assert not out.exists()
         for i in (0, 2, 4):
-            assert self.run(capsys, "build-shard", run, "--index", i)[0] == 0
-        assert self.run(capsys, "build-finish", run, "--out", out)[0] == 0
-        assert self.run(capsys, *parts, "--out", tmp_path / "again")[0] == 0
-        assert self.run(capsys, *command, "--out", tmp_path / "plain")[0] == 0
+            assert itda_command("build-shard", run, "--index", i)[0] == 0
+        assert itda_command("build-finish", run, "--out", out)[0] == 0
+        assert itda_command(*parts, "--out", tmp_path / "again")[0] == 0
+        assert itda_command(*command, "--out", tmp_path / "plain")[0] == 0
         plain = load(tmp_path / "plain" / HOOKS[0])
         for folder in (out, tmp_path / "again"):
             same({"a": load(folder / HOOKS[0])}, {"a": plain})
 
-    def test_options_that_do_not_go_together(self, tmp_path, capsys):
+    def test_options_that_do_not_go_together(self, itda_command, tmp_path):
         command = ["build", "no-model", "--texts", "x.txt", "--hook", "a"]
         for more, told in (
             (["--plan-only"], "--plan-only and --shard-rows need --folder"),
@@ -299,7 +292,7 @@ class TestCommands:
                 "or else --plan-only",
             ),
         ):
-            code, _, error = self.run(capsys, *command, *more)
+            code, _, error = itda_command(*command, *more)
             assert (code, told in error) == (2, True), error
 
 

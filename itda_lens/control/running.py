@@ -15,7 +15,7 @@ from itda_lens.control.seen import Reading, Rows
 from itda_lens.pursuit import SparseCodes
 from itda_lens.records import checked
 from itda_lens.sae import coded
-from itda_lens.sources import Loader, Pass, ReadableModel, Watch, language_model
+from itda_lens.sources import Loader, Pass, ReadableModel, Watch, language_model, special_ids
 
 
 @dataclass
@@ -73,7 +73,7 @@ def applied(
     own = several(edits)
     lm = language_model(model, tokenizer=tokenizer, loader=loader, device=device)
     lm.check_hooks([edit.hook for edit in own])
-    special = _special_ids(lm) if any(not edit.special for edit in own) else torch.tensor([])
+    special = special_ids(lm.tokenizer) if any(not edit.special for edit in own) else torch.tensor([])
     with _watched(lm, own) as watch:
         running = [_Running(edit, special, watch) for edit in own]
         by_hook: dict[str, list[_Running]] = {}
@@ -236,14 +236,6 @@ def several(edits: Edit | Sequence[Edit]) -> list[Edit]:
     if not own:
         raise ValueError("edits must hold at least one edit, got none")
     return own
-
-
-def _special_ids(lm: ReadableModel) -> Tensor:
-    """Ids of the tokens that the tokenizer calls special."""
-    tokenizer = lm.tokenizer
-    added = getattr(tokenizer, "added_tokens_decoder", {})
-    declared = {i for i, token in added.items() if token.special}
-    return torch.tensor(sorted({*tokenizer.all_special_ids, *declared}), dtype=torch.long)
 
 
 def _watched(lm: ReadableModel, edits: Sequence[Edit]) -> Any:

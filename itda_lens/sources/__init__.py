@@ -13,7 +13,7 @@ from itda_lens.sources.chat_source import (
 )
 from itda_lens.sources.chat_templates import ChatTemplate, RenderedChat
 from itda_lens.sources.chats import Chats, SpecialTokens
-from itda_lens.sources.contexts import Context, ContextBatch, Tokenization
+from itda_lens.sources.contexts import Context, ContextBatch, Tokenization, special_ids
 from itda_lens.sources.direct_path import logit_weights
 from itda_lens.sources.hidden_states import HiddenStatesSource
 from itda_lens.sources.hooked import HookedModel
@@ -104,6 +104,7 @@ __all__ = [
     "logit_weights",
     "names_data_set",
     "register_with_transformer_lens",
+    "special_ids",
     "text_or_chat_source",
     "tokenization_for",
     "unembedding",

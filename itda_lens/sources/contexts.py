@@ -148,10 +148,7 @@ class Tokenization:
 
     @cached_property
     def _special(self) -> Int[Tensor, " n"]:
-        """Ids of the tokens that the tokenizer calls special, by any of its ways to say so."""
-        added = getattr(self.tokenizer, "added_tokens_decoder", {})
-        declared = {i for i, token in added.items() if token.special}
-        return torch.tensor(sorted({*self.tokenizer.all_special_ids, *declared}), dtype=torch.long)
+        return special_ids(self.tokenizer)
 
     def vocabulary_sha256(self) -> str:
         """Tells tokenizers apart: a digest of the tokens and their ids."""
@@ -312,3 +309,10 @@ class Tokenization:
             keep[:, 0] = False
             keep &= ~torch.isin(tokens, self._special)
         return ContextBatch(list(contexts), tokens, attention_mask, keep)
+
+
+def special_ids(tokenizer: Any) -> Int[Tensor, " n"]:
+    """Ids of the tokens that a tokenizer calls special, by any of its ways to say so."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    declared = {i for i, token in added.items() if token.special}
+    return torch.tensor(sorted({*tokenizer.all_special_ids, *declared}), dtype=torch.long)
