@@ -2,7 +2,6 @@
 
 import gc
 import logging
-import os
 
 import pytest
 import torch
@@ -36,8 +35,17 @@ class Flaky:
 
 
 @pytest.fixture(scope="module")
-def inner(tiny_folder):
-    nnsight = pytest.importorskip("nnsight", reason="the extra nnsight is not installed")
+def nnsight(tmp_path_factory):
+    """nnsight without `save` on every object, which breaks classes of other packages (anyio's)."""
+    settings = tmp_path_factory.mktemp("nnsight") / "config.yaml"
+    settings.write_text("APP:\n  PYMOUNT: false\n  REMOTE_LOGGING: false\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NNSIGHT_CONFIG", str(settings))
+        return pytest.importorskip("nnsight", reason="the extra nnsight is not installed")
+
+
+@pytest.fixture(scope="module")
+def inner(nnsight, tiny_folder):
     return nnsight.TransformersModel(str(tiny_folder), task="text-generation", dispatch=True)
 
 
@@ -92,6 +100,12 @@ class TestRetried:
             retried(run, tries=3, wait=0)
         assert run.calls == 3
 
+    def test_a_server_writes_no_commands_to_the_terminal(self, caplog):
+        with pytest.raises(ConnectionError) as told:
+            retried(Flaky(*[RemoteError("busy \x1b[2J")] * 2), tries=2, wait=0)
+        assert "busy \\x1b[2J" in str(told.value)
+        assert "busy \\x1b[2J" in caplog.text
+
     @pytest.mark.parametrize(
         "error", [ValueError("bad"), TypeError("bad"), FileNotFoundError("gone"), KeyboardInterrupt()]
     )
@@ -118,6 +132,10 @@ class TestRetried:
 def test_other_models_are_refused():
     with pytest.raises(TypeError, match="model must be an nnsight.TransformersModel, got Linear"):
         NNsightModel(torch.nn.Linear(2, 2))
+
+
+def test_other_classes_are_left_alone(inner):
+    assert not hasattr(object(), "save")
 
 
 def test_models_without_a_tokenizer_are_refused(inner, monkeypatch):
@@ -176,17 +194,15 @@ class TestServer:
     """The client holds no weights here; the server does."""
 
     @pytest.fixture
-    def client(self, server, tiny_folder, monkeypatch):
-        import nnsight
+    def client(self, nnsight, server, tiny_folder, monkeypatch):
         from nnsight.modeling import huggingface
 
         monkeypatch.setattr(nnsight.CONFIG.API, "HOST", server.host)
         monkeypatch.setattr(nnsight.CONFIG.API, "APIKEY", "a-key")
-        monkeypatch.setattr(nnsight.CONFIG.APP, "REMOTE_LOGGING", False)
         # Else nnsight asks the Hub how the model's name is spelled.
         monkeypatch.setitem(huggingface._ID_CACHE, str(tiny_folder), "someone/tiny")
-        monkeypatch.setitem(os.environ, "NO_PROXY", "127.0.0.1")
-        monkeypatch.setitem(os.environ, "no_proxy", "127.0.0.1")
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        monkeypatch.setenv("no_proxy", "127.0.0.1")
         server.reset()
         # Without weights, nnsight 0.8.1 does not find the tokenizer of a folder by itself.
         tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
@@ -237,9 +253,7 @@ class TestServer:
         assert type(told.value).__name__ == "RemoteError"
         assert server.failed == ["wrong key"]
 
-    def test_nobody_listens(self, client, server, monkeypatch):
-        import nnsight
-
+    def test_nobody_listens(self, client, nnsight, monkeypatch):
         monkeypatch.setattr(nnsight.CONFIG.API, "HOST", "http://127.0.0.1:1")
         with pytest.raises(ConnectionError, match=r"gave up after 2 tries \(ConnectionRefusedError"):
             NNsightModel(client, remote=True, tries=2, wait=0).capture(TOKENS, MASK, HOOKS)

@@ -16,6 +16,7 @@ from itda_lens.records import at_least, checked
 from itda_lens.sources.hooks import evaluation_mode, silent_hook
 from itda_lens.sources.hugging_face_models import HuggingFaceModel
 from itda_lens.sources.readable import Loader, Replace
+from itda_lens.terminal import printable
 
 logger = logging.getLogger(__name__)
 
@@ -178,7 +179,7 @@ def retried(run: Callable[[], T], tries: int, wait: float) -> T:
         except Exception as error:
             if not _passes(error):
                 raise
-            reason = f"{type(error).__name__}: {error}".split("\n")[0][:200]
+            reason = printable(f"{type(error).__name__}: {error}".split("\n")[0][:200])
             if number + 1 == tries:
                 raise ConnectionError(f"gave up after {tries} tries ({reason})") from error
             pause = min(wait * 2**number, MOST_WAIT)
@@ -215,6 +216,8 @@ def _inputs(tokens: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
 
 
 # nnsight ships the blocks below to the server as they are written, so they refer to plain values only.
+# `value.save()` would need the method that nnsight adds to every object of the process, which users can
+# turn off: classes of other packages trip over it.
 
 
 def _traced(
@@ -224,10 +227,12 @@ def _traced(
 
     Each side has a cache of its own, so that a server sends no more than was asked for.
     """
+    from nnsight import save  # pyright: ignore[reportMissingImports]
+
     before, after = wanted["input"], wanted["output"]
     with torch.no_grad(), model.trace(inputs, remote=remote) as tracer:
-        entered = tracer.cache(modules=before, include_output=False, include_inputs=True).save()
-        left = tracer.cache(modules=after).save()
+        entered = save(tracer.cache(modules=before, include_output=False, include_inputs=True))
+        left = save(tracer.cache(modules=after))
     return {
         "input": {path: entered[path] for path in before if path in entered},
         "output": {path: left[path] for path in after if path in left},
@@ -236,8 +241,10 @@ def _traced(
 
 def _traced_logits(model: Any, inputs: dict[str, Tensor], remote: bool | str) -> Tensor:
     """Logits of one pass. A cache that comes from a server cannot be asked for the whole model."""
+    from nnsight import save  # pyright: ignore[reportMissingImports]
+
     with torch.no_grad(), model.trace(inputs, remote=remote):
-        logits = model.output.logits.detach().cpu().save()
+        logits = save(model.output.logits.detach().cpu())
     return logits  # noqa: RET504 - nnsight runs the block elsewhere and then sets the name
 
 
