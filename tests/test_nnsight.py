@@ -204,7 +204,7 @@ class TestServer:
         monkeypatch.setenv("NO_PROXY", "127.0.0.1")
         monkeypatch.setenv("no_proxy", "127.0.0.1")
         server.reset()
-        # Without weights, nnsight 0.8.1 does not find the tokenizer of a folder by itself.
+        # Without weights, nnsight 0.8.1 with transformers 5.23 does not find the tokenizer by itself.
         tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
         yield nnsight.TransformersModel(str(tiny_folder), task="text-generation", tokenizer=tokenizer)
         if {"no session", "hangs up"} & set(server.failed):
