@@ -60,7 +60,7 @@ docs: $(STAMP)
 $(STAMP): pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet "$(TORCH)"
-	$(BIN)/pip install --quiet --constraint $(CONSTRAINTS) -e '.[test,ray]'
+	$(BIN)/pip install --quiet --constraint $(CONSTRAINTS) -e '.[test,ray,nnsight]'
 	$(BIN)/python -c 'import triton' 2> /dev/null || $(BIN)/pip install --quiet "$(TRITON)"
 	rm -f $(VENV)/.installed-*
 	touch "$@"

@@ -1,5 +1,6 @@
 """Language models of nnsight, which run in this process or on a server."""
 
+import json
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +16,7 @@ from itda_lens.records import at_least, checked
 from itda_lens.sources.hooks import evaluation_mode, silent_hook
 from itda_lens.sources.hugging_face_models import HuggingFaceModel
 from itda_lens.sources.readable import Loader, Replace
+from itda_lens.terminal import printable
 
 logger = logging.getLogger(__name__)
 
@@ -23,18 +25,27 @@ T = TypeVar("T")
 MOST_WAIT = 60.0
 """Seconds between two tries, at most."""
 
-_NETWORK = frozenset({"httpx", "httpcore", "websocket", "pydantic", "pydantic_core"})
+_NETWORK = frozenset(
+    {"httpx", "httpcore", "httpx2", "httpcore2", "websocket", "pydantic", "pydantic_core", "zstandard"}
+)
 """Packages whose errors say that a connection failed. A connection that drops while the server answers
-leaves half of an answer, which pydantic then refuses."""
+leaves half of an answer or none, which pydantic and zstandard then refuse."""
+
+_BUSY = frozenset({408, 425, 429})
+"""HTTP statuses below 500 that ask for another try; the others say that the request itself is wrong."""
+
+_OWN = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
+"""Errors of the operating system that another try does not mend."""
 
 
 class NNsightModel:
-    """A `ReadableModel` that reads an `nnsight.LanguageModel`. It cannot be edited: nnsight does that.
+    """A `ReadableModel` that reads a language model of nnsight. It cannot be edited: nnsight does that.
 
     Hook points are those of the Hugging Face model inside; see `HuggingFaceModel`.
 
     Args:
-        model: an `nnsight.LanguageModel`. For a server it may hold no weights.
+        model: an `nnsight.TransformersModel` with a tokenizer; its older name is
+            `nnsight.LanguageModel`. For a server it may hold no weights.
         remote: False runs it in this process; True runs each pass on the server that nnsight is set up
             for; "local" does here what a server would do, to try out that it works.
         tries: how often a pass is tried that fails for reasons of the network or the server.
@@ -42,7 +53,7 @@ class NNsightModel:
         name: the model's name in metadata; default: the one that nnsight knows it by.
 
     Raises:
-        TypeError: `model` is none of nnsight's.
+        TypeError: `model` is none of nnsight's, or has no tokenizer.
         ValueError: a setting is out of range.
     """
 
@@ -59,7 +70,9 @@ class NNsightModel:
         at_least(1, tries=tries)
         at_least(0, wait=wait)
         if not all(hasattr(model, part) for part in ("trace", "tokenizer", "repo_id", "_module")):
-            raise TypeError(f"model must be an nnsight.LanguageModel, got {type(model).__name__}")
+            raise TypeError(f"model must be an nnsight.TransformersModel, got {type(model).__name__}")
+        if model.tokenizer is None:
+            raise TypeError("model must be a language model of nnsight, got one without a tokenizer")
         self.model = model
         self.tokenizer = model.tokenizer
         self.source: str | None = str(model.repo_id)
@@ -94,11 +107,16 @@ class NNsightModel:
         """
         sites = {hook: self._inside._site(hook) for hook in hooks}
         paths = {hook: f"{self.model.path}.{self._paths[site.module]}" for hook, site in sites.items()}
-        found = self._passed(tokens, attention_mask, list(dict.fromkeys(paths.values())))
+        wanted = {
+            side: list(dict.fromkeys(paths[hook] for hook, site in sites.items() if site.side == side))
+            for side in ("input", "output")
+        }
+        found = self._passed(
+            lambda: _traced(self.model, _inputs(tokens, attention_mask), wanted, self._remote)
+        )
         captured: dict[str, Tensor] = {}
         for hook, (_, side, layout) in sites.items():
-            visits = found.get(paths[hook])
-            visit = visits[0] if isinstance(visits, list) else visits
+            visit = found[side].get(paths[hook])
             x = None if visit is None else _first_tensor(getattr(visit, side))
             if x is not None:
                 captured[hook] = x if layout is None else layout.convert(x)
@@ -124,8 +142,9 @@ class NNsightModel:
         """
         if replace:
             self.edited(replace)
-        root = str(self.model.path)
-        return self._passed(tokens, attention_mask, [root])[root].output.logits
+        return self._passed(
+            lambda: _traced_logits(self.model, _inputs(tokens, attention_mask), self._remote)
+        )
 
     def edited(self, edits: Mapping[str, Replace]) -> AbstractContextManager[None]:
         """Always refused.
@@ -137,10 +156,7 @@ class NNsightModel:
             "a model of nnsight cannot be edited here: write the edit as a trace of nnsight"
         )
 
-    def _passed(self, tokens: Tensor, attention_mask: Tensor, paths: list[str]) -> Mapping[str, Any]:
-        def run() -> Mapping[str, Any]:
-            return _traced(self.model, tokens, attention_mask.long(), paths, self._remote)
-
+    def _passed(self, run: Callable[[], T]) -> T:
         with evaluation_mode([self.model._module]):
             return run() if self._remote is False else retried(run, self._tries, self._wait)
 
@@ -154,7 +170,8 @@ def retried(run: Callable[[], T], tries: int, wait: float) -> T:
         wait: seconds before the second call; doubled before each further one, up to `MOST_WAIT`.
 
     Raises:
-        ConnectionError: it failed `tries` times. Other errors are raised as they are, at once.
+        ConnectionError: it failed `tries` times. Other errors are raised as they are, at once. To these
+            belong answers that refuse the request, such as 401 for a wrong key.
     """
     for number in range(tries):
         try:
@@ -162,7 +179,7 @@ def retried(run: Callable[[], T], tries: int, wait: float) -> T:
         except Exception as error:
             if not _passes(error):
                 raise
-            reason = f"{type(error).__name__}: {error}".split("\n")[0][:200]
+            reason = printable(f"{type(error).__name__}: {error}".split("\n")[0][:200])
             if number + 1 == tries:
                 raise ConnectionError(f"gave up after {tries} tries ({reason})") from error
             pause = min(wait * 2**number, MOST_WAIT)
@@ -173,25 +190,62 @@ def retried(run: Callable[[], T], tries: int, wait: float) -> T:
 
 def _passes(error: Exception) -> bool:
     """Whether an error may be gone at the next try."""
+    if (status := _http_status(error)) is not None:
+        return status >= 500 or status in _BUSY
     kinds = type(error).__mro__
     return (
-        isinstance(error, OSError)
+        (isinstance(error, OSError) and not isinstance(error, _OWN))
+        # The server hung up before it gave the session a number.
+        or isinstance(error, json.JSONDecodeError)
         or any(kind.__module__.split(".")[0] in _NETWORK for kind in kinds)
         or any(kind.__name__ == "RemoteError" for kind in kinds)
     )
 
 
-def _traced(
-    model: Any, tokens: Tensor, attention_mask: Tensor, paths: list[str], remote: bool | str
-) -> Mapping[str, Any]:
-    """Inputs and outputs of modules in one pass, by path.
+def _http_status(error: BaseException) -> int | None:
+    """The server's HTTP status, if the error, or the one that caused it, holds a status."""
+    for one in (error, error.__cause__):
+        for holder in (one, getattr(one, "response", None)):
+            if isinstance(status := getattr(holder, "status_code", None), int):
+                return status
+    return None
 
-    nnsight ships the block below to the server as it is written, so it refers to plain values only.
+
+def _inputs(tokens: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
+    return {"input_ids": tokens, "attention_mask": attention_mask.long()}
+
+
+# nnsight ships the blocks below to the server as they are written, so they refer to plain values only.
+# `value.save()` would need the method that nnsight adds to every object of the process, which users can
+# turn off: classes of other packages trip over it.
+
+
+def _traced(
+    model: Any, inputs: dict[str, Tensor], wanted: Mapping[str, list[str]], remote: bool | str
+) -> dict[str, dict[str, Any]]:
+    """Visits of modules in one pass: by side ("input" or "output"), then by path.
+
+    Each side has a cache of its own, so that a server sends no more than was asked for.
     """
-    inputs = {"input_ids": tokens, "attention_mask": attention_mask}
+    from nnsight import save  # pyright: ignore[reportMissingImports]
+
+    before, after = wanted["input"], wanted["output"]
     with torch.no_grad(), model.trace(inputs, remote=remote) as tracer:
-        kept = tracer.cache(modules=paths, include_inputs=True).save()
-    return {path: kept[path] for path in paths if path in kept}
+        entered = save(tracer.cache(modules=before, include_output=False, include_inputs=True))
+        left = save(tracer.cache(modules=after))
+    return {
+        "input": {path: entered[path] for path in before if path in entered},
+        "output": {path: left[path] for path in after if path in left},
+    }
+
+
+def _traced_logits(model: Any, inputs: dict[str, Tensor], remote: bool | str) -> Tensor:
+    """Logits of one pass. A cache that comes from a server cannot be asked for the whole model."""
+    from nnsight import save  # pyright: ignore[reportMissingImports]
+
+    with torch.no_grad(), model.trace(inputs, remote=remote):
+        logits = save(model.output.logits.detach().cpu())
+    return logits  # noqa: RET504 - nnsight runs the block elsewhere and then sets the name
 
 
 def _first_tensor(value: Any) -> Tensor | None:
