@@ -24,7 +24,7 @@ def itda(tiny, texts):
 def made(unusual, n=10):
     """A decomposition of ten tokens, of which some are unusual."""
     tokens = [
-        TokenDecomposition(i, f"t{i}", [Component(i, -2.0, Label(0, token="<b>"), 1.0)], 0.5, u)
+        TokenDecomposition(i, f"t{i}", [Component(i, -2.0, Label(0, token="<b>"), 1.0)], 0.5, unusual=u)
         for i, u in enumerate([*[0.99] * unusual, *[0.5] * (n - unusual)])
     ]
     return Decomposition(tokens, HOOK, "text")

@@ -27,6 +27,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import itda_lens
+from itda_lens.pursuit import SparseCodes
 from itda_lens.records import Label, Labels, is_leftover, replacing
 from itda_lens.records import labels as labels_module
 from itda_lens.sae import is_dictionary, load_sparsity, save_sparsity
@@ -58,6 +59,9 @@ class TestSavedByTheVersionBefore:
         expected = load_file(DATA / "expected.safetensors")
         for itda in (itda_lens.load(DATA / name), SAE.load_from_disk(DATA / name)):
             codes = itda.encode_sparse(expected["x"].to(itda.dtype))
+            if name == "nonnegative_omp":
+                self.check_changed_rule(itda, codes, expected)
+                continue
             assert torch.equal(codes.indices, expected[f"{name}.indices"])
             # Equal bit for bit where they were made. One unit in the last place elsewhere: the order of
             # a sum depends on the processor.
@@ -65,6 +69,16 @@ class TestSavedByTheVersionBefore:
                 ulp = torch.finfo(found.dtype).eps
                 wanted = expected[f"{name}.{kind}"]
                 torch.testing.assert_close(found.float(), wanted, rtol=ulp, atol=0)
+
+    def check_changed_rule(self, itda, codes, expected):
+        """Since 0.2 each pick is followed by a fit that may drop an atom and take back another: a few
+        codes are others, and none is worse."""
+        x, d_sae = expected["x"].to(itda.dtype), itda.cfg.d_sae
+        wanted = SparseCodes(expected["nonnegative_omp.indices"], expected["nonnegative_omp.values"])
+        found, before = codes.to_dense(d_sae), wanted.to_dense(d_sae)
+        assert torch.isclose(found, before, atol=1e-4).all(dim=1).float().mean() > 0.95
+        left, left_before = ((x - itda.decode(c)).norm(dim=1) for c in (found, before))
+        assert (left <= left_before * (1 + 1e-5)).all()
 
     def test_their_labels_are_read_and_saving_them_adds_digests(self, name, tmp_path):
         itda = itda_lens.load(DATA / name)
@@ -241,7 +255,7 @@ class TestFullDisk:
             before = read(disk / "a")
             (disk / "filler").write_bytes(bytes(90 * 1024))
             large.cfg.metadata.note = os.urandom(60_000).hex()
-            with pytest.raises(OSError, match="No space left on device: '.*/disk/a"):
+            with pytest.raises(OSError, match=r"No space left on device.*: '.*/disk/a"):
                 large.save_model(disk / "a")
             assert read(disk / "a") == before
             # Nothing is left for the probe: told before the work.

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import time
+from contextlib import suppress
 
 import pytest
 import torch
@@ -105,10 +106,19 @@ def site(facts, tmp_path_factory):
     return save_site(facts, tmp_path_factory.mktemp("sites") / "site").resolve().as_uri()
 
 
+def playwright_error():
+    from playwright.sync_api import Error
+
+    return Error
+
+
 def until(page, condition):
     """Wait for a condition in JavaScript; the pages' own policy forbids playwright's way of doing so."""
     end = time.monotonic() + 10
-    while not page.evaluate(condition):
+    while True:
+        with suppress(playwright_error()):  # a page that is left at this moment cannot be asked
+            if page.evaluate(condition):
+                return
         assert time.monotonic() < end, condition
         page.wait_for_timeout(10)
 

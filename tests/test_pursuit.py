@@ -160,8 +160,21 @@ def test_ols_never_holds_two_atoms_that_are_nearly_the_same(form):
 def test_non_negative_omp_converges_to_non_negative_least_squares(form):
     x, atoms = problem()
     codes = run(x, atoms, 50, form, method="omp", signed=False, rtol=0).to_dense(len(atoms))
+    assert (codes >= 0).all()
     for row, code in zip(x, codes, strict=True):
+        # Coefficients may be others: sixty atoms in sixteen dimensions have several best fits.
         expected, _ = nnls(atoms.T.numpy(), row.numpy())
+        np.testing.assert_allclose(code.numpy() @ atoms.numpy(), expected @ atoms.numpy(), atol=1e-7)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_non_negative_omp_finds_the_one_non_negative_fit(form):
+    """With fewer atoms than dimensions there is one, and it does not reach zero."""
+    x, atoms = problem(n=12, d=16)
+    codes = run(x, atoms, 12, form, method="omp", signed=False, rtol=0).to_dense(len(atoms))
+    for row, code in zip(x, codes, strict=True):
+        expected, residual = nnls(atoms.T.numpy(), row.numpy())
+        assert residual > 0.1
         np.testing.assert_allclose(code.numpy(), expected, atol=1e-7)
 
 

@@ -363,7 +363,7 @@ class TestBadInput:
             ([], {}, "evals must be among .*; got 'none'"),
             (["saelens", "saelens"], {}, "evals must be different ones"),
             (["saelens"], dict(codes="unsigned"), "codes must be one of"),
-            (["saelens"], dict(settings={"corn": {}}), "evals must be among .*; got 'corn'"),
+            (["saelens"], dict(settings={"corn": {}}), "settings must be of .*; got 'corn'"),
             (["saelens"], dict(settings={"saelens": {"k": 1}}), "settings of saelens .*; got 'k'"),
             (["saelens"], dict(texts=[]), "at least one text"),
             (["saelens"], dict(model="no-such-model"), "does not know 'no-such-model'; pass --model"),

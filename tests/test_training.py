@@ -246,7 +246,7 @@ class TestFit:
             (dict(x=torch.zeros(4)), ValueError, r"shape \[n_tokens, d_in\], got \(4,\)"),
             (dict(x=torch.zeros(2, 3, 4)), ValueError, r"got \(2, 3, 4\)"),
             (dict(x=torch.zeros(60, 4, dtype=torch.long)), TypeError, "got torch.int64"),
-            (dict(x=[[1.0]]), TypeError, "floating-point tensor, got list"),
+            (dict(x={"x": torch.ones(9, 4)}), TypeError, "one table or array, got dict of 'x'"),
             (dict(d_sae=401), ValueError, "got d_sae=401 for 400 rows"),
             (dict(x=torch.ones(60, 4), d_sae=3, k=1), ValueError, "only 0 directions"),
             (dict(d_sae=0), ValueError, "d_sae must be at least 1"),
@@ -271,7 +271,7 @@ class TestFit:
             (dict(update=True, least_cosine=float("nan")), ValueError, "between 0 and 1, got nan"),
             (dict(rtol=1.0), ValueError, "rtol must be at least 0 and below 1, got 1.0"),
             (dict(labels=[(0, 0, 0)]), ValueError, "1 labels for 400 rows"),
-            (dict(labels=["x"] * 400), TypeError, "got 'x'"),
+            (dict(labels=[("x", 0, 0)] * 400), TypeError, "labels must hold whole numbers"),
         ],
     )  # fmt: skip
     def test_bad_input(self, change, error, message):

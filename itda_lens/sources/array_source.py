@@ -55,7 +55,9 @@ class ArraySource:
             )
         self._activations = activations
         check_layout(activations)
-        as_rows(activations[:1])  # its shape and dtype
+        if len(shape := tuple(activations.shape)) != 2:
+            raise ValueError(f"activations must have shape [n_tokens, d_in], got {shape}")
+        as_rows(activations[:1])  # its width and dtype
         self.n_rows = len(activations)
         self._on_disk = _is_on_disk(activations)
         if not self._on_disk:
