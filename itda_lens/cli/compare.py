@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 import typer
 
 from itda_lens.cli.choices import Match, Measure
-from itda_lens.cli.options import DeviceOption, Split, TextField, print_json
+from itda_lens.cli.options import DeviceOption, Split, TextField, check_output, print_json
 from itda_lens.terminal import make_console, shown
 
 if TYPE_CHECKING:
@@ -102,8 +102,8 @@ def compare_command(
     if heatmap is not None and importlib.util.find_spec("matplotlib") is None:
         raise ValueError("--heatmap needs matplotlib: pip install 'itda-lens[plots]'")
     for option, file in (("--json", json), ("--heatmap", heatmap)):
-        if file not in (None, STANDARD_OUTPUT) and not file.absolute().parent.is_dir():
-            raise ValueError(f"{option} {file}: there is no folder {file.absolute().parent}")
+        if file != STANDARD_OUTPUT:
+            check_output(option, file)
     activations: "dict[str, list[Activations]]" = {}
     if difference or measure != "jaccard":
         if texts is None:

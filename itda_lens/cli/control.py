@@ -1,12 +1,20 @@
 """`itda steer`, `itda erase`: commands that edit a model while it runs."""
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from itda_lens.cli.choices import AmountUnit, Contrast
-from itda_lens.cli.options import DeviceOption, ModelOption, SameLoader, model_of, names_in
+from itda_lens.cli.options import (
+    DeviceOption,
+    ModelOption,
+    SameLoader,
+    check_output,
+    model_of,
+    names_in,
+)
 from itda_lens.terminal import make_console, shown
 
 if TYPE_CHECKING:
@@ -73,7 +81,7 @@ def steer_command(
         raise ValueError("give either --scale or --add")
     if edit is not None and (scale, add) != (None, None):
         raise ValueError("--edit says itself how coefficients change: leave out --scale and --add")
-    _check_file(json)
+    check_output("--json", json)
     from itda_lens.control import applied, load_edits, written
     from itda_lens.reports import writings_table
     from itda_lens.sae import load
@@ -132,8 +140,10 @@ def erase_command(
     for option, file in (("--targets", targets), ("--retained", retained)):
         if not file.is_file():
             raise FileNotFoundError(f"{option} {file}: there is no such file")
-    _check_file(out)
-    _check_file(json)
+    check_output("--out", out)
+    check_output("--json", json)
+    if json is not None and os.path.realpath(json) == os.path.realpath(out):
+        raise ValueError(f"--out and --json must be different files, got {out} for both")
     from itda_lens.control import Edit, Scale, contrast, effects, opening_at, save_edits
     from itda_lens.reports import chosen_table, effects_table, save_effects
     from itda_lens.sae import load
@@ -189,7 +199,11 @@ def _tokens(itda: "ITDA", lm: Any, prompt: str) -> list[int]:
 
 
 def _lines(option: str, file: Path) -> list[str]:
-    lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        text = file.read_text(encoding="utf-8-sig")  # a byte-order mark is no part of the first prompt
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{option} {file} is not UTF-8 text: {error}") from error
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     if len(lines) < 2:
         raise ValueError(f"{option} {file}: at least 2 prompts are needed, got {len(lines)}")
     return lines
@@ -203,11 +217,6 @@ def _prompt(text: str) -> Any:
     if not before:
         raise ValueError(f"a target needs two words at least: its last one is the answer, got {text!r}")
     return Prompt(before, " " + last)
-
-
-def _check_file(file: Path | None) -> None:
-    if file is not None and not file.absolute().parent.is_dir():
-        raise ValueError(f"{file}: there is no folder {file.absolute().parent}")
 
 
 def _write(file: Path, known: Any) -> None:

@@ -169,6 +169,21 @@ def find_command(
         make_console().print("No label has it.")
 
 
+def _check_beside(folder: Path) -> None:
+    """Refuse a dictionary that no file can be put beside, before the work."""
+    if not folder.is_dir():
+        raise ValueError(
+            f"--save-density writes a file beside each dictionary, but {str(folder)!r} is no folder here"
+        )
+    from itda_lens.records.files import probe, temporary_folder
+
+    with temporary_folder(folder, "probe") as made:
+        try:
+            probe(made)
+        finally:
+            made.rmdir()
+
+
 def _pattern(text: str) -> "re.Pattern[str]":
     try:
         return re.compile(text)
@@ -221,6 +236,9 @@ def eval_command(
 
     read = texts_of(texts, chats, text_field, split, "keep")
     loaded = load_all(folders)
+    if save_density:
+        for folder, _ in loaded:
+            _check_beside(folder)
     itdas = [itda for _, itda in loaded]
     name, loaded_by = model_of(itdas, model, loader)
     evaluations = evaluate(

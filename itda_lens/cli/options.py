@@ -1,6 +1,7 @@
 """Options that several commands share, and the dictionaries and models that they name."""
 
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -131,6 +132,21 @@ def completing(allowed: Sequence[str]) -> Callable[[str], list[str]]:
         return [f"{before}{comma}{name}" for name in rest if name.startswith(last)]
 
     return complete
+
+
+def check_output(option: str, file: Path | None) -> None:
+    """Refuse a file that cannot be written, before the work.
+
+    Raises:
+        ValueError: its folder is not there, or it is a folder itself. Links are followed.
+    """
+    if file is None:
+        return
+    place = Path(os.path.realpath(file))
+    if place.is_dir():
+        raise ValueError(f"{option} {file}: it is a folder, where a file is to be written")
+    if not place.parent.is_dir():
+        raise ValueError(f"{option} {file}: there is no folder {place.parent}")
 
 
 def load_all(folders: list[Path]) -> "list[tuple[Path, ITDA]]":

@@ -66,21 +66,40 @@ def report_command(
 
     loaded = load_every(folders)
     comparisons = [comparison_facts(file) for file in compare or []]
+    names = _names([folder for folder, _ in loaded])
     read, read_from = _texts(texts, [sae for _, sae in loaded])
     with site_folder(out, overwrite) as site:
         name, loaded_by = model_of([sae for _, sae in loaded], model, loader)
         lm = language_model(name, loader=loaded_by, device=device)
         facts = [
             facts_from_texts(
-                lm, sae, read, name=folder.name, decomposed=text, comparisons=comparisons,
+                lm, sae, read, name=name, decomposed=text, comparisons=comparisons,
                 read_from=read_from, max_tokens=max_tokens, n_examples=examples,
                 batch_size=batch_size, text_field=text_field, split=split,
             )
-            for folder, sae in loaded
+            for name, (_, sae) in zip(names, loaded, strict=True)
         ]  # fmt: skip
         write_site(facts, site)
     page = shown(out / "index.html", "bold")
     make_console().print(Text.assemble("Open ", page, " in a browser."), soft_wrap=True)
+
+
+def _names(folders: Sequence[Path]) -> list[str]:
+    """Different names of the dictionaries: the ends of their paths, as short as tell them apart.
+
+    Raises:
+        ValueError: a folder is given twice.
+    """
+    parts = [folder.absolute().parts for folder in folders]
+    if len(set(parts)) < len(parts):
+        raise ValueError(f"folders must be different ones, got {', '.join(map(str, folders))}")
+    if len(folders) == 1:
+        return [folders[0].name]
+    for n in range(1, max(map(len, parts))):
+        names = ["/".join(own[-n:]) for own in parts]
+        if len(set(names)) == len(names):
+            return names
+    return [str(folder) for folder in folders]
 
 
 def _texts(texts: str | None, saes: "Sequence[SAE[Any]]") -> tuple[str | Iterable[str], str]:

@@ -14,6 +14,7 @@ from itda_lens.control.gates import GATES
 from itda_lens.control.operations import OPERATIONS
 from itda_lens.control.running import several
 from itda_lens.records import checked, replacing
+from itda_lens.records.files import said
 from itda_lens.sae import labels_of, load
 from itda_lens.sae.saved import digests
 
@@ -95,7 +96,7 @@ def load_edits(path: str | Path, dictionaries: SAE[Any] | Sequence[SAE[Any]] = (
     except FileNotFoundError:
         raise
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no file of edits, or damaged: {error!r:.120}") from error
+        raise ValueError(f"{path} is no file of edits, or damaged: {said(error):.120}") from error
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     return found

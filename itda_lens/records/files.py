@@ -38,6 +38,15 @@ _LEFTOVER = re.compile(
 )
 
 
+def said(error: Exception) -> str:
+    """The kind of an error and its message, for the message of another one.
+
+    The `repr` of a `UnicodeDecodeError` holds all bytes that were to be decoded, which may be a whole
+    file.
+    """
+    return f"{type(error).__name__}: {error}"
+
+
 def is_leftover(path: Path) -> bool:
     """Whether the name is one of those that unfinished files and folders have."""
     return _LEFTOVER.fullmatch(path.name) is not None

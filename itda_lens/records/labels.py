@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 from itda_lens.records.files import replacing
-from itda_lens.terminal import html_text
+from itda_lens.terminal import html_text, printable
 
 if TYPE_CHECKING:
     import pandas
@@ -123,7 +123,7 @@ class Label:
 
     def __str__(self) -> str:
         place = self.place if self.name is None else f"{self.place}: {self.name}"
-        return place if self.token is None else f"{self.token!r} ({place})"
+        return printable(place if self.token is None else f"{self.token!r} ({place})")
 
 
 TABLES = (".jsonl", ".parquet")

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from itda_lens.records import HookPoint, checked, is_leftover
+from itda_lens.records.files import said
 from itda_lens.sae.hub import fetched
 from itda_lens.sae.itda import ITDA, LABELS_KEY, ITDAConfig
 from itda_lens.sae.provenance import provenance_of
@@ -183,7 +184,7 @@ def _check_config_file(file: Path) -> None:
         config = json.loads(file.read_text())
         architecture = config["architecture"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"{file} is truncated or damaged: {error!r}") from error
+        raise ValueError(f"{file} is truncated or damaged: {said(error)}") from error
     if architecture != "itda":
         raise ValueError(
             f"{file.parent} holds a {architecture!r} SAE, not an ITDA; load it with SAELens"

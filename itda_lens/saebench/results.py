@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from itda_lens.records.files import said
 from itda_lens.saebench.evaluations import Codes, Evaluation
 
 
@@ -45,7 +46,7 @@ def read_metrics(file: Path, evaluation: Evaluation) -> dict[str, float]:
     try:
         values = json.loads(file.read_text())["eval_result_metrics"]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} is truncated or damaged: {error!r}") from error
+        raise ValueError(f"{file} is truncated or damaged: {said(error)}") from error
     return {metric.name: _at(values, metric.path) for metric in evaluation.metrics}
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
 
 from itda_lens.records import Provenance
+from itda_lens.records.files import said
 from itda_lens.sae import dictionaries_in
 from itda_lens.sae.saved import read_local
 
@@ -114,7 +115,7 @@ def _read(name: str, source: str) -> Subject:
         metadata = {**values, **(values.get("metadata") or {})}
         d_in, d_sae = int(values["d_in"]), int(values["d_sae"])
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{config} is truncated or damaged: {error!r}") from error
+        raise ValueError(f"{config} is truncated or damaged: {said(error)}") from error
     digest = hashlib.sha256(config.read_bytes())
     with weights.open("rb") as file:
         while block := file.read(1 << 20):

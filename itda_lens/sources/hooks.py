@@ -182,6 +182,29 @@ def evaluation_mode(models: Iterable[nn.Module]) -> Iterator[None]:
             module.training = True
 
 
+def check_own_place(model: nn.Module, path: str) -> None:
+    """Refuse a layer that stands at an earlier place of its list too.
+
+    Such a module runs at both places. Its first activation is that of the earlier one.
+
+    Raises:
+        ValueError: a part of the path names such a layer.
+    """
+    parent = model
+    parts = path.split(".")
+    for n, name in enumerate(parts):
+        child = getattr(parent, name)
+        if isinstance(parent, nn.ModuleList | nn.Sequential):
+            first = next(i for i, module in enumerate(parent) if module is child)
+            if name.isdecimal() and first < int(name):
+                here, there = ".".join(parts[: n + 1]), ".".join([*parts[:n], str(first)])
+                raise ValueError(
+                    f"{path!r} cannot be told from an earlier place: {here!r} and {there!r} are one "
+                    "module, of which the first activation is read"
+                )
+        parent = child
+
+
 def unknown_hook(name: str, known: Iterable[str]) -> ValueError:
     """The error for a hook that does not exist, with names that are near it."""
     return ValueError(f"the model has no hook {name!r}; near it are {', '.join(near(name, known))}")

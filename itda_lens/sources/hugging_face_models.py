@@ -4,6 +4,7 @@ import inspect
 import re
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from itda_lens.records import HookPoint
 from itda_lens.sources.hooked import HookedModel
-from itda_lens.sources.hooks import Site, unknown_hook
+from itda_lens.sources.hooks import Site, check_own_place, unknown_hook
 from itda_lens.sources.readable import Loader
 
 SIDES = {"hook_resid_pre": "input", "hook_resid_post": "output"}
@@ -63,7 +64,13 @@ class HuggingFaceModel(HookedModel):
         return max_positions(self.model)
 
     def _embedding(self) -> nn.Module | None:
-        return self.model.get_input_embeddings()
+        try:
+            return self.model.get_input_embeddings()
+        except NotImplementedError as error:  # of a model of several parts, such as CLIP
+            raise ValueError(
+                f"{type(self.model).__name__} names no embedding of tokens; pass the part of it that "
+                "reads text, such as model.text_model"
+            ) from error
 
     @property
     def _reader(self) -> Any:
@@ -77,7 +84,9 @@ class HuggingFaceModel(HookedModel):
         reader = self._reader
         # Encoders know no cache, and those of some versions refuse the argument.
         caches = "use_cache" in inspect.signature(reader.forward).parameters
-        options = {"use_cache": False} if caches else {}
+        options: dict[str, Any] = {"use_cache": False} if caches else {}
+        if getattr(self.model.config, "return_dict", True) is False:
+            options["return_dict"] = True  # a plain tuple does not say which of its parts are logits
         return reader(input_ids=tokens, attention_mask=attention_mask.long(), **options)
 
     def _logits_of(self, output: Any) -> Tensor | None:
@@ -85,10 +94,10 @@ class HuggingFaceModel(HookedModel):
 
     def _site(self, hook: str) -> Site:
         if hook:
-            try:
-                return Site(self.model.get_submodule(hook), "output")
-            except AttributeError:
-                pass
+            with suppress(AttributeError):
+                module = self.model.get_submodule(hook)
+                check_own_place(self.model, hook)
+                return Site(module, "output")
         point = HookPoint.parse(hook)
         if hook.startswith("blocks.") and point.layer is not None and point.kind in SIDES:
             layers = text_layers(self.model)
@@ -188,7 +197,8 @@ def text_layers(model: Any) -> list[nn.Module]:
             f"{name} has layers in an encoder and in a decoder: 'blocks.N' could be either; use the "
             "name of a module, such as 'encoder.block.0' or 'model.encoder.layers.0'"
         )
-    lists = _outermost_lists(model.get_decoder())
+    # ModernBERT calls its unembedding "decoder", and `get_decoder` gives that.
+    lists = _outermost_lists(model.get_decoder()) or _outermost_lists(model.base_model)
     whole = set(model._no_split_modules or ())
     by_class = {path: own for path, own in lists.items() if {type(m).__name__ for m in own} <= whole}
     n_layers = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
@@ -197,7 +207,13 @@ def text_layers(model: Any) -> list[nn.Module]:
         if len(candidates) > 1:
             candidates = {path: own for path, own in candidates.items() if len(own) == n_layers}
         if len(candidates) == 1:
-            return list(*candidates.values())
+            layers = list(*candidates.values())
+            if len(set(layers)) < len(layers):
+                raise ValueError(
+                    f"layers of {name} are one module, which runs several times: 'blocks.N' cannot tell "
+                    "them apart; use the name of a module, of which the first activation is read"
+                )
+            return layers
     raise ValueError(
         f"it is not clear which modules of {name} are its {n_layers} layers, that is 'blocks.N'"
         + (f" (its lists are {', '.join(lists)})" if lists else "")

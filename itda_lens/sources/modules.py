@@ -9,7 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from itda_lens.records import checked
-from itda_lens.sources.hooks import Site, edits_at, expanded, first_activations, near
+from itda_lens.sources.hooks import (
+    Site,
+    check_own_place,
+    edits_at,
+    expanded,
+    first_activations,
+    near,
+)
 from itda_lens.sources.readable import Replace
 
 Call = Callable[[nn.Module, Any], Any]
@@ -87,11 +94,11 @@ class AnyModule:
             yield
 
     def _site(self, path: str) -> Site:
-        try:
+        with suppress(AttributeError):
             if path:
-                return Site(self.module.get_submodule(path), "output")
-        except AttributeError:
-            pass
+                module = self.module.get_submodule(path)
+                check_own_place(self.module, path)
+                return Site(module, "output")
         known = [name for name, _ in self.module.named_modules() if name]
         raise ValueError(
             f"paths must name parts of {type(self.module).__name__}, which has none called {path!r}; "

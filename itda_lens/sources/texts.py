@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from itda_lens.records import converted
+from itda_lens.records.files import said
 
 Ids = tuple[int, ...]
 """A text as the ids of its tokens, by the model's own tokenizer."""
@@ -272,7 +273,7 @@ def _from_lines(path: Path, text_field: str) -> Iterator[tuple[str, Any]]:
                 item = json.loads(line)
             except (ValueError, RecursionError) as error:
                 raise ValueError(
-                    f"{where} is no JSON object with a field {text_field!r}: {error!r}"
+                    f"{where} is no JSON object with a field {text_field!r}: {said(error)}"
                 ) from error
             yield where, _field(item, text_field, where)
 

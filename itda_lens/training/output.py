@@ -47,7 +47,7 @@ def output_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
             dictionaries are.
         OSError: the folder cannot be made, written or replaced.
     """
-    target = _place(Path(path))
+    target = replaceable(Path(path))
     with _folders_above(target):
         for dead in dead_folders(target.parent, target.name):
             _recover(dead, target)
@@ -182,7 +182,7 @@ def _state(folder: Path) -> _State:
     return _State((status.st_dev, status.st_ino), tuple(files))
 
 
-def _place(path: Path) -> Path:
+def replaceable(path: Path) -> Path:
     """Where the folder is, or will be: links are followed.
 
     Raises:

@@ -32,7 +32,7 @@ from itda_lens.records import (
     replacing,
     versions,
 )
-from itda_lens.records.files import exclusive
+from itda_lens.records.files import exclusive, said
 from itda_lens.sae import ITDA
 from itda_lens.sae.saved import check_digests, digests, write_tensors
 from itda_lens.sources import Chats, Ids, Listed, ModelSource, describe_texts, iterate_texts
@@ -589,7 +589,7 @@ def _content(folder: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise ValueError(f"folder={str(folder)!r} holds no plan: {_PLAN} is missing") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} is damaged: {error!r}") from error
+        raise ValueError(f"{file} is damaged: {said(error)}") from error
     if not known:
         raise ValueError(f"{file} is of another version of itda-lens")
     return content

@@ -11,6 +11,7 @@ from sae_lens import SAE
 
 from itda_lens.analysis import AtomExamples, Decomposition, Example, Examples
 from itda_lens.records import Label, checked
+from itda_lens.records.files import said
 from itda_lens.sae import ITDA, provenance_of
 from itda_lens.terminal import printable
 
@@ -146,7 +147,7 @@ def comparison_facts(path: str | Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(
             f"path must be a file of figures that `itda compare --json` wrote, but {file} is none: "
-            f"{error!r}"
+            f"{said(error)}"
         ) from error
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from itda_lens.records import checked
 from itda_lens.records.files import dead_folders, probe, temporary_folder
 from itda_lens.reports.site.facts import SiteFacts
+from itda_lens.training.output import replaceable
 
 SHARD = 256
 """Atoms in one file of data: a page of one atom reads one such file."""
@@ -60,7 +61,7 @@ def site_folder(folder: str | Path, overwrite: bool = False) -> Iterator[Path]:
     Raises:
         FileExistsError, OSError: as `save_site`.
     """
-    target = Path(os.path.realpath(folder))
+    target = replaceable(Path(folder))
     for dead in dead_folders(target.parent, target.name):  # of runs that were killed
         if (dead / "old").exists() and not target.exists():
             (dead / "old").rename(target)
