@@ -31,7 +31,6 @@ from itda_lens.pursuit import (
     threshold_for_l0,
 )
 from itda_lens.records import (
-    BUILD_KEY,
     GivenLabel,
     Label,
     Labels,
@@ -63,8 +62,10 @@ LABELS_KEY = "itda_labels"
 """Where the labels live in `cfg.metadata`: SAELens saves, loads and uploads that, and casts no integer
 in it, which it would do to a tensor of the weights file."""
 
-_SAVED_ENTRIES = frozenset({LABELS_KEY, BUILD_KEY, "sae_lens_version"})
-"""Entries of which the metadata of every saved dictionary have one, and those made by hand have none."""
+_WRITTEN = frozenset(
+    {"apply_b_dec_to_input", "normalize_activations", "reshape_activations", "mirrored"}
+)
+"""Fields that every file has: a call with some of them, and with metadata as a dict, loads a file."""
 
 EXTENDED_KEY = "extended"
 """The entry of the build record that says which atoms `ITDA.extended` added."""
@@ -133,8 +134,7 @@ class ITDAConfig(SAEConfig):
         SAELens's loaders call the class with the fields that a file has, and with its metadata as a dict
         where everybody else passes `SAEMetadata`. A missing field would take its default.
         """
-        metadata = values.get("metadata")
-        if isinstance(metadata, dict) and not _SAVED_ENTRIES.isdisjoint(metadata):
+        if isinstance(values.get("metadata"), dict) and not _WRITTEN.isdisjoint(values):
             check_config(values, [field.name for field in fields(cls)])
         return super().__new__(cls)
 
