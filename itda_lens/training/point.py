@@ -134,7 +134,7 @@ class Point:
         if (atom_folds >= 0).any():
             coding = replace(coding, threshold=threshold)
             left = unexplained_out_of_fold(x, folds, atoms, atom_folds, coding).cpu()
-            steps = torch.linspace(0, 1, QUANTILES, dtype=left.dtype)
+            steps = torch.linspace(0, 1, QUANTILES, dtype=left.dtype, device=left.device)
             unexplained = [float(f"{value:.4g}") for value in left.quantile(steps).tolist()]
         return Finished(dictionary, threshold, unexplained)
 
