@@ -1,6 +1,6 @@
 # Three commands do everything on a fresh machine with Python and make:
 #   make demo    a real model, real text, two dictionaries, one sentence taken apart
-#   make quick   ruff, the type checker and the fast tests, in about two minutes: while you work
+#   make quick   ruff, the type checker and the fast tests, in under three minutes: while you work
 #   make test    ruff, the type checker, the tests (real model included), the notebook, the docs;
 #                then the host libraries' contracts again, with the oldest SAELens and with SAEBench
 # Options: PYTHON=python3.12, TORCH=torch==2.14.0 (any pip requirement), VENV=another/folder,
