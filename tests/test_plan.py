@@ -20,7 +20,7 @@ from safetensors import safe_open
 from itda_lens import build, fit, load, open_plan, plan
 from itda_lens.dictionary import EnergyRule, PriorityBound, StreamSample
 from itda_lens.records import Places
-from itda_lens.records.files import exclusive
+from itda_lens.records.files import alone_in
 from itda_lens.sae import provenance_of
 from itda_lens.sources import ArraySource, Listed, ModelSource
 from itda_lens.training import plan_from, recipe_of
@@ -169,7 +169,10 @@ class TestPlan:
         assert planned.pending() == []
 
     def test_two_runs_of_one_plan(self, planned):
-        with exclusive(planned.folder, "this"), pytest.raises(ValueError, match="another process is at"):
+        with (
+            alone_in(planned.folder),
+            pytest.raises(BlockingIOError, match="another process is writing"),
+        ):
             planned.run_all(progress=False)
         planned.run_all(progress=False)
 

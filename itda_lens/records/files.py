@@ -205,29 +205,6 @@ def _lock(folder: Path) -> int | None:
 
 
 @contextmanager
-def exclusive(folder: Path, work: str) -> Iterator[None]:
-    """Keep other processes out of a block that works in this folder. A killed process leaves no lock.
-
-    Where the system has no locks, nothing is kept out.
-
-    Args:
-        folder: the folder.
-        work: the name of the work, for the message.
-
-    Raises:
-        ValueError: another process is in such a block just now.
-    """
-    lock = _lock(folder)
-    if lock is None and fcntl is not None:
-        raise ValueError(f"another process is at {work} in {folder}")
-    try:
-        yield
-    finally:
-        if lock is not None:
-            os.close(lock)
-
-
-@contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """Hold the folder's lock, or go on without it where there is none to be had."""
     end = time.monotonic() + LOCK_SECONDS

@@ -32,7 +32,7 @@ from itda_lens.records import (
     replacing,
     versions,
 )
-from itda_lens.records.files import exclusive, said
+from itda_lens.records.files import alone_in, said
 from itda_lens.sae import ITDA
 from itda_lens.sae.saved import check_digests, digests, write_tensors
 from itda_lens.sources import Chats, Ids, Listed, ModelSource, describe_texts, iterate_texts
@@ -150,7 +150,8 @@ class Plan:
             progress: show a progress bar with rows/s.
 
         Raises:
-            ValueError, OSError: as `run`; another process runs this plan by `run_all` just now.
+            ValueError, OSError: as `run`.
+            BlockingIOError: another process runs this plan by `run_all` just now.
             ImportError: Ray is not installed.
         """
         at_least(1, workers=workers)
@@ -158,7 +159,7 @@ class Plan:
             raise ValueError(f"engine must be one of {get_args(Engine)}, got {engine!r}")
         pending = self.pending()
         with (
-            exclusive(self.folder, "this build"),
+            alone_in(self.folder),
             tqdm(
                 total=self.n_rows, unit="tok", unit_scale=True, desc="building", disable=not progress
             ) as bar,
