@@ -17,7 +17,7 @@ class CodeMeter:
     def __init__(self, sae: SAE[Any]) -> None:
         self._sae = sae
         self._fvu = RunningFVU()
-        self._fired = torch.zeros(sae.cfg.d_sae, dtype=torch.int64)
+        self._fired = torch.zeros(sae.cfg.d_sae, dtype=torch.int64, device="cpu")
         self._nonzeros = 0
 
     def update(self, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_in"]:

@@ -20,7 +20,7 @@ def nearest_atoms(
     found, cosines = [], []
     for start, part in _blocks(unit, len(unit)):
         likeness = part @ unit.T
-        own = torch.arange(len(part))
+        own = torch.arange(len(part), device=part.device)
         size = likeness.abs()
         size[own, start + own] = -1
         best = size.topk(n, dim=-1).indices
